@@ -1,0 +1,1 @@
+"""Models, data and scripts that reproduce what the README reports."""

@@ -1,0 +1,161 @@
+"""Cost of one optimizer step relative to SGD with momentum, on VGG16-BN's parameters.
+
+``python -m experiments.benchmarks.update_cost`` times jitted ``update`` +
+``apply_updates`` with donated buffers, all optimizers in turn, and prints the ratio of
+AltSDP to ``optax.sgd(momentum=0.9)`` last. Memory is the compiler's own account of
+arguments, outputs and temporaries (donated buffers counted once).
+"""
+
+import dataclasses
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+
+import sdp_jax
+
+WIDTHS = (64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What to time.
+
+    Attributes:
+      repeats: timed rounds; every optimizer takes one step a round.
+      dtype: dtype of the parameters.
+      fraction: share of the channels for the run with a target.
+    """
+
+    repeats: int = 60
+    dtype: str = "float32"
+    fraction: float = 0.5
+
+
+def vgg16_shapes() -> dict[str, dict[str, tuple[int, ...]]]:
+    """Shapes of VGG16 with batch normalisation for 32×32 images, 10 classes."""
+    shapes: dict[str, dict[str, tuple[int, ...]]] = {}
+    below = 3
+    for i, width in enumerate(WIDTHS):
+        shapes[f"conv{i}"] = {"kernel": (3, 3, below, width), "bias": (width,)}
+        shapes[f"norm{i}"] = {"scale": (width,), "bias": (width,)}
+        below = width
+    shapes["dense0"] = {"kernel": (512, 512), "bias": (512,)}
+    shapes["dense1"] = {"kernel": (512, 10), "bias": (10,)}
+    return shapes
+
+
+def vgg16_groups(params: Any) -> sdp_jax.Groups:
+    """All convolutional channels and hidden neurons of :func:`vgg16_shapes`."""
+    axes: dict[str, list[sdp_jax.Member]] = {}
+    for i in range(len(WIDTHS)):
+        above = f"conv{i + 1}/kernel" if i + 1 < len(WIDTHS) else "dense0/kernel"
+        axes[f"conv{i}"] = [
+            sdp_jax.producer(f"conv{i}/kernel", -1),
+            sdp_jax.producer(f"conv{i}/bias", 0),
+            sdp_jax.producer(f"norm{i}/scale", 0),
+            sdp_jax.producer(f"norm{i}/bias", 0),
+            sdp_jax.consumer(above, -2),
+        ]
+    axes["dense0"] = [
+        sdp_jax.producer("dense0/kernel", -1),
+        sdp_jax.producer("dense0/bias", 0),
+        sdp_jax.consumer("dense1/kernel", -2),
+    ]
+    return sdp_jax.groups_from_axes(params, axes)
+
+
+def random_params(seed: int, dtype: str) -> Any:
+    """Parameters of VGG16-BN with normally distributed entries."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda shape: jnp.asarray(rng.normal(size=shape) * 0.05, dtype),
+        vgg16_shapes(),
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
+
+
+def optimizers(groups: sdp_jax.Groups, fraction: float) -> dict[str, Any]:
+    """The optimizers to compare, the reference first."""
+    valley = sdp_jax.valley_strength(c=0.01, mu=0.6)
+    target = sdp_jax.target_sparsity(fraction, 0, 1000)
+    return {
+        "sgd, momentum 0.9": optax.sgd(0.1, momentum=0.9),
+        "sgd": optax.sgd(0.1),
+        "adamw": optax.adamw(1e-3),
+        "altsdp": sdp_jax.altsdp(0.1, groups, strength=valley),
+        "altsdp, target": sdp_jax.altsdp(0.1, groups, strength=target, momentum=0.9),
+        "prox_sgd, momentum 0.9": sdp_jax.prox_sgd(
+            0.1, groups, strength=1e-3, momentum=0.9
+        ),
+        "altsdp, momentum 0.9": sdp_jax.altsdp(
+            0.1, groups, strength=valley, momentum=0.9
+        ),
+    }
+
+
+def main(config: Config) -> dict[str, float]:
+    """Times all optimizers and prints their ratios.
+
+    Args:
+      config: what to time.
+
+    Returns:
+      Median ratio of time to SGD with momentum, by optimizer.
+    """
+    gradients = random_params(1, config.dtype)
+    groups = vgg16_groups(gradients)
+    size = sum(x.nbytes for x in jax.tree.leaves(gradients))
+    steps, states, memory = {}, {}, {}
+    for name, tx in optimizers(groups, config.fraction).items():
+
+        def step(params: Any, state: Any, grads: Any, tx: Any = tx) -> Any:
+            updates, state = tx.update(grads, state, params)
+            return optax.apply_updates(params, updates), state
+
+        params = random_params(0, config.dtype)
+        state = tx.init(params)
+        compiled = (
+            jax.jit(step, donate_argnums=(0, 1)).lower(params, state, gradients).compile()
+        )
+        cost: Any = compiled.memory_analysis()
+        memory[name] = (
+            cost.argument_size_in_bytes
+            + cost.output_size_in_bytes
+            + cost.temp_size_in_bytes
+            - cost.alias_size_in_bytes
+        ) / size
+        steps[name] = compiled
+        states[name] = compiled(params, state, gradients)
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(config.repeats):
+        for name, compiled in steps.items():
+            start = time.perf_counter()
+            states[name] = compiled(*states[name], gradients)
+            jax.block_until_ready(states[name])
+            times[name].append(time.perf_counter() - start)
+    reference = np.array(next(iter(times.values())))
+    base_memory = next(iter(memory.values()))
+    ratios = {name: float(np.median(np.array(t) / reference)) for name, t in times.items()}
+    device = jax.devices()[0]
+    print(
+        f"{device.platform} ({device.device_kind}), jax {jax.__version__}, "
+        f"{size / 1e6:.0f} MB of parameters, median of {config.repeats} rounds"
+    )
+    print(f"{'optimizer':<24} {'ms':>8} {'ratio':>6}  copies of the parameters more")
+    for name, t in times.items():
+        extra = memory[name] - base_memory
+        print(f"{name:<24} {np.median(t) * 1e3:8.2f} {ratios[name]:6.2f}  {extra:+.2f}")
+    print(
+        "altsdp (momentum 0.9) / sgd (momentum 0.9): "
+        f"{ratios['altsdp, momentum 0.9']:.2f}"
+    )
+    return ratios
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))

@@ -1,0 +1,148 @@
+"""Proximal maps on channels: factors by which the channels of a group are multiplied.
+
+All maps work on *weighted norms* ``‖v_c‖ / k_c`` (see
+:func:`sdp_jax.groups.channel_weights`) and on thresholds in the same units, so that one
+comparison serves every weighting.
+"""
+
+from collections.abc import Mapping
+from typing import TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sdp_jax.groups import Groups
+
+Floors: TypeAlias = Mapping[str, int | jax.Array]
+
+# A channel that only its dimension's floor keeps stays at this share of its dual
+# variable: enough for the layer to go on working, and for the dual to grow if it must.
+FLOOR_FACTOR = 0.1
+# A channel that belongs to a fixed set of survivors keeps at least this share.
+MIN_FACTOR = 1e-3
+
+
+def soft_threshold_factor(norms: jax.Array, thresholds: jax.Array) -> jax.Array:
+    """Factor of the group soft-threshold, ``max(0, 1 - threshold / norm)``.
+
+    The proximal map of ``threshold * k * ‖w‖`` at ``v`` is ``factor * v`` (Parikh and
+    Boyd 2014, section 6.5.1). A threshold of 0 gives exactly 1, an infinite one exactly
+    0, a norm that is not a number stays not a number.
+
+    Args:
+      norms: weighted norms, any shape.
+      thresholds: thresholds, broadcastable to ``norms``, in the same units.
+
+    Returns:
+      Factors in [0, 1], in the shape and dtype of ``norms``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> print(soft_threshold_factor(jnp.array([1., 2., 4.]), jnp.array(2.)))
+      [0.  0.  0.5]
+    """
+    thresholds = jnp.asarray(thresholds, norms.dtype)
+    zero = (thresholds > 0) & (norms <= thresholds)
+    free = thresholds == 0
+    safe = jnp.where(zero | free, 1, norms)
+    shrunk = 1 - jnp.where(free, 0, thresholds) / safe
+    return jnp.where(zero, 0, shrunk).astype(norms.dtype)
+
+
+def hold_floor(
+    norms: jax.Array, threshold: jax.Array, floor: int | jax.Array
+) -> jax.Array:
+    """Thresholds that leave at least ``floor`` channels of a dimension.
+
+    The ``floor`` channels of largest norm (all that tie) are protected: their factor never falls below
+    :data:`FLOOR_FACTOR`. As long as the plain soft-threshold leaves them more than
+    that, it is not touched; a collapse is stopped smoothly, not undone by a jump.
+
+    Args:
+      norms: weighted norms ``(size,)``.
+      threshold: a scalar, or one threshold per channel.
+      floor: channels to keep; an array is allowed, so that it may be traced.
+
+    Returns:
+      Thresholds ``(size,)`` in the dtype of ``norms``.
+    """
+    threshold = jnp.broadcast_to(jnp.asarray(threshold, norms.dtype), norms.shape)
+    if isinstance(floor, int) and floor == 0:
+        return threshold
+    if isinstance(floor, int):
+        # A plain maximum is the cheaper of the two, and floors of 1 are the rule.
+        level = jnp.max(norms) if floor == 1 else jax.lax.top_k(norms, floor)[0][-1]
+    else:
+        level = jnp.sort(norms, descending=True)[jnp.maximum(floor - 1, 0)]
+        level = jnp.where(floor > 0, level, jnp.inf)
+    held = keep_alive(norms, threshold, FLOOR_FACTOR)
+    return jnp.where(norms >= level, held, threshold)
+
+
+def keep_alive(
+    norms: jax.Array, thresholds: jax.Array, share: float = MIN_FACTOR
+) -> jax.Array:
+    """Thresholds just low enough that every channel keeps a share of itself."""
+    return jnp.minimum(thresholds, (1 - share) * norms)
+
+
+def largest(norms: jax.Array, count: int | jax.Array) -> jax.Array:
+    """Marks the ``count`` largest of a vector; the earlier wins a tie.
+
+    Args:
+      norms: a vector ``(size,)``.
+      count: how many, at most ``size``; may be traced.
+
+    Returns:
+      A Boolean vector ``(size,)`` with exactly ``count`` true entries.
+    """
+    order = jnp.argsort(-norms, stable=True)
+    rank = jnp.zeros(norms.shape, jnp.int32).at[order].set(
+        jnp.arange(norms.shape[0], dtype=jnp.int32)
+    )
+    return rank < count
+
+
+def resolve_floors(
+    groups: Groups, floor: int | jax.Array | Mapping[str, int]
+) -> dict[str, int | jax.Array]:
+    """One floor for each dimension.
+
+    Args:
+      groups: the channel dimensions.
+      floor: a number for all dimensions, or one for each name (others get 1).
+
+    Returns:
+      The floor by dimension name.
+
+    Raises:
+      ValueError: if a floor is negative, above the size of its dimension, or given for
+        a dimension that does not exist.
+      TypeError: if a floor is not an integer.
+    """
+    if isinstance(floor, Mapping):
+        unknown = sorted(set(floor) - set(groups.sizes))
+        if unknown:
+            raise ValueError(
+                f"floor names dimensions that do not exist: {unknown}; there are "
+                f"{list(groups.sizes)}"
+            )
+        floors = {name: floor.get(name, 1) for name in groups.sizes}
+    else:
+        floors = dict.fromkeys(groups.sizes, floor)
+    for name, value in floors.items():
+        if isinstance(value, jax.Array):
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | np.integer):
+            raise TypeError(
+                f"floor of dimension {name!r} is {value!r}; it must be an integer, the "
+                "number of channels to keep"
+            )
+        if not 0 <= value <= groups.sizes[name]:
+            raise ValueError(
+                f"floor of dimension {name!r} is {value}, but it has "
+                f"{groups.sizes[name]} channels; give a floor between 0 and its size"
+            )
+        floors[name] = int(value)
+    return floors

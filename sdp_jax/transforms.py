@@ -1,0 +1,584 @@
+"""The Optax pieces that :func:`sdp_jax.altsdp` is a chain of.
+
+Every piece passes updates on, as Optax transformations do: what arrives is a step from
+the parameters, what leaves is a step from the parameters. With ``candidates=True`` a
+piece passes the point itself, ``params + step``, to the next one. The numbers are the
+same; one pass over the parameters and a temporary copy of them are saved, because XLA
+on the CPU would otherwise store ``v' - params`` only to add ``params`` back. Pieces
+that stand next to each other must agree on it, and a chain must end with a piece that
+emits steps.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from sdp_jax import prox
+from sdp_jax.groups import (
+    Groups,
+    Norm,
+    PerChannel,
+    channel_norms,
+    channel_weights,
+    join_channels,
+    leaf_table,
+    probe_channels,
+    producer_leaves,
+    scale_channels,
+    split_channels,
+)
+from sdp_jax.strength import StrengthLike, as_strength, check_number
+
+
+class DualAveragingState(NamedTuple):
+    """State of :func:`dual_averaging`.
+
+    Attributes:
+      dual: the dual variable ``v``, shaped like the parameters, at least float32.
+    """
+
+    dual: optax.Params
+
+
+class GroupSoftThresholdState(NamedTuple):
+    """State of :func:`group_soft_threshold`.
+
+    Attributes:
+      strength: state of the strength.
+      alive: which channels the last update left non-zero.
+      intact: False once the zeros of an update were found changed at the next one.
+    """
+
+    strength: Any
+    alive: PerChannel
+    intact: jax.Array
+
+
+class SoftThresholdState(NamedTuple):
+    """State of :func:`soft_threshold`.
+
+    Attributes:
+      strength: state of the strength.
+    """
+
+    strength: Any
+
+
+class ProjectOntoValleyState(NamedTuple):
+    """State of :func:`project_onto_valley`.
+
+    Attributes:
+      strength: state of the strength.
+      thresholds: thresholds of the last step.
+      dual: the dual variable as it last arrived.
+      correction: sum of all corrections, shaped like the parameters.
+      basis: orthonormal sharp directions; each leaf has a leading axis ``rank``.
+      energy: share of the gradient stream along each direction, ``(rank,)``.
+    """
+
+    strength: Any
+    thresholds: PerChannel
+    dual: optax.Params
+    correction: optax.Params
+    basis: optax.Params
+    energy: jax.Array
+
+
+def dual_averaging(
+    *, candidates: bool = False
+) -> optax.GradientTransformationExtraArgs:
+    """Accumulates the incoming steps in a dual variable instead of in the parameters.
+
+    Keeps ``v``, which starts at the parameters, adds each incoming step to it and
+    emits ``v' - params``. The gradient is still taken at the parameters, which a
+    later piece of the chain (the threshold) makes sparse, while ``v`` remembers what
+    was cut off. Alone it changes nothing: ``chain(base, dual_averaging())`` takes the
+    steps of ``base``.
+
+    Args:
+      candidates: emit ``v'`` itself (see the module's docstring).
+
+    Returns:
+      A transformation; its ``update`` needs ``params``. The dual variable and what is
+      emitted have the dtype of the parameters, but at least float32.
+
+    Raises:
+      ValueError: in ``update``, if ``params`` is missing.
+      TypeError: in ``init``, if a leaf is not floating-point or complex.
+
+    References:
+      Xiao, "Dual Averaging Methods for Regularized Stochastic Learning and Online
+      Optimization", JMLR 2010; as in gRDA, arXiv 2006.09358.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, sdp_jax
+      >>> tx = optax.chain(optax.sgd(0.5), sdp_jax.dual_averaging())
+      >>> params = jnp.array([1., 2.])
+      >>> updates, _ = tx.update(jnp.ones(2), tx.init(params), params)
+      >>> print(optax.apply_updates(params, updates))
+      [0.5 1.5]
+    """
+
+    def init_fn(params: optax.Params) -> DualAveragingState:
+        check_inexact(params)
+        return DualAveragingState(jax.tree.map(_wide_copy, params))
+
+    def update_fn(
+        updates: optax.Updates,
+        state: DualAveragingState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, DualAveragingState]:
+        del extra_args
+        params = need_params(params, "dual_averaging")
+        dual = jax.tree.map(lambda v, u: v + u.astype(v.dtype), state.dual, updates)
+        if candidates:
+            return dual, DualAveragingState(dual)
+        steps = jax.tree.map(lambda v, p: v - p.astype(v.dtype), dual, params)
+        return steps, DualAveragingState(dual)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def group_soft_threshold(
+    groups: Groups,
+    strength: StrengthLike,
+    *,
+    floor: int | jax.Array | Mapping[str, int] = 1,
+    norm: Norm | Mapping[str, float] = "plain",
+    candidates: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """Moves to the proximal point of the candidate ``params + updates``.
+
+    Each channel ``v_c`` becomes ``max(0, 1 - t k_c / ‖v_c‖) v_c``, with the threshold
+    ``t`` of ``strength`` and the weight ``k_c`` of ``norm``; parameters outside the
+    groups stay at the candidate. A channel that falls below is exactly zero after
+    ``optax.apply_updates``. At least ``floor`` channels of each dimension survive.
+
+    It must be the last piece of a chain: anything behind it that rescales or adds to
+    its updates (a learning rate, weight decay, clipping, ``optax.lookahead``) destroys
+    the zeros. :func:`check_zeros` finds out.
+
+    Not-a-number or infinite gradients pass into the parameters as they do in
+    ``optax.sgd``; wrap the whole chain in ``optax.apply_if_finite`` to skip them.
+
+    Args:
+      groups: the channel dimensions.
+      strength: a :class:`sdp_jax.Strength`, a constant threshold or a schedule, in
+        parameter units.
+      floor: channels that survive in each dimension; a number, or one for each name.
+      norm: weighting of the channel norms, see :func:`sdp_jax.channel_norms`.
+      candidates: ``updates`` are candidates, see the module's docstring.
+
+    Returns:
+      A transformation; its ``update`` needs ``params`` and emits their dtype.
+
+    Raises:
+      ValueError: if ``strength``, ``floor`` or ``norm`` does not fit the groups, or in
+        ``init`` and ``update`` if the parameters do not.
+
+    References:
+      Yuan and Lin, "Model selection and estimation in regression with grouped
+      variables", JRSS B 2006 (the group lasso and its proximal map).
+
+    Example:
+      >>> import jax.numpy as jnp, optax, sdp_jax
+      >>> params = {"w": jnp.array([[3., 0.3], [4., 0.4]])}
+      >>> groups = sdp_jax.groups_from_axes(
+      ...     params, {"hidden": [sdp_jax.producer("w", 1)]})
+      >>> tx = sdp_jax.group_soft_threshold(groups, 2.5)
+      >>> updates, _ = tx.update({"w": jnp.zeros((2, 2))}, tx.init(params), params)
+      >>> print(optax.apply_updates(params, updates)["w"])
+      [[1.5 0. ]
+       [2.  0. ]]
+    """
+    rule, floors = _check_rule(groups, strength, floor, norm)
+
+    def init_fn(params: optax.Params) -> GroupSoftThresholdState:
+        check_params(groups, params)
+        alive = PerChannel(jnp.ones((groups.num_channels,), bool))
+        return GroupSoftThresholdState(
+            rule.init(groups.sizes, floors), alive, jnp.ones((), bool)
+        )
+
+    def update_fn(
+        updates: optax.Updates,
+        state: GroupSoftThresholdState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, GroupSoftThresholdState]:
+        del extra_args
+        params = need_params(params, "group_soft_threshold")
+        candidate = updates if candidates else _add(params, updates)
+        norms = channel_norms(groups, candidate, norm=norm)
+        thresholds, strength_state = rule.update(state.strength, norms, floors)
+        flat = join_channels(norms)
+        factor = prox.soft_threshold_factor(flat, join_channels(thresholds))
+        factors = split_channels(factor, groups.sizes)
+        point = scale_channels(groups, candidate, factors)
+        probe = join_channels(probe_channels(groups, params))
+        intact = state.intact & ~jnp.any(~state.alive.values & (probe != 0))
+        alive = PerChannel((factor != 0) & (flat > 0))
+        new_state = GroupSoftThresholdState(strength_state, alive, intact)
+        return step_to(point, params), new_state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def soft_threshold(
+    strength: StrengthLike, *, candidates: bool = False
+) -> optax.GradientTransformationExtraArgs:
+    """The same with every entry a group of its own: ``sign(v) max(0, |v| - t)``.
+
+    Unlike :func:`group_soft_threshold` it works on all parameters and holds no floor.
+
+    Args:
+      strength: a constant threshold, a schedule, or a :class:`sdp_jax.Strength` that
+        does not depend on the norms.
+      candidates: ``updates`` are candidates, see the module's docstring.
+
+    Returns:
+      A transformation; its ``update`` needs ``params`` and emits their dtype.
+
+    Raises:
+      ValueError: if ``strength`` is negative, or in ``update`` if ``params`` is missing.
+    """
+    rule = as_strength(strength)
+
+    def init_fn(params: optax.Params) -> SoftThresholdState:
+        check_inexact(params)
+        return SoftThresholdState(rule.init({}, {}))
+
+    def update_fn(
+        updates: optax.Updates,
+        state: SoftThresholdState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, SoftThresholdState]:
+        del extra_args
+        params = need_params(params, "soft_threshold")
+        candidate = updates if candidates else _add(params, updates)
+        leaves, treedef = jax.tree.flatten(candidate)
+        norms = {str(i): jnp.abs(leaf) for i, leaf in enumerate(leaves)}
+        thresholds, strength_state = rule.update(state.strength, norms, {})
+        point = treedef.unflatten(
+            leaf * prox.soft_threshold_factor(norms[name], thresholds[name])
+            for leaf, name in zip(leaves, norms, strict=True)
+        )
+        return step_to(point, params), SoftThresholdState(strength_state)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def project_onto_valley(
+    groups: Groups,
+    strength: StrengthLike,
+    *,
+    rank: int = 8,
+    decay: float = 0.99,
+    basis: chex.ArrayTree | None = None,
+    floor: int | jax.Array | Mapping[str, int] = 1,
+    norm: Norm | Mapping[str, float] = "plain",
+    candidates: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """Keeps only the valley part of each increment of shrinkage (experimental).
+
+    Stands between :func:`dual_averaging` and :func:`group_soft_threshold` and is given
+    the same ``strength``, ``floor`` and ``norm``. When the threshold is about to grow
+    by ``Δg``, the shrinkage grows by ``Δg z`` (``z`` the subgradient of the group
+    norm at the dual variable), and the gradient would have to pull its sharp part back.
+    This piece anticipates the pull: with orthonormal sharp directions ``U`` it adds
+    ``U Uᵀ (Δg z)`` to the dual variable, for good.
+
+    ``U`` is either given, or estimated from the stream of incoming steps by an
+    incremental singular value decomposition with exponential forgetting. A step that is
+    zero or not finite leaves the estimate unchanged. Memory: ``rank + 2`` copies of
+    the parameters. On a trained network the estimate is unproven; the given one is
+    exact on quadratics.
+
+    Args:
+      groups: the channel dimensions.
+      strength: as for :func:`group_soft_threshold`.
+      rank: number of directions that are estimated.
+      decay: what share of the past the estimate keeps each step, in (0, 1].
+      basis: fixed orthonormal directions instead of an estimate: a tree shaped like
+        the parameters with one more leading axis.
+      floor: as for :func:`group_soft_threshold`.
+      norm: as for :func:`group_soft_threshold`.
+      candidates: take and emit candidates, see the module's docstring.
+
+    Returns:
+      A transformation; its ``update`` needs ``params``.
+
+    Raises:
+      ValueError: if ``rank`` is below 1, ``decay`` outside (0, 1], or the rest does not
+        fit the groups.
+
+    References:
+      The projection is our own extension of AltSDP. The estimate follows Brand, "Fast
+      low-rank modifications of the thin singular value decomposition", 2006.
+    """
+    rule, floors = _check_rule(groups, strength, floor, norm)
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        raise ValueError(f"rank must be an integer of at least 1; got {rank!r}")
+    check_number("decay", decay, low=1e-6, high=1, rule="a number in (0, 1]")
+
+    def init_fn(params: optax.Params) -> ProjectOntoValleyState:
+        check_inexact(params)
+        check_params(groups, params)
+        thresholds = jnp.zeros((groups.num_channels,))
+        dual = jax.tree.map(_wide_copy, params)
+        if basis is None:
+            directions = jax.tree.map(
+                lambda v: jnp.zeros((rank, *v.shape), v.dtype), dual
+            )
+            energy = jnp.zeros((rank,))
+        else:
+            directions = jax.tree.map(_wide_copy, basis)
+            energy = jnp.ones((jax.tree.leaves(basis)[0].shape[0],))
+        return ProjectOntoValleyState(
+            rule.init(groups.sizes, floors),
+            PerChannel(thresholds),
+            dual,
+            jax.tree.map(jnp.zeros_like, dual),
+            directions,
+            energy,
+        )
+
+    def update_fn(
+        updates: optax.Updates,
+        state: ProjectOntoValleyState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, ProjectOntoValleyState]:
+        del extra_args
+        params = need_params(params, "project_onto_valley")
+        dual = updates if candidates else _add(params, updates)
+        directions, energy = state.basis, state.energy
+        if basis is None:
+            stream = jax.tree.map(jnp.subtract, dual, state.dual)
+            directions, energy = _track(directions, energy, stream, decay)
+        point = jax.tree.map(jnp.add, dual, state.correction)
+        norms = channel_norms(groups, point, norm=norm)
+        thresholds, strength_state = rule.update(state.strength, norms, floors)
+        flat, new = join_channels(norms), join_channels(thresholds)
+        growth = new - state.thresholds.values.astype(flat.dtype)
+        top = jnp.maximum(flat, new)
+        usable = jnp.isfinite(growth) & (top > 0)
+        factor = jnp.where(usable, growth / jnp.where(usable, top, 1), 0)
+        factors = split_channels(factor, groups.sizes)
+        increment = scale_channels(groups, _zero_outside(groups, point), factors)
+        pull = _combine(_coefficients(directions, increment), directions)
+        point = jax.tree.map(jnp.add, point, pull)
+        new_state = ProjectOntoValleyState(
+            strength_state,
+            PerChannel(new.astype(state.thresholds.values.dtype)),
+            dual,
+            jax.tree.map(jnp.add, state.correction, pull),
+            directions,
+            energy,
+        )
+        if candidates:
+            return point, new_state
+        steps = jax.tree.map(lambda v, p: v - p.astype(v.dtype), point, params)
+        return steps, new_state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def check_zeros(opt_state: chex.ArrayTree) -> None:
+    """Raises if a later transformation destroyed the zeros of the threshold.
+
+    The threshold remembers which channels it set to zero and looks at the next update
+    whether they still were. Call this now and then outside ``jit``, for example once
+    an epoch.
+
+    Args:
+      opt_state: the optimizer state, or any tree that contains it.
+
+    Raises:
+      ValueError: if the zeros of an earlier update had been changed, or the state has no
+        :func:`group_soft_threshold` in it.
+    """
+    found = [
+        leaf
+        for leaf in jax.tree.leaves(opt_state, is_leaf=_is_threshold_state)
+        if _is_threshold_state(leaf)
+    ]
+    if not found:
+        raise ValueError(
+            "no state of group_soft_threshold in this tree; pass the optimizer state of "
+            "altsdp, prox_sgd or group_soft_threshold"
+        )
+    if not all(bool(jnp.all(jnp.asarray(state.intact))) for state in found):
+        raise ValueError(
+            "channels that group_soft_threshold had set to zero were not zero at the "
+            "next update: something behind it rescales or adds to its updates, or the "
+            "parameters were changed from outside. Make it the last piece of the chain."
+        )
+
+
+def check_inexact(params: optax.Params) -> None:
+    """Refuses leaves that cannot be trained.
+
+    Args:
+      params: the parameters.
+
+    Raises:
+      TypeError: if a leaf is not floating-point or complex.
+    """
+    for path, leaf in leaf_table(params).items():
+        dtype = jnp.result_type(leaf)
+        if not jnp.issubdtype(dtype, jnp.inexact):
+            raise TypeError(
+                f"leaf {path!r} has dtype {dtype}; only floating-point and complex "
+                "parameters can be trained. Leave it out of the parameters or hide it "
+                "with optax.masked"
+            )
+
+
+def check_params(groups: Groups, params: optax.Params) -> None:
+    """Checks that the producers of the groups are leaves of ``params``.
+
+    A tree without leaves passes: ``optax.tree.map_params`` initialises with one.
+
+    Args:
+      groups: the channel dimensions.
+      params: the parameters.
+
+    Raises:
+      ValueError: if a producer is missing or has another shape.
+    """
+    if jax.tree.leaves(params):
+        producer_leaves(groups, params)
+
+
+def need_params(params: optax.Params | None, name: str) -> optax.Params:
+    """Returns ``params``, or says that they are missing.
+
+    Args:
+      params: what ``update`` was given.
+      name: name of the transformation, for the message.
+
+    Returns:
+      ``params``.
+
+    Raises:
+      ValueError: if ``params`` is ``None``.
+    """
+    if params is None:
+        raise ValueError(
+            f"{name} needs the current parameters: call update(grads, state, params)"
+        )
+    return params
+
+
+def step_to(point: optax.Params, params: optax.Params) -> optax.Updates:
+    """The step from ``params`` to ``point``, in the dtype of ``params``.
+
+    Args:
+      point: where to go; its dtype may be wider.
+      params: the parameters.
+
+    Returns:
+      Updates; ``params + updates`` is exactly 0 where ``point`` is 0.
+    """
+    return jax.tree.map(
+        lambda x, p: (x - p.astype(x.dtype)).astype(p.dtype), point, params
+    )
+
+
+def _check_rule(
+    groups: Groups, strength: StrengthLike, floor: Any, norm: Any
+) -> tuple[Any, prox.Floors]:
+    if not isinstance(groups, Groups):
+        raise TypeError(
+            f"groups must be sdp_jax.Groups, as groups_from_axes makes; got {groups!r}"
+        )
+    if not len(groups):
+        raise ValueError("groups has no channel dimension: there is nothing to prune")
+    rule = as_strength(strength)
+    floors = prox.resolve_floors(groups, floor)
+    channel_weights(groups, norm)
+    rule.init(groups.sizes, floors)
+    return rule, floors
+
+
+def _is_threshold_state(node: Any) -> bool:
+    return isinstance(node, GroupSoftThresholdState)
+
+
+def _wide_copy(leaf: jax.Array) -> jax.Array:
+    """A copy, at least float32: it must not share a buffer that may be donated."""
+    return jnp.array(leaf, jnp.promote_types(leaf.dtype, jnp.float32), copy=True)
+
+
+def _add(params: optax.Params, updates: optax.Updates) -> optax.Params:
+    def add(p: jax.Array, u: jax.Array) -> jax.Array:
+        dtype = jnp.promote_types(
+            jnp.promote_types(p.dtype, u.dtype), jnp.float32
+        )
+        return p.astype(dtype) + u.astype(dtype)
+
+    return jax.tree.map(add, params, updates)
+
+
+def _zero_outside(groups: Groups, tree: optax.Params) -> optax.Params:
+    """The tree with every entry that belongs to no producer set to zero."""
+    kept = scale_channels(
+        groups, tree, {n: jnp.zeros((s,)) for n, s in groups.sizes.items()}
+    )
+    return jax.tree.map(jnp.subtract, tree, kept)
+
+
+def _coefficients(directions: optax.Params, tree: optax.Params) -> jax.Array:
+    """``U x``, real, shape ``(rank,)``."""
+
+    def dot(u: jax.Array, x: jax.Array) -> jax.Array:
+        axes = tuple(range(1, u.ndim))
+        return jnp.sum((jnp.conj(u) * x[None]).real, axis=axes)
+
+    return sum(jax.tree.leaves(jax.tree.map(dot, directions, tree)), jnp.zeros(()))
+
+
+def _combine(coefficients: jax.Array, directions: optax.Params) -> optax.Params:
+    """``Uᵀ a``."""
+    return jax.tree.map(
+        lambda u: jnp.tensordot(coefficients.astype(u.dtype), u, axes=1), directions
+    )
+
+
+def _track(
+    directions: optax.Params, energy: jax.Array, step: optax.Params, decay: float
+) -> tuple[optax.Params, jax.Array]:
+    """One step of an incremental decomposition of the stream's second moment."""
+    size = optax.tree.norm(step)
+    good = jnp.isfinite(size) & (size > 0)
+    step = jax.tree.map(lambda x: jnp.where(good, x / jnp.where(good, size, 1), 0), step)
+    # Gram-Schmidt twice: once is not enough in float32 when the rest is small.
+    inside = _coefficients(directions, step)
+    rest = jax.tree.map(jnp.subtract, step, _combine(inside, directions))
+    again = _coefficients(directions, rest)
+    rest = jax.tree.map(jnp.subtract, rest, _combine(again, directions))
+    inside = inside + again
+    length = optax.tree.norm(rest)
+    new = length > 1e-4
+    rest = jax.tree.map(lambda x: jnp.where(new, x / jnp.where(new, length, 1), 0), rest)
+    column = jnp.append(inside, jnp.where(new, length, 0))
+    moment = jnp.diag(jnp.append(decay * energy, 0)) + jnp.outer(column, column)
+    values, vectors = jnp.linalg.eigh(moment)
+    rank = energy.shape[0]
+    values, vectors = values[::-1][:rank], vectors[:, ::-1][:, :rank]
+
+    def rotate(u: jax.Array, r: jax.Array) -> jax.Array:
+        both = jnp.concatenate([u, r[None]])
+        out = jnp.tensordot(vectors.T.astype(u.dtype), both, axes=1)
+        return jnp.where(good, out, u)
+
+    turned = jax.tree.map(rotate, directions, rest)
+    values = jnp.maximum(values, 0).astype(energy.dtype)
+    return turned, jnp.where(good, values, energy)
