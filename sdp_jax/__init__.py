@@ -1,15 +1,18 @@
 """Structured pruning for JAX, one Optax transformation.
 
-Groups: :func:`groups_from_axes`, :class:`Groups`. Training: :func:`altsdp` and its
-pieces. Strengths: :func:`valley_strength`, :func:`target_sparsity`. Cutting:
-:func:`plan_cut`, :class:`Cut`.
+Groups: :func:`find_groups`, :func:`groups_from_axes`, :class:`Groups`. Training:
+:func:`altsdp` and its pieces. Strengths: :func:`valley_strength`,
+:func:`target_sparsity`. Cutting: :func:`plan_cut`, :class:`Cut`, :func:`narrow`.
 """
 
 # Groups
 # Training
 from sdp_jax.altsdp import altsdp, grda, prox_sgd
+from sdp_jax.cut import Cut
+from sdp_jax.files import load, save
 from sdp_jax.groups import (
     Dimension,
+    Frozen,
     Groups,
     Leaf,
     Member,
@@ -25,7 +28,10 @@ from sdp_jax.groups import (
 )
 
 # Cutting
-from sdp_jax.narrow import Cut, plan_cut
+# Measuring
+from sdp_jax.measure import Cost, EquationCost, cost, latency
+from sdp_jax.narrow import narrow
+from sdp_jax.plan import plan_cut
 
 # Strengths
 from sdp_jax.strength import (
@@ -34,6 +40,7 @@ from sdp_jax.strength import (
     target_sparsity,
     valley_strength,
 )
+from sdp_jax.tracing.find import find_groups
 from sdp_jax.transforms import (
     DualAveragingState,
     GroupSoftThresholdState,
@@ -43,15 +50,19 @@ from sdp_jax.transforms import (
     dual_averaging,
     group_soft_threshold,
     project_onto_valley,
+    radial_dual_averaging,
     soft_threshold,
 )
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Cost",
     "Cut",
     "Dimension",
     "DualAveragingState",
+    "EquationCost",
+    "Frozen",
     "GroupSoftThresholdState",
     "Groups",
     "Leaf",
@@ -66,16 +77,23 @@ __all__ = [
     "channels_alive",
     "check_zeros",
     "consumer",
+    "cost",
     "dual_averaging",
+    "find_groups",
     "grda",
     "group_soft_threshold",
     "groups_from_axes",
+    "latency",
+    "load",
+    "narrow",
     "plan_cut",
     "producer",
     "project_onto_valley",
     "prox_sgd",
+    "radial_dual_averaging",
     "ramp_strength",
     "running_state",
+    "save",
     "scale_channels",
     "soft_threshold",
     "target_sparsity",

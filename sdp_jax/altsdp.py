@@ -1,7 +1,7 @@
 """AltSDP, the solver of Structured Directional Pruning, and its special cases."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import chex
 import jax
@@ -12,6 +12,7 @@ from sdp_jax.strength import (
     Strength,
     StrengthLike,
     as_strength,
+    check_momentum,
     check_number,
     valley_strength,
 )
@@ -19,6 +20,7 @@ from sdp_jax.transforms import (
     dual_averaging,
     group_soft_threshold,
     project_onto_valley,
+    radial_dual_averaging,
     soft_threshold,
 )
 
@@ -30,13 +32,14 @@ def altsdp(
     strength: StrengthLike,
     floor: int | jax.Array | Mapping[str, int] = 1,
     norm: Norm | Mapping[str, float] = "plain",
+    dual: Literal["full", "radial"] = "full",
     valley: Mapping[str, Any] | None = None,
     momentum: chex.Numeric | None = None,
     nesterov: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Trains as ``base`` does, while whole channels become exactly zero.
 
-    With the dual variable ``v`` (``v_0 = w_0``) and the threshold ``g`` it alternates ::
+    With the dual variable ``v`` (``v_0 = w_0``) and threshold ``g`` it alternates ::
 
         v_{n+1} = v_n + base step at the gradient of w_n
         w_{n+1} = prox_{g(n+1)}(v_{n+1})      group soft-threshold
@@ -44,13 +47,14 @@ def altsdp(
     Gradients have no component along the valley of the loss, so along it the shrinkage
     of the threshold stays, while across it the gradient pulls it back. As training goes
     on, ``w`` tends to the minimiser of ``½‖w − w*‖² + g Σ ‖w_g‖`` *within the valley*
-    of the solution ``w*`` of ``base``: pruned, at unchanged training loss.
+    of the solution ``w*`` of ``base``: pruned, at a training loss that the growing
+    threshold keeps a little above that of ``base``.
 
     It is exactly this chain, and its state is the chain's::
 
         optax.chain(
             base,                                     # or optax.sgd(base, momentum)
-            dual_averaging(),
+            dual_averaging(),                         # or radial_dual_averaging
             project_onto_valley(groups, strength),    # only if valley is given
             group_soft_threshold(groups, strength),
         )
@@ -68,6 +72,9 @@ def altsdp(
       floor: channels that survive in each dimension; a number, or one for each name.
       norm: weighting of the channel norms: ``"plain"``, ``"size"``, ``"cost"`` or a
         number for each dimension; see :func:`sdp_jax.channel_norms`.
+      dual: ``"full"`` for plain dual averaging; ``"radial"`` for
+        :func:`sdp_jax.radial_dual_averaging`, with which shrunk channels turn at the
+        full rate of ``base``. With a target it ends at a lower training loss.
       valley: keyword arguments of :func:`sdp_jax.project_onto_valley`, for example
         ``{"rank": 8}``; ``None`` leaves that piece out.
       momentum: momentum of the SGD, if ``base`` is a learning rate.
@@ -103,8 +110,18 @@ def altsdp(
        [3.75 0.  ]]
     """
     optimizer, rule = _base_and_strength(base, strength, momentum, nesterov)
-    pieces = [optimizer, dual_averaging(candidates=True)]
+    if dual not in ("full", "radial"):
+        raise ValueError(f"dual must be 'full' or 'radial'; got {dual!r}")
+    if dual == "radial":
+        averaging = radial_dual_averaging(groups, candidates=True)
+    else:
+        averaging = dual_averaging(candidates=True)
+    pieces = [optimizer, averaging]
     if valley is not None:
+        if dual == "radial":
+            raise ValueError(
+                "valley corrects the full dual variable; use it with dual='full'"
+            )
         if not isinstance(valley, Mapping):
             raise TypeError(
                 "valley must be keyword arguments of project_onto_valley, for example "
@@ -157,11 +174,16 @@ def prox_sgd(
     References:
       Parikh and Boyd, "Proximal Algorithms", 2014, section 4.2; Yuan and Lin 2006.
     """
+    if isinstance(learning_rate, optax.GradientTransformation):
+        raise TypeError(
+            "prox_sgd is SGD: its first argument is a learning rate or a schedule, not "
+            "a transformation; use optax.chain(base, group_soft_threshold(...))"
+        )
     optimizer, rule = _base_and_strength(learning_rate, strength, momentum, nesterov)
     if not isinstance(strength, Strength):
         as_strength(strength)
 
-        def threshold(count: chex.Numeric) -> chex.Numeric:
+        def threshold(count: Any) -> Any:
             rate = learning_rate(count) if callable(learning_rate) else learning_rate
             return rate * (strength(count) if callable(strength) else strength)
 
@@ -214,17 +236,11 @@ def _base_and_strength(
     base: Any, strength: StrengthLike, momentum: Any, nesterov: bool
 ) -> tuple[optax.GradientTransformation, StrengthLike]:
     """The base optimizer, and the strength with its learning rate filled in."""
-    unbound = isinstance(strength, Strength) and strength.bind is not None
     if isinstance(base, optax.GradientTransformation):
         if momentum is not None or nesterov:
             raise ValueError(
                 "momentum and nesterov belong to the SGD that a learning rate stands "
                 "for; base is a transformation and brings its own"
-            )
-        if unbound:
-            raise ValueError(
-                "valley_strength needs learning_rate= here: base is a transformation, "
-                "so its rate (and momentum=, if it has one) cannot be read off"
             )
         return base, strength
     if not callable(base):
@@ -235,8 +251,8 @@ def _base_and_strength(
             rule="a non-negative learning rate, a schedule or an Optax transformation",
         )
     if momentum is not None:
-        check_number("momentum", momentum, low=0, high=1, rule="a number in [0, 1)")
-    if unbound:
-        assert isinstance(strength, Strength) and strength.bind is not None
+        check_momentum(momentum)
+    if isinstance(strength, Strength) and strength.bind is not None:
         strength = strength.bind(base, momentum)
-    return optax.sgd(base, momentum, nesterov), strength
+    rate: Any = base
+    return optax.sgd(rate, momentum, nesterov), strength

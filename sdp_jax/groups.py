@@ -15,32 +15,36 @@ concatenation (``offset``) and their combinations (``period``).
 printable, serialises to JSON, and never keeps an array alive.
 """
 
+import collections
 import dataclasses
 import difflib
 import functools
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 Role = Literal["producer", "consumer", "state"]
 Norm = Literal["plain", "size", "cost"]
+PyTree: TypeAlias = Any
 
 
 class PerChannel(NamedTuple):
     """A pytree node of per-channel numbers, so that a cut can recognise them.
 
+    The attribute's name marks it also where a checkpoint has turned the node into a
+    dictionary.
+
     Attributes:
-      values: one vector for all channels, dimension after dimension,
+      per_channel: one vector for all channels, dimension after dimension,
         ``(num_channels,)``.
     """
 
-    values: jax.Array
+    per_channel: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,20 +178,44 @@ class Leaf:
 
 
 @dataclasses.dataclass(frozen=True)
+class Frozen:
+    """An axis of a leaf that has to stay whole, or partly so.
+
+    Attributes:
+      path: path of the leaf.
+      axis: axis of the leaf.
+      positions: how many positions of it are fixed.
+      reasons: what fixes them.
+    """
+
+    path: str
+    axis: int
+    positions: int
+    reasons: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class Groups:
     """A static description of all channel dimensions of a tree of parameters.
 
-    Build it with :func:`groups_from_axes`. It compares and hashes by value, prints
+    :func:`sdp_jax.find_groups` finds it in a function; :func:`groups_from_axes` builds
+    it by hand. It compares and hashes by value, prints
     as a table, and goes to JSON and back with :meth:`to_json` and :meth:`from_json`.
 
     Attributes:
       dimensions: the channel dimensions.
       leaves: path and shape of every leaf of the tree, also of those that no
         dimension touches.
+      frozen: axes that cannot be cut, and why, as far as a trace has found out.
+      prune_inputs: whether channels of the function's inputs are among them.
+      prune_outputs: whether channels of its outputs are.
     """
 
     dimensions: tuple[Dimension, ...]
     leaves: tuple[Leaf, ...]
+    frozen: tuple[Frozen, ...] = ()
+    prune_inputs: bool = False
+    prune_outputs: bool = False
 
     def __len__(self) -> int:
         return len(self.dimensions)
@@ -269,7 +297,14 @@ class Groups:
                 dataclasses.replace(m, path=m.path.removeprefix(start)) for m in inside
             )
             dimensions.append(dataclasses.replace(d, members=members))
-        return Groups(tuple(dimensions), leaves)
+        frozen = tuple(
+            dataclasses.replace(f, path=f.path.removeprefix(start))
+            for f in self.frozen
+            if f.path.startswith(start)
+        )
+        return dataclasses.replace(
+            self, dimensions=tuple(dimensions), leaves=leaves, frozen=frozen
+        )
 
     def to_json(self) -> str:
         """The groups as a JSON string."""
@@ -291,23 +326,47 @@ class Groups:
         """
         try:
             raw = json.loads(text)
-            leaves = tuple(Leaf(x["path"], tuple(x["shape"])) for x in raw["leaves"])
+            leaves = tuple(
+                Leaf(_text(x["path"]), tuple(_count(n) for n in x["shape"]))
+                for x in raw["leaves"]
+            )
             dimensions = tuple(
                 Dimension(
-                    d["name"], d["size"], tuple(Member(**m) for m in d["members"])
+                    _text(d["name"]),
+                    _count(d["size"]),
+                    tuple(_member_from_json(m) for m in d["members"]),
                 )
                 for d in raw["dimensions"]
             )
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            frozen = tuple(
+                Frozen(
+                    _text(f["path"]),
+                    _count(f["axis"]),
+                    _count(f["positions"]),
+                    tuple(_text(r) for r in f["reasons"]),
+                )
+                for f in raw.get("frozen", ())
+            )
+            flags = {k: bool(raw.get(k)) for k in ("prune_inputs", "prune_outputs")}
+            if len({leaf.path for leaf in leaves}) != len(leaves):
+                raise TypeError("two leaves have the same path")
+            if not all(d.producers for d in dimensions):
+                raise TypeError("a dimension has no producer")
+        except (
+            AttributeError,
+            KeyError,
+            TypeError,
+            json.JSONDecodeError,
+        ) as error:
             raise ValueError(
                 f"not groups in JSON, as written by Groups.to_json: {error!r}"
             ) from error
-        groups = cls(dimensions, leaves)
+        groups = cls(dimensions, leaves, frozen, **flags)
         _check_groups(groups)
         return groups
 
     def summary(self) -> str:
-        """A table of the dimensions, their sizes, costs and members."""
+        """A table of the dimensions: sizes, costs, members; and of what is frozen."""
         name_width = max([len(d.name) for d in self.dimensions] + [9])
         lines = [f"{'dimension':<{name_width}}  channels  entries/channel  members"]
         for d in self.dimensions:
@@ -316,12 +375,44 @@ class Groups:
                 f"{m.path}[{m.axis}]" + ("" if m.role == "producer" else f" ({m.role})")
                 for m in d.members
             )
-            lines.append(f"{d.name:<{name_width}}  {d.size:8d}  {entries:15d}  {members}")
+            lines.append(
+                f"{d.name:<{name_width}}  {d.size:8d}  {entries:15d}  {members}"
+            )
         lines.append(
             f"{len(self)} dimensions, {self.num_channels} channels, "
             f"{len(self.leaves)} leaves"
         )
+        if self.frozen:
+            lines.append("cannot be cut:")
+        for f in self.frozen:
+            why = "; ".join(f.reasons)
+            lines.append(f"  {f.path}[{f.axis}], {f.positions} positions: {why}")
         return "\n".join(lines)
+
+    def draw(self) -> str:
+        """A picture of layers and couplings, in the language of Graphviz.
+
+        Layers (boxes) point to the channels they make, channels (ellipses) to the
+        layers that read them. ``dot -Tsvg`` makes an image of it.
+
+        Returns:
+          The source text.
+        """
+        lines = ["digraph groups {", "  rankdir=LR;"]
+        for d in self.dimensions:
+            lines.append(f'  "{d.name}" [label="{d.name}: {d.size}"];')
+            edges: dict[tuple[str, str], None] = {}
+            for m in d.members:
+                layer = m.path.rpartition("/")[0] or m.path
+                # A layer may bear the name of its channels.
+                layer = f"{layer} " if layer in self.sizes else layer
+                pair = (layer, d.name) if m.role != "consumer" else (d.name, layer)
+                edges[pair] = None
+            for a, b in edges:
+                box = a if b == d.name else b
+                lines.append(f'  "{box}" [shape=box];')
+                lines.append(f'  "{a}" -> "{b}";')
+        return "\n".join([*dict.fromkeys(lines), "}"])
 
     def __str__(self) -> str:
         return self.summary()
@@ -332,8 +423,31 @@ class Groups:
         return tuple((d.name, m, d.size) for d in self.dimensions for m in d.producers)
 
 
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"expected a string, got {value!r}")
+    return value
+
+
+def _count(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise TypeError(f"expected a non-negative integer, got {value!r}")
+    return value
+
+
+def _member_from_json(raw: dict[str, Any]) -> Member:
+    numbers = ("axis", "outer", "inner", "offset")
+    period = raw.get("period")
+    return Member(
+        _text(raw["path"]),
+        role=raw["role"],
+        period=None if period is None else _count(period),
+        **{k: _count(raw[k]) for k in numbers},
+    )
+
+
 def groups_from_axes(
-    params: chex.ArrayTree,
+    params: PyTree,
     axes: Mapping[str, Sequence[Member]],
     *,
     sizes: Mapping[str, int] | None = None,
@@ -371,12 +485,19 @@ def groups_from_axes(
       >>> groups.sizes
       {'hidden': 8}
     """
-    table = leaf_table(params)
+    if not isinstance(axes, Mapping):
+        raise TypeError(
+            f"axes must map dimension names to their members; got {type(axes).__name__}"
+        )
     if not axes:
         raise ValueError("axes names no dimension; give at least one, with a producer")
+    table = leaf_table(params)
     leaves = tuple(Leaf(p, tuple(np.shape(x))) for p, x in table.items())
     shapes = {leaf.path: leaf.shape for leaf in leaves}
-    given = dict(sizes or {})
+    given = {
+        name: int(size) if isinstance(size, np.integer) else size
+        for name, size in (sizes or {}).items()
+    }
     unknown = sorted(set(given) - set(axes))
     if unknown:
         raise ValueError(f"sizes names dimensions that axes does not have: {unknown}")
@@ -391,7 +512,7 @@ def groups_from_axes(
             )
         size = given[name] if name in given else _infer_size(name, members, shapes)
         for m in members:
-            dtype = getattr(table[m.path], "dtype", np.asarray(table[m.path]).dtype)
+            dtype = leaf_dtype(table[m.path])
             if m.role == "producer" and not jnp.issubdtype(dtype, jnp.inexact):
                 raise TypeError(
                     f"dimension {name!r}: producer {m.path!r} has dtype {dtype}; only "
@@ -411,16 +532,17 @@ def groups_from_axes(
         dimensions.append(Dimension(name, size, tuple(members)))
     groups = Groups(tuple(dimensions), leaves)
     _check_groups(groups)
+    _check_overlap(groups)
     _check_coverage(groups, axes, shapes)
     return groups
 
 
-def leaf_table(tree: chex.ArrayTree) -> dict[str, Any]:
+def leaf_table(tree: PyTree) -> dict[str, Any]:
     """All leaves of a tree by path.
 
     A path is the leaf's keys joined by ``/``. The ``value`` attribute of a
-    ``flax.nnx`` variable is left out, because nnx passes the optimizer its variables
-    at ``init`` and plain arrays at ``update``.
+    ``flax.nnx`` variable is left out (see :func:`leaf_keys`), because nnx passes the
+    optimizer its variables at ``init`` and plain arrays at ``update``.
 
     Args:
       tree: any pytree.
@@ -432,8 +554,8 @@ def leaf_table(tree: chex.ArrayTree) -> dict[str, Any]:
       ValueError: if two leaves have the same path.
     """
     table: dict[str, Any] = {}
-    for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        path = path_string(keys)
+    for keys, leaf in leaf_keys(tree):
+        path = "/".join(keys)
         if path in table:
             raise ValueError(
                 f"two leaves have the path {path!r}; rename a key that contains '/'"
@@ -442,15 +564,39 @@ def leaf_table(tree: chex.ArrayTree) -> dict[str, Any]:
     return table
 
 
-def path_string(keys: Sequence[Any]) -> str:
-    """A key path as :func:`leaf_table` writes it."""
-    if (
-        keys
-        and isinstance(keys[-1], jax.tree_util.GetAttrKey)
-        and keys[-1].name == "value"
-    ):
-        keys = keys[:-1]
-    return jax.tree_util.keystr(tuple(keys), simple=True, separator="/")
+def leaf_keys(
+    tree: PyTree, is_leaf: Callable[[Any], bool] | None = None
+) -> list[tuple[tuple[str, ...], Any]]:
+    """The leaves of a tree in order, each with its keys as strings.
+
+    An attribute ``value`` at the end is left out, as in :func:`leaf_table`, unless it
+    has siblings: then it is a field of the user's, and no variable of nnx.
+
+    Args:
+      tree: any pytree.
+      is_leaf: as for ``jax.tree.flatten``.
+
+    Returns:
+      Pairs of keys and leaf.
+    """
+    found = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
+    families = collections.Counter(keys[:-1] for keys, _ in found if keys)
+    out = []
+    for keys, leaf in found:
+        if keys and families[keys[:-1]] == 1 and _is_value(keys[-1]):
+            keys = keys[:-1]
+        names = (jax.tree_util.keystr((k,), simple=True) for k in keys)
+        out.append((tuple(names), leaf))
+    return out
+
+
+def leaf_dtype(leaf: Any) -> Any:
+    """Dtype of an array, a ``ShapeDtypeStruct`` or a Python number."""
+    return leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
+
+
+def _is_value(key: Any) -> bool:
+    return isinstance(key, jax.tree_util.GetAttrKey) and key.name == "value"
 
 
 def missing_path_message(path: str, paths: Sequence[str]) -> str:
@@ -476,11 +622,23 @@ def _normalise(name: str, member: Any, shapes: Mapping[str, tuple[int, ...]]) ->
         raise ValueError(
             f"dimension {name!r}: {missing_path_message(member.path, list(shapes))}"
         )
+    counts = ["axis", "outer", "inner", "offset"]
+    counts += [] if member.period is None else ["period"]
+    plain = {}
+    for field in counts:
+        value = getattr(member, field)
+        if isinstance(value, bool) or not isinstance(value, int | np.integer):
+            raise TypeError(
+                f"dimension {name!r}, member {member.path!r}: {field} must be an "
+                f"integer; got {value!r}"
+            )
+        plain[field] = int(value)
+    member = dataclasses.replace(member, **plain)
     rank = len(shapes[member.path])
     if not -rank <= member.axis < rank:
         raise ValueError(
-            f"dimension {name!r}: axis {member.axis} of {member.path!r} does not exist; "
-            f"its shape is {shapes[member.path]}"
+            f"dimension {name!r}: axis {member.axis} of {member.path!r} does not "
+            f"exist; its shape is {shapes[member.path]}"
         )
     return dataclasses.replace(member, axis=member.axis % rank)
 
@@ -508,7 +666,6 @@ def _check_groups(groups: Groups) -> None:
     names = [d.name for d in groups.dimensions]
     if len(set(names)) != len(names):
         raise ValueError(f"dimension names are not unique: {sorted(names)}")
-    taken: dict[str, list[tuple[str, int, np.ndarray]]] = {}
     for d in groups.dimensions:
         if not isinstance(d.size, int) or d.size < 1:
             raise ValueError(
@@ -516,8 +673,12 @@ def _check_groups(groups: Groups) -> None:
             )
         for m in d.members:
             _check_member(groups, d, m)
-            if m.role != "producer":
-                continue
+
+
+def _check_overlap(groups: Groups) -> None:
+    taken: dict[str, list[tuple[str, int, np.ndarray]]] = {}
+    for d in groups.dimensions:
+        for m in d.producers:
             mask = np.zeros(groups.shapes[m.path][m.axis], bool)
             mask[m.positions(d.size)] = True
             for other, axis, other_mask in taken.setdefault(m.path, []):
@@ -535,7 +696,9 @@ def _check_member(groups: Groups, d: Dimension, m: Member) -> None:
     if m.role not in get_args(Role):
         raise ValueError(f"{where}: role {m.role!r} is not one of {get_args(Role)}")
     if m.path not in groups.shapes:
-        raise ValueError(f"{where}: {missing_path_message(m.path, list(groups.shapes))}")
+        raise ValueError(
+            f"{where}: {missing_path_message(m.path, list(groups.shapes))}"
+        )
     shape = groups.shapes[m.path]
     if not 0 <= m.axis < len(shape):
         raise ValueError(f"{where}: axis {m.axis} does not exist; the shape is {shape}")
@@ -578,8 +741,8 @@ def _check_coverage(
             path, axis = key
             raise ValueError(
                 f"the members on axis {axis} of {path!r} cover {mask.sum()} of its "
-                f"{mask.size} positions (shape {shapes[path]}); correct outer, inner or "
-                "offset, or give period= to say that the rest is meant to stay"
+                f"{mask.size} positions (shape {shapes[path]}); correct outer, inner "
+                "or offset, or give period= to say that the rest is meant to stay"
             )
 
 
@@ -624,7 +787,9 @@ def channel_weights(
     if norm == "size":
         return {d.name: groups.entries(d, roles=("producer",)) ** 0.5 for d in groups}
     if norm == "cost":
-        cost = {d.name: groups.entries(d, roles=("producer", "consumer")) for d in groups}
+        cost = {
+            d.name: groups.entries(d, roles=("producer", "consumer")) for d in groups
+        }
         mean = sum(cost[d.name] * d.size for d in groups) / groups.num_channels
         return {name: value / mean for name, value in cost.items()}
     raise ValueError(
@@ -634,7 +799,7 @@ def channel_weights(
 
 def channel_norms(
     groups: Groups,
-    tree: chex.ArrayTree,
+    tree: PyTree,
     *,
     norm: Norm | Mapping[str, float] = "plain",
 ) -> dict[str, jax.Array]:
@@ -670,7 +835,33 @@ def channel_norms(
     }
 
 
-def channels_alive(groups: Groups, tree: chex.ArrayTree) -> dict[str, jax.Array]:
+def channel_products(
+    groups: Groups, first: PyTree, second: PyTree
+) -> dict[str, jax.Array]:
+    """Real inner product of two trees over the producers of each channel.
+
+    Args:
+      groups: the channel dimensions.
+      first: a tree that has the producers of ``groups`` as leaves.
+      second: another one of the same shapes.
+
+    Returns:
+      For each dimension an array ``(size,)``, float32 or wider.
+
+    Raises:
+      ValueError: if a producer is missing or has another shape.
+    """
+
+    def product(a: jax.Array, b: jax.Array) -> jax.Array:
+        dtype = jnp.promote_types(jnp.result_type(a, b), jnp.float32)
+        value = jnp.conj(a.astype(dtype)) * b.astype(dtype)
+        return value.real if jnp.iscomplexobj(value) else value
+
+    products = jax.tree.map(product, first, second)
+    return _reduce_channels(groups, products, lambda x: x, jnp.sum, jnp.add)
+
+
+def channels_alive(groups: Groups, tree: PyTree) -> dict[str, jax.Array]:
     """Which channels have a producer entry that is not exactly zero.
 
     Args:
@@ -687,8 +878,8 @@ def channels_alive(groups: Groups, tree: chex.ArrayTree) -> dict[str, jax.Array]
 
 
 def scale_channels(
-    groups: Groups, tree: chex.ArrayTree, factors: Mapping[str, jax.Array]
-) -> chex.ArrayTree:
+    groups: Groups, tree: PyTree, factors: Mapping[str, jax.Array]
+) -> PyTree:
     """Multiplies the producers of each channel by the channel's factor.
 
     One fused multiplication per leaf; leaves without a producer pass unchanged.
@@ -709,7 +900,9 @@ def scale_channels(
     for name, member, size in groups._producers:
         leaf = table[member.path]
         length = leaf.shape[member.axis]
-        spread = _spread(factors[name].astype(_real_dtype(leaf.dtype)), member, size, length)
+        spread = _spread(
+            factors[name].astype(_real_dtype(leaf.dtype)), member, size, length
+        )
         shape = [1] * leaf.ndim
         shape[member.axis] = length
         spread = spread.reshape(shape)
@@ -717,14 +910,13 @@ def scale_channels(
             scales[member.path] * spread if member.path in scales else spread
         )
 
-    def scale(keys: Any, leaf: Any) -> Any:
-        path = path_string(keys)
-        return leaf * scales[path] if path in scales else leaf
+    leaves = [
+        leaf * scales[path] if path in scales else leaf for path, leaf in table.items()
+    ]
+    return jax.tree.unflatten(jax.tree.structure(tree), leaves)
 
-    return jax.tree_util.tree_map_with_path(scale, tree)
 
-
-def producer_leaves(groups: Groups, tree: chex.ArrayTree) -> dict[str, Any]:
+def producer_leaves(groups: Groups, tree: PyTree) -> dict[str, Any]:
     """The leaves of a tree by path, after checking the producers of ``groups``.
 
     Args:
@@ -768,7 +960,7 @@ def split_channels(vector: jax.Array, sizes: Mapping[str, int]) -> dict[str, jax
     return parts
 
 
-def probe_channels(groups: Groups, tree: chex.ArrayTree) -> dict[str, jax.Array]:
+def probe_channels(groups: Groups, tree: PyTree) -> dict[str, jax.Array]:
     """The largest magnitude of each channel in the small producers of its dimension.
 
     It looks at vectors (biases, scales) only, or at the smallest producer where there
@@ -809,7 +1001,7 @@ def _real_dtype(dtype: Any) -> Any:
 
 def _reduce_channels(
     groups: Groups,
-    tree: chex.ArrayTree,
+    tree: PyTree,
     entry: Callable[[jax.Array], jax.Array],
     reduce: Callable[..., jax.Array],
     combine: Callable[[jax.Array, jax.Array], jax.Array],

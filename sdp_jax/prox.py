@@ -55,9 +55,9 @@ def hold_floor(
 ) -> jax.Array:
     """Thresholds that leave at least ``floor`` channels of a dimension.
 
-    The ``floor`` channels of largest norm (all that tie) are protected: their factor never falls below
-    :data:`FLOOR_FACTOR`. As long as the plain soft-threshold leaves them more than
-    that, it is not touched; a collapse is stopped smoothly, not undone by a jump.
+    The ``floor`` channels of largest norm (all that tie) are protected: their factor
+    never falls below :data:`FLOOR_FACTOR`. As long as the plain soft-threshold leaves
+    them more, it is not touched; a collapse is stopped smoothly, not undone by a jump.
 
     Args:
       norms: weighted norms ``(size,)``.
@@ -70,11 +70,13 @@ def hold_floor(
     threshold = jnp.broadcast_to(jnp.asarray(threshold, norms.dtype), norms.shape)
     if isinstance(floor, int) and floor == 0:
         return threshold
+    # A channel that is not a number must not take the place of the others.
+    ranked = jnp.where(jnp.isnan(norms), -jnp.inf, norms)
     if isinstance(floor, int):
         # A plain maximum is the cheaper of the two, and floors of 1 are the rule.
-        level = jnp.max(norms) if floor == 1 else jax.lax.top_k(norms, floor)[0][-1]
+        level = jnp.max(ranked) if floor == 1 else jax.lax.top_k(ranked, floor)[0][-1]
     else:
-        level = jnp.sort(norms, descending=True)[jnp.maximum(floor - 1, 0)]
+        level = jnp.sort(ranked, descending=True)[jnp.maximum(floor - 1, 0)]
         level = jnp.where(floor > 0, level, jnp.inf)
     held = keep_alive(norms, threshold, FLOOR_FACTOR)
     return jnp.where(norms >= level, held, threshold)
@@ -98,8 +100,10 @@ def largest(norms: jax.Array, count: int | jax.Array) -> jax.Array:
       A Boolean vector ``(size,)`` with exactly ``count`` true entries.
     """
     order = jnp.argsort(-norms, stable=True)
-    rank = jnp.zeros(norms.shape, jnp.int32).at[order].set(
-        jnp.arange(norms.shape[0], dtype=jnp.int32)
+    rank = (
+        jnp.zeros(norms.shape, jnp.int32)
+        .at[order]
+        .set(jnp.arange(norms.shape[0], dtype=jnp.int32))
     )
     return rank < count
 
@@ -128,11 +132,13 @@ def resolve_floors(
                 f"floor names dimensions that do not exist: {unknown}; there are "
                 f"{list(groups.sizes)}"
             )
-        floors = {name: floor.get(name, 1) for name in groups.sizes}
+        floors: dict[str, int | jax.Array] = {
+            name: floor.get(name, 1) for name in groups.sizes
+        }
     else:
-        floors = dict.fromkeys(groups.sizes, floor)
+        floors = {name: floor for name in groups.sizes}
     for name, value in floors.items():
-        if isinstance(value, jax.Array):
+        if isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jnp.integer):
             continue
         if isinstance(value, bool) or not isinstance(value, int | np.integer):
             raise TypeError(

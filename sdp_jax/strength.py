@@ -23,6 +23,11 @@ Norms: TypeAlias = Mapping[str, jax.Array]
 Thresholds: TypeAlias = dict[str, jax.Array]
 
 
+# The norms of a layer often lie close together, far from zero. Over this part of its
+# ramp a target therefore lets the threshold rise from zero to the norms it must reach.
+RISE = 0.3
+
+
 class Strength(NamedTuple):
     """A rule that gives thresholds, as a pair of pure functions.
 
@@ -32,8 +37,9 @@ class Strength(NamedTuple):
       update: ``update(state, norms, floors) -> (thresholds, state)``, with weighted
         norms and thresholds by dimension name, shape ``(size,)``. The thresholds must
         leave ``floors[name]`` channels alive (see :func:`sdp_jax.prox.hold_floor`).
-      bind: for a rule that needs the learning rate and was not given one:
-        ``bind(learning_rate, momentum) -> Strength``; otherwise ``None``.
+      bind: for a rule that wants the learning rate and momentum of the base optimizer:
+        ``bind(learning_rate, momentum) -> Strength``, which keeps those that the rule
+        was given; otherwise ``None``.
     """
 
     init: Callable[[Sizes, prox.Floors], Any]
@@ -107,6 +113,20 @@ def check_number(
         raise ValueError(f"{name} must be {rule}; got {value!r}")
 
 
+def check_momentum(momentum: Any) -> None:
+    """Refuses a Python number outside ``[0, 1)``; arrays pass unchecked.
+
+    Args:
+      momentum: what was given.
+
+    Raises:
+      TypeError: if it is neither a number nor an array.
+      ValueError: if it is a number outside.
+    """
+    high = math.nextafter(1, 0)
+    check_number("momentum", momentum, low=0, high=high, rule="a number in [0, 1)")
+
+
 def as_strength(strength: StrengthLike) -> Strength:
     """Reads a number or a schedule as a :class:`Strength`.
 
@@ -156,7 +176,7 @@ def ramp_strength(
     check_number("power", power, low=0, rule="a non-negative number")
     _check_steps(begin_step, end_step)
 
-    def schedule(count: chex.Numeric) -> chex.Numeric:
+    def schedule(count: Any) -> Any:
         done = (count + 1 - begin_step) / (end_step - begin_step)
         return value * jnp.clip(done, 0, 1) ** power
 
@@ -182,9 +202,10 @@ def valley_strength(
     Args:
       c: scale, at least 0; 0 gives plain SGD.
       mu: exponent, strictly between ½ and 1.
-      learning_rate: the rate ``γ`` or its schedule. May be left out inside
-        :func:`sdp_jax.altsdp`, which fills in its own.
-      momentum: the momentum ``β`` of the base optimizer, if any.
+      learning_rate: the rate ``γ`` or its schedule.
+      momentum: the momentum ``β`` of the base optimizer, if any. Both may be left out
+        inside :func:`sdp_jax.altsdp`, which fills in its own if its base is a learning
+        rate.
 
     Returns:
       A :class:`Strength`.
@@ -213,24 +234,27 @@ def valley_strength(
     if not isinstance(mu, jax.Array) and not 0.5 < mu < 1:
         raise ValueError(f"mu must be a number strictly between 0.5 and 1; got {mu!r}")
     if momentum is not None:
-        check_number("momentum", momentum, low=0, rule="a number in [0, 1)")
-        if not isinstance(momentum, jax.Array) and momentum >= 1:
-            raise ValueError(f"momentum must be a number in [0, 1); got {momentum!r}")
+        check_momentum(momentum)
     if learning_rate is not None and not callable(learning_rate):
         check_number(
             "learning_rate", learning_rate, low=0, rule="a non-negative number"
         )
 
     def bind(rate: Any, beta: Any) -> Strength:
-        return valley_strength(c, mu, rate, momentum=momentum if beta is None else beta)
+        return valley_strength(
+            c,
+            mu,
+            rate if learning_rate is None else learning_rate,
+            momentum=beta if momentum is None else momentum,
+        )
 
     def init(sizes: Sizes, floors: prox.Floors) -> ValleyState:
         del sizes, floors
         if learning_rate is None:
             raise ValueError(
-                "valley_strength has no learning rate: pass learning_rate= (a number or "
-                "the schedule of the base optimizer); altsdp fills it in only where its "
-                "own base is a learning rate"
+                "valley_strength needs learning_rate= here (a number or the schedule "
+                "of the base optimizer, and momentum= if it has one): altsdp fills "
+                "them in only where its own base is a learning rate"
             )
         dtype = jnp.result_type(float)
         # Two arrays, not one twice: a donated state must not hold a buffer two times.
@@ -243,21 +267,22 @@ def valley_strength(
     ) -> tuple[Thresholds, ValleyState]:
         assert learning_rate is not None
         rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
-        count = optax.safe_increment(state.count)
+        count = jnp.asarray(optax.safe_increment(state.count))
         dtype = state.total.dtype
         rate = jnp.asarray(rate, dtype)
         if momentum is not None:
             rate = rate / (1 - jnp.asarray(momentum, dtype))
         n = count.astype(dtype)
         exponent = jnp.asarray(mu, dtype)
-        # n^μ − (n−1)^μ without cancellation; at n = 1 the logarithm is −∞, which is right.
+        # n^μ − (n−1)^μ without cancellation; at n = 1 the logarithm is −∞: fine.
         growth = -(n**exponent) * jnp.expm1(exponent * jnp.log1p(-1 / n))
         step = jnp.asarray(c, dtype) * rate ** (exponent + 0.5) * growth - state.carry
         total = state.total + step
         carry = (total - state.total) - step
         return _same_for_all(total, norms, floors), ValleyState(count, total, carry)
 
-    return Strength(init, update, bind if learning_rate is None else None)
+    complete = learning_rate is not None and momentum is not None
+    return Strength(init, update, None if complete else bind)
 
 
 def target_sparsity(
@@ -271,9 +296,10 @@ def target_sparsity(
     """Prunes exactly the asked-for share of channels by a given step.
 
     At step ``n`` the threshold is the norm below which the share
-    ``fraction · (1 − (1 − (n − begin) / (end − begin))^power)`` of all channels lies.
-    Until ``end_step`` channels may return; after it the set stays fixed and the
-    thresholds too, while training goes on. ``fraction`` is rounded to whole channels.
+    ``fraction · (1 − (1 − (n − begin) / (end − begin))^power)`` of all channels lies;
+    over the first 30 % of the ramp it rises to there from zero, linearly. Until
+    ``end_step`` channels may return; after it the set stays fixed and the thresholds
+    too, while training goes on. ``fraction`` is rounded to whole channels.
 
     Args:
       fraction: share of channels that are zero from ``end_step`` on, in [0, 1). After
@@ -286,7 +312,8 @@ def target_sparsity(
 
     Returns:
       A :class:`Strength`. Its ``init`` raises ``ValueError`` if the floors leave fewer
-      channels to prune than asked for.
+      channels to prune than asked for. Floors that are arrays cannot be checked there:
+      where they forbid the share, they win.
 
     Raises:
       ValueError: if ``fraction`` is outside [0, 1), ``power`` not positive or the steps
@@ -334,10 +361,13 @@ def target_sparsity(
     def update(
         state: TargetState, norms: Norms, floors: prox.Floors
     ) -> tuple[Thresholds, TargetState]:
-        count = optax.safe_increment(state.count)
+        count = jnp.asarray(optax.safe_increment(state.count))
         done = jnp.clip((count - begin_step) / (end_step - begin_step), 0, 1)
-        share = 1 - (1 - done) ** power
-        old = state.thresholds.values
+        # Division may round: at the end the share is exact.
+        final = count >= end_step
+        share = jnp.where(final, 1, 1 - (1 - done) ** power)
+        rise = jnp.where(final, 1, jnp.minimum(1, done / RISE))
+        old = state.thresholds.per_channel
 
         def ranked() -> jax.Array:
             blocks = [[name] for name in norms] if per_dimension else [list(norms)]
@@ -345,7 +375,7 @@ def target_sparsity(
             for names in blocks:
                 size = sum(norms[name].shape[0] for name in names)
                 block = {name: norms[name] for name in names}
-                found |= _rank_block(block, floors, share * wanted(size))
+                found |= _rank_block(block, floors, share * wanted(size), rise)
             return join_channels(found).astype(old.dtype)
 
         fixed = jax.lax.cond(count > end_step, lambda: old, ranked)
@@ -358,8 +388,13 @@ def target_sparsity(
     return Strength(init, update)
 
 
-def _rank_block(norms: Norms, floors: prox.Floors, wanted: jax.Array) -> Thresholds:
-    """Thresholds that zero the ``⌊wanted⌋`` smallest channels that floors permit."""
+def _rank_block(
+    norms: Norms, floors: prox.Floors, wanted: jax.Array, rise: jax.Array
+) -> Thresholds:
+    """Thresholds that zero the ``⌊wanted⌋`` smallest channels that floors permit.
+
+    While ``rise`` is below 1, they are that share of these thresholds.
+    """
     protected = {k: prox.largest(v, floors.get(k, 0)) for k, v in norms.items()}
     free = jnp.concatenate(
         [jnp.where(protected[k], jnp.inf, v) for k, v in norms.items()]
@@ -374,12 +409,14 @@ def _rank_block(norms: Norms, floors: prox.Floors, wanted: jax.Array) -> Thresho
     above = ascending[jnp.minimum(count, size - 1)]
     part = jnp.clip(wanted - count, 0, 1)
     level = below + jnp.where(jnp.isinf(above), 0, part * (above - below))
-    pruned = rank < count
+    # Floors that are arrays were not checked against the target: the floor wins.
+    keep = join_channels(protected)
+    pruned = (rank < count) & ~keep & (rise >= 1)
     thresholds, start = {}, 0
     for name, v in norms.items():
         stop = start + v.shape[0]
         gone = pruned[start:stop]
-        held = prox.hold_floor(v, level, floors.get(name, 0))
+        held = prox.hold_floor(v, rise * level, floors.get(name, 0))
         thresholds[name] = jnp.where(gone, jnp.inf, held)
         start = stop
     return thresholds
@@ -395,9 +432,10 @@ def _follow(schedule: optax.Schedule) -> Strength:
     def update(
         state: ScheduleState, norms: Norms, floors: prox.Floors
     ) -> tuple[Thresholds, ScheduleState]:
+        count = jnp.asarray(optax.safe_increment(state.count))
         value = jnp.maximum(schedule(state.count), 0)
         thresholds = _same_for_all(value, norms, floors)
-        return thresholds, ScheduleState(optax.safe_increment(state.count))
+        return thresholds, ScheduleState(count)
 
     return Strength(init, update)
 
@@ -412,9 +450,11 @@ def _same_for_all(value: Any, norms: Norms, floors: prox.Floors) -> Thresholds:
 def _check_steps(begin_step: Any, end_step: Any) -> None:
     for name, step in (("begin_step", begin_step), ("end_step", end_step)):
         if isinstance(step, bool) or not isinstance(step, int | np.integer):
-            raise TypeError(f"{name} must be an integer number of updates; got {step!r}")
-    if not 0 <= begin_step < end_step:
+            raise TypeError(
+                f"{name} must be an integer number of updates; got {step!r}"
+            )
+    if not 0 <= begin_step < end_step < 2**31:
         raise ValueError(
-            "steps must satisfy 0 <= begin_step < end_step; got "
+            "steps must satisfy 0 <= begin_step < end_step < 2**31; got "
             f"begin_step={begin_step}, end_step={end_step}"
         )

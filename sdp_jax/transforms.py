@@ -12,9 +12,9 @@ emits steps.
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from sdp_jax import prox
@@ -22,9 +22,13 @@ from sdp_jax.groups import (
     Groups,
     Norm,
     PerChannel,
+    PyTree,
     channel_norms,
+    channel_products,
     channel_weights,
     join_channels,
+    leaf_dtype,
+    leaf_keys,
     leaf_table,
     probe_channels,
     producer_leaves,
@@ -49,7 +53,7 @@ class GroupSoftThresholdState(NamedTuple):
 
     Attributes:
       strength: state of the strength.
-      alive: which channels the last update left non-zero.
+      alive: which channels the last update did not set to zero.
       intact: False once the zeros of an update were found changed at the next one.
     """
 
@@ -73,7 +77,7 @@ class ProjectOntoValleyState(NamedTuple):
 
     Attributes:
       strength: state of the strength.
-      thresholds: thresholds of the last step.
+      factor: by what the last step multiplied each channel.
       dual: the dual variable as it last arrived.
       correction: sum of all corrections, shaped like the parameters.
       basis: orthonormal sharp directions; each leaf has a leading axis ``rank``.
@@ -81,7 +85,7 @@ class ProjectOntoValleyState(NamedTuple):
     """
 
     strength: Any
-    thresholds: PerChannel
+    factor: PerChannel
     dual: optax.Params
     correction: optax.Params
     basis: optax.Params
@@ -129,17 +133,94 @@ def dual_averaging(
 
     def update_fn(
         updates: optax.Updates,
-        state: DualAveragingState,
+        state: Any,
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, DualAveragingState]:
         del extra_args
-        params = need_params(params, "dual_averaging")
+        params = need_params(params, updates, "dual_averaging")
         dual = jax.tree.map(lambda v, u: v + u.astype(v.dtype), state.dual, updates)
-        if candidates:
-            return dual, DualAveragingState(dual)
-        steps = jax.tree.map(lambda v, p: v - p.astype(v.dtype), dual, params)
-        return steps, DualAveragingState(dual)
+        return _emit(dual, params, candidates), DualAveragingState(dual)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def radial_dual_averaging(
+    groups: Groups, *, candidates: bool = False
+) -> optax.GradientTransformationExtraArgs:
+    """Dual averaging that remembers of a living channel only how much it shrank.
+
+    In :func:`dual_averaging` a channel that the threshold has shrunk to the share ``s``
+    of its dual variable also *turns* at only ``s`` times the rate of the base
+    optimizer, because its direction is that of the larger ``v``. Here the step acts on
+    the channel itself, and what the threshold took off is added to its norm::
+
+        y = w + step,   v' = y + (‖v‖ − ‖w‖) (κ y/‖y‖ + (1 − κ) v/‖v‖)
+
+    with ``κ = max(0, cos(y, v))``: the shrinkage follows the channel as it turns, and
+    stays behind when a step reverses it, so that channels still get stuck at zero.
+    Zero channels and parameters outside the groups are averaged as usual. Groups of one
+    entry, and a threshold of zero, give :func:`dual_averaging` itself.
+
+    Args:
+      groups: the channel dimensions.
+      candidates: emit ``v'`` itself (see the module's docstring).
+
+    Returns:
+      A transformation; its ``update`` needs ``params``. Its state is that of
+      :func:`dual_averaging`.
+
+    Raises:
+      ValueError: if the parameters do not fit the groups, or ``params`` is missing in
+        ``update``.
+      TypeError: in ``init``, if a leaf is not floating-point or complex.
+
+    References:
+      Our own variant of dual averaging.
+    """
+    _check_kind(groups)
+
+    def init_fn(params: optax.Params) -> DualAveragingState:
+        check_inexact(params)
+        check_params(groups, params)
+        return DualAveragingState(jax.tree.map(_wide_copy, params))
+
+    def update_fn(
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, DualAveragingState]:
+        del extra_args
+        params = need_params(params, updates, "radial_dual_averaging")
+        old = state.dual
+
+        def scaled(tree: optax.Params, factor: jax.Array) -> optax.Params:
+            return scale_channels(groups, tree, split_channels(factor, groups.sizes))
+
+        steps = jax.tree.map(lambda v, u: u.astype(v.dtype), old, updates)
+        before = join_channels(channel_norms(groups, old))
+        now = join_channels(channel_norms(groups, params)).astype(before.dtype)
+        alive = (now > 0) & (before > 0)
+        share = jnp.where(alive, now / jnp.where(alive, before, 1), 1)
+        shrunk = jnp.where(alive, before - now, 0)
+        # Norm of y = share · v + step, and its product with v, without forming it.
+        across = join_channels(channel_products(groups, steps, old))
+        size = join_channels(channel_norms(groups, steps))
+        product = now * before + across
+        square = now**2 + 2 * share * across + size**2
+        # A step that all but undoes the channel leaves no direction to follow.
+        turns = alive & (product > 0) & (square > 1e-4 * now**2)
+        length = jnp.sqrt(jnp.where(turns, square, 1))
+        cosine = jnp.where(turns, product / jnp.where(turns, length * before, 1), 0)
+        cosine = jnp.minimum(cosine, 1)
+        stretch = 1 + cosine * shrunk / length
+        behind = (1 - cosine) * shrunk / jnp.where(alive, before, 1)
+        # v' = stretch · y + behind · v, in one pass.
+        dual = jax.tree.map(
+            jnp.add, scaled(old, stretch * share + behind), scaled(steps, stretch)
+        )
+        return _emit(dual, params, candidates), DualAveragingState(dual)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -207,12 +288,12 @@ def group_soft_threshold(
 
     def update_fn(
         updates: optax.Updates,
-        state: GroupSoftThresholdState,
+        state: Any,
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, GroupSoftThresholdState]:
         del extra_args
-        params = need_params(params, "group_soft_threshold")
+        params = need_params(params, updates, "group_soft_threshold")
         candidate = updates if candidates else _add(params, updates)
         norms = channel_norms(groups, candidate, norm=norm)
         thresholds, strength_state = rule.update(state.strength, norms, floors)
@@ -221,8 +302,8 @@ def group_soft_threshold(
         factors = split_channels(factor, groups.sizes)
         point = scale_channels(groups, candidate, factors)
         probe = join_channels(probe_channels(groups, params))
-        intact = state.intact & ~jnp.any(~state.alive.values & (probe != 0))
-        alive = PerChannel((factor != 0) & (flat > 0))
+        intact = state.intact & ~jnp.any(~state.alive.per_channel & (probe != 0))
+        alive = PerChannel(factor != 0)
         new_state = GroupSoftThresholdState(strength_state, alive, intact)
         return step_to(point, params), new_state
 
@@ -245,7 +326,7 @@ def soft_threshold(
       A transformation; its ``update`` needs ``params`` and emits their dtype.
 
     Raises:
-      ValueError: if ``strength`` is negative, or in ``update`` if ``params`` is missing.
+      ValueError: if ``strength`` is negative, or in ``update`` without ``params``.
     """
     rule = as_strength(strength)
 
@@ -255,12 +336,12 @@ def soft_threshold(
 
     def update_fn(
         updates: optax.Updates,
-        state: SoftThresholdState,
+        state: Any,
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, SoftThresholdState]:
         del extra_args
-        params = need_params(params, "soft_threshold")
+        params = need_params(params, updates, "soft_threshold")
         candidate = updates if candidates else _add(params, updates)
         leaves, treedef = jax.tree.flatten(candidate)
         norms = {str(i): jnp.abs(leaf) for i, leaf in enumerate(leaves)}
@@ -280,7 +361,7 @@ def project_onto_valley(
     *,
     rank: int = 8,
     decay: float = 0.99,
-    basis: chex.ArrayTree | None = None,
+    basis: PyTree | None = None,
     floor: int | jax.Array | Mapping[str, int] = 1,
     norm: Norm | Mapping[str, float] = "plain",
     candidates: bool = False,
@@ -288,11 +369,12 @@ def project_onto_valley(
     """Keeps only the valley part of each increment of shrinkage (experimental).
 
     Stands between :func:`dual_averaging` and :func:`group_soft_threshold` and is given
-    the same ``strength``, ``floor`` and ``norm``. When the threshold is about to grow
-    by ``Δg``, the shrinkage grows by ``Δg z`` (``z`` the subgradient of the group
-    norm at the dual variable), and the gradient would have to pull its sharp part back.
-    This piece anticipates the pull: with orthonormal sharp directions ``U`` it adds
-    ``U Uᵀ (Δg z)`` to the dual variable, for good.
+    the same ``strength``, ``floor`` and ``norm``. From one step to the next the
+    shrinkage ``v − prox_g(v) = g z`` grows by some ``Δ(g z)``, and the gradient would
+    have to pull the sharp part of that back. This piece anticipates the pull: with
+    orthonormal sharp directions ``U`` it adds ``U Uᵀ Δ(g z)`` to the dual variable, for
+    good. Along ``U`` the parameters then move as ``base`` moves them, and only across
+    it, in the valley, do they shrink.
 
     ``U`` is either given, or estimated from the stream of incoming steps by an
     incremental singular value decomposition with exponential forgetting. A step that is
@@ -315,8 +397,8 @@ def project_onto_valley(
       A transformation; its ``update`` needs ``params``.
 
     Raises:
-      ValueError: if ``rank`` is below 1, ``decay`` outside (0, 1], or the rest does not
-        fit the groups.
+      ValueError: if ``rank`` is below 1, ``decay`` outside (0, 1], the rest does not
+        fit the groups, or in ``init`` if ``basis`` does not fit the parameters.
 
     References:
       The projection is our own extension of AltSDP. The estimate follows Brand, "Fast
@@ -327,10 +409,23 @@ def project_onto_valley(
         raise ValueError(f"rank must be an integer of at least 1; got {rank!r}")
     check_number("decay", decay, low=1e-6, high=1, rule="a number in (0, 1]")
 
+    def factors_at(point: optax.Params, state: Any) -> tuple[jax.Array, Any]:
+        norms = channel_norms(groups, point, norm=norm)
+        thresholds, state = rule.update(state, norms, floors)
+        factor = prox.soft_threshold_factor(
+            join_channels(norms), join_channels(thresholds)
+        )
+        return factor.astype(jnp.result_type(float)), state
+
+    def shrinkage(point: optax.Params, factor: jax.Array) -> optax.Params:
+        """What the threshold takes off ``point``."""
+        kept = scale_channels(groups, point, split_channels(factor, groups.sizes))
+        return jax.tree.map(jnp.subtract, point, kept)
+
     def init_fn(params: optax.Params) -> ProjectOntoValleyState:
         check_inexact(params)
         check_params(groups, params)
-        thresholds = jnp.zeros((groups.num_channels,))
+        factor = jnp.ones((groups.num_channels,), jnp.result_type(float))
         dual = jax.tree.map(_wide_copy, params)
         if basis is None:
             directions = jax.tree.map(
@@ -338,11 +433,12 @@ def project_onto_valley(
             )
             energy = jnp.zeros((rank,))
         else:
+            _check_basis(basis, dual)
             directions = jax.tree.map(_wide_copy, basis)
             energy = jnp.ones((jax.tree.leaves(basis)[0].shape[0],))
         return ProjectOntoValleyState(
             rule.init(groups.sizes, floors),
-            PerChannel(thresholds),
+            PerChannel(factor),
             dual,
             jax.tree.map(jnp.zeros_like, dual),
             directions,
@@ -351,70 +447,64 @@ def project_onto_valley(
 
     def update_fn(
         updates: optax.Updates,
-        state: ProjectOntoValleyState,
+        state: Any,
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, ProjectOntoValleyState]:
         del extra_args
-        params = need_params(params, "project_onto_valley")
+        params = need_params(params, updates, "project_onto_valley")
         dual = updates if candidates else _add(params, updates)
         directions, energy = state.basis, state.energy
         if basis is None:
             stream = jax.tree.map(jnp.subtract, dual, state.dual)
             directions, energy = _track(directions, energy, stream, decay)
+        before = jax.tree.map(jnp.add, state.dual, state.correction)
         point = jax.tree.map(jnp.add, dual, state.correction)
-        norms = channel_norms(groups, point, norm=norm)
-        thresholds, strength_state = rule.update(state.strength, norms, floors)
-        flat, new = join_channels(norms), join_channels(thresholds)
-        growth = new - state.thresholds.values.astype(flat.dtype)
-        top = jnp.maximum(flat, new)
-        usable = jnp.isfinite(growth) & (top > 0)
-        factor = jnp.where(usable, growth / jnp.where(usable, top, 1), 0)
-        factors = split_channels(factor, groups.sizes)
-        increment = scale_channels(groups, _zero_outside(groups, point), factors)
-        pull = _combine(_coefficients(directions, increment), directions)
+        factor, _ = factors_at(point, state.strength)
+        growth = jax.tree.map(
+            jnp.subtract,
+            shrinkage(point, factor),
+            shrinkage(before, state.factor.per_channel),
+        )
+        pull = _combine(_coefficients(directions, growth), directions)
         point = jax.tree.map(jnp.add, point, pull)
+        factor, strength_state = factors_at(point, state.strength)
         new_state = ProjectOntoValleyState(
             strength_state,
-            PerChannel(new.astype(state.thresholds.values.dtype)),
+            PerChannel(factor),
             dual,
             jax.tree.map(jnp.add, state.correction, pull),
             directions,
             energy,
         )
-        if candidates:
-            return point, new_state
-        steps = jax.tree.map(lambda v, p: v - p.astype(v.dtype), point, params)
-        return steps, new_state
+        return _emit(point, params, candidates), new_state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def check_zeros(opt_state: chex.ArrayTree) -> None:
+def check_zeros(opt_state: PyTree) -> None:
     """Raises if a later transformation destroyed the zeros of the threshold.
 
     The threshold remembers which channels it set to zero and looks at the next update
-    whether they still were. Call this now and then outside ``jit``, for example once
-    an epoch.
+    whether they still were, in the vectors (biases, scales) of each dimension, or in
+    its smallest producer where it has none: what changes matrices alone is not seen.
+    Call this now and then outside ``jit``, for example once an epoch.
 
     Args:
       opt_state: the optimizer state, or any tree that contains it.
 
     Raises:
-      ValueError: if the zeros of an earlier update had been changed, or the state has no
-        :func:`group_soft_threshold` in it.
+      ValueError: if the zeros of an earlier update had been changed, or the state has
+        no :func:`group_soft_threshold` in it.
     """
-    found = [
-        leaf
-        for leaf in jax.tree.leaves(opt_state, is_leaf=_is_threshold_state)
-        if _is_threshold_state(leaf)
-    ]
+    # By name: nnx and checkpoints turn the state into dictionaries.
+    found = [leaf for keys, leaf in leaf_keys(opt_state) if keys[-1:] == ("intact",)]
     if not found:
         raise ValueError(
-            "no state of group_soft_threshold in this tree; pass the optimizer state of "
-            "altsdp, prox_sgd or group_soft_threshold"
+            "no state of group_soft_threshold in this tree; pass the optimizer state "
+            "of altsdp, prox_sgd or group_soft_threshold"
         )
-    if not all(bool(jnp.all(jnp.asarray(state.intact))) for state in found):
+    if not all(bool(jnp.all(jnp.asarray(intact))) for intact in found):
         raise ValueError(
             "channels that group_soft_threshold had set to zero were not zero at the "
             "next update: something behind it rescales or adds to its updates, or the "
@@ -429,10 +519,15 @@ def check_inexact(params: optax.Params) -> None:
       params: the parameters.
 
     Raises:
-      TypeError: if a leaf is not floating-point or complex.
+      TypeError: if a leaf is not an array, or not floating-point or complex.
     """
     for path, leaf in leaf_table(params).items():
-        dtype = jnp.result_type(leaf)
+        if not hasattr(leaf, "dtype"):
+            raise TypeError(
+                f"leaf {path!r} is {leaf!r}; parameters must be arrays, make it one "
+                "with jnp.asarray"
+            )
+        dtype = leaf_dtype(leaf)
         if not jnp.issubdtype(dtype, jnp.inexact):
             raise TypeError(
                 f"leaf {path!r} has dtype {dtype}; only floating-point and complex "
@@ -457,23 +552,40 @@ def check_params(groups: Groups, params: optax.Params) -> None:
         producer_leaves(groups, params)
 
 
-def need_params(params: optax.Params | None, name: str) -> optax.Params:
-    """Returns ``params``, or says that they are missing.
+def need_params(
+    params: optax.Params | None, updates: optax.Updates, name: str
+) -> optax.Params:
+    """Returns ``params``, after checking that they are there and match the updates.
 
     Args:
       params: what ``update`` was given.
+      updates: the steps, or candidates, that arrive.
       name: name of the transformation, for the message.
 
     Returns:
       ``params``.
 
     Raises:
-      ValueError: if ``params`` is ``None``.
+      ValueError: if ``params`` is ``None``, or the updates have another structure or
+        other shapes.
     """
     if params is None:
         raise ValueError(
             f"{name} needs the current parameters: call update(grads, state, params)"
         )
+    have, want = jax.tree.structure(updates), jax.tree.structure(params)
+    if have != want:
+        raise ValueError(
+            f"{name}: gradients and parameters are trees of different structure; "
+            f"expected {want}, got {have}"
+        )
+    table = leaf_table(params)
+    for (path, p), u in zip(table.items(), jax.tree.leaves(updates), strict=True):
+        if jnp.shape(p) != jnp.shape(u):
+            raise ValueError(
+                f"{name}: the gradient of {path!r} has shape {jnp.shape(u)}, but the "
+                f"parameter has {jnp.shape(p)}"
+            )
     return params
 
 
@@ -495,12 +607,7 @@ def step_to(point: optax.Params, params: optax.Params) -> optax.Updates:
 def _check_rule(
     groups: Groups, strength: StrengthLike, floor: Any, norm: Any
 ) -> tuple[Any, prox.Floors]:
-    if not isinstance(groups, Groups):
-        raise TypeError(
-            f"groups must be sdp_jax.Groups, as groups_from_axes makes; got {groups!r}"
-        )
-    if not len(groups):
-        raise ValueError("groups has no channel dimension: there is nothing to prune")
+    _check_kind(groups)
     rule = as_strength(strength)
     floors = prox.resolve_floors(groups, floor)
     channel_weights(groups, norm)
@@ -508,8 +615,32 @@ def _check_rule(
     return rule, floors
 
 
-def _is_threshold_state(node: Any) -> bool:
-    return isinstance(node, GroupSoftThresholdState)
+def _check_basis(basis: PyTree, params: optax.Params) -> None:
+    have, want = leaf_table(basis), leaf_table(params)
+    if not want:
+        return
+    ranks = {np.shape(leaf)[:1] for leaf in have.values()}
+    if have.keys() != want.keys() or len(ranks) != 1 or ranks == {()}:
+        raise ValueError(
+            "basis must have the leaves of the parameters, each with one leading axis "
+            f"of the same length: {sorted(want)}; got "
+            f"{ {path: np.shape(leaf) for path, leaf in have.items()} }"
+        )
+    for path, leaf in have.items():
+        if np.shape(leaf)[1:] != np.shape(want[path]):
+            raise ValueError(
+                f"basis leaf {path!r} has shape {np.shape(leaf)}; expected (rank, "
+                f"*{np.shape(want[path])})"
+            )
+
+
+def _check_kind(groups: Any) -> None:
+    if not isinstance(groups, Groups):
+        raise TypeError(
+            f"groups must be sdp_jax.Groups, as groups_from_axes makes; got {groups!r}"
+        )
+    if not len(groups):
+        raise ValueError("groups has no channel dimension: there is nothing to prune")
 
 
 def _wide_copy(leaf: jax.Array) -> jax.Array:
@@ -517,22 +648,19 @@ def _wide_copy(leaf: jax.Array) -> jax.Array:
     return jnp.array(leaf, jnp.promote_types(leaf.dtype, jnp.float32), copy=True)
 
 
+def _emit(point: optax.Params, params: optax.Params, candidates: bool) -> optax.Updates:
+    """The point itself, or the step to it from the parameters, in the point's dtype."""
+    if candidates:
+        return point
+    return jax.tree.map(lambda v, p: v - p.astype(v.dtype), point, params)
+
+
 def _add(params: optax.Params, updates: optax.Updates) -> optax.Params:
     def add(p: jax.Array, u: jax.Array) -> jax.Array:
-        dtype = jnp.promote_types(
-            jnp.promote_types(p.dtype, u.dtype), jnp.float32
-        )
+        dtype = jnp.promote_types(jnp.promote_types(p.dtype, u.dtype), jnp.float32)
         return p.astype(dtype) + u.astype(dtype)
 
     return jax.tree.map(add, params, updates)
-
-
-def _zero_outside(groups: Groups, tree: optax.Params) -> optax.Params:
-    """The tree with every entry that belongs to no producer set to zero."""
-    kept = scale_channels(
-        groups, tree, {n: jnp.zeros((s,)) for n, s in groups.sizes.items()}
-    )
-    return jax.tree.map(jnp.subtract, tree, kept)
 
 
 def _coefficients(directions: optax.Params, tree: optax.Params) -> jax.Array:
@@ -558,7 +686,9 @@ def _track(
     """One step of an incremental decomposition of the stream's second moment."""
     size = optax.tree.norm(step)
     good = jnp.isfinite(size) & (size > 0)
-    step = jax.tree.map(lambda x: jnp.where(good, x / jnp.where(good, size, 1), 0), step)
+    step = jax.tree.map(
+        lambda x: jnp.where(good, x / jnp.where(good, size, 1), 0), step
+    )
     # Gram-Schmidt twice: once is not enough in float32 when the rest is small.
     inside = _coefficients(directions, step)
     rest = jax.tree.map(jnp.subtract, step, _combine(inside, directions))
@@ -567,7 +697,9 @@ def _track(
     inside = inside + again
     length = optax.tree.norm(rest)
     new = length > 1e-4
-    rest = jax.tree.map(lambda x: jnp.where(new, x / jnp.where(new, length, 1), 0), rest)
+    rest = jax.tree.map(
+        lambda x: jnp.where(new, x / jnp.where(new, length, 1), 0), rest
+    )
     column = jnp.append(inside, jnp.where(new, length, 0))
     moment = jnp.diag(jnp.append(decay * energy, 0)) + jnp.outer(column, column)
     values, vectors = jnp.linalg.eigh(moment)

@@ -1,0 +1,39 @@
+# make demo: train, prune and cut on bundled data.   make test: run the tests.
+# Both set up their own environment in .venv; nothing else is touched.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+RUN := $(VENV)/bin/python
+
+.PHONY: demo test check benchmark clean
+
+demo: $(VENV)/experiments
+	$(RUN) -m experiments.demo
+
+test: $(VENV)/test
+	$(RUN) -m pytest -n 2 --dist load
+
+# What continuous integration adds to the tests.
+check: $(VENV)/test
+	$(RUN) -m ruff format --check .
+	$(RUN) -m ruff check .
+	$(RUN) -m pyright --pythonpath $(RUN)
+	$(RUN) -m pytest --doctest-modules sdp_jax
+
+benchmark: $(VENV)/experiments
+	$(RUN) -m experiments.benchmarks.update_cost
+
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "sdp_jax needs Python 3.11 or newer; run make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/experiments: pyproject.toml $(VENV)/bin/python
+	$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[experiments]'
+	touch $@
+
+$(VENV)/test: pyproject.toml $(VENV)/bin/python
+	$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo dist

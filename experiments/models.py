@@ -1,0 +1,59 @@
+"""Networks in Flax, with their widths as arguments."""
+
+from typing import Literal, TypeAlias
+
+import flax.linen as nn
+import jax
+
+Name: TypeAlias = Literal["dnn", "conv"]
+
+
+class Dnn(nn.Module):
+    """Dense layers with relu; the paper's 784-300-100-10 on MNIST.
+
+    Attributes:
+      widths: neurons of the hidden layers.
+      classes: outputs.
+    """
+
+    widths: tuple[int, ...] = (300, 100)
+    classes: int = 10
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        """Images ``(batch, height, width, channels)`` to logits."""
+        x = x.reshape(x.shape[0], -1)
+        for i, width in enumerate(self.widths):
+            x = nn.relu(nn.Dense(width, name=f"dense{i}")(x))
+        return nn.Dense(self.classes, name="head")(x)
+
+
+class ConvNet(nn.Module):
+    """3×3 convolutions with batch norm and relu, pooled 2×2 after each second one.
+
+    The last width is that of a dense layer on the flattened feature map.
+
+    Attributes:
+      widths: channels of the convolutions, then neurons of the dense layer.
+      classes: outputs.
+    """
+
+    widths: tuple[int, ...] = (32, 32, 64, 64, 128)
+    classes: int = 10
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        """Images ``(batch, height, width, channels)`` to logits."""
+        for i, width in enumerate(self.widths[:-1]):
+            x = nn.Conv(width, (3, 3), use_bias=False, name=f"conv{i}")(x)
+            x = nn.BatchNorm(not train, momentum=0.9, name=f"norm{i}")(x)
+            x = nn.relu(x)
+            if i % 2:
+                x = nn.max_pool(x, (2, 2), (2, 2))
+        x = x.reshape(x.shape[0], -1)
+        x = nn.relu(nn.Dense(self.widths[-1], name="dense")(x))
+        return nn.Dense(self.classes, name="head")(x)
+
+
+Model: TypeAlias = Dnn | ConvNet
+MODELS: dict[str, type[Model]] = {"dnn": Dnn, "conv": ConvNet}

@@ -1,0 +1,501 @@
+"""Trains a network on one data set with one method, and cuts it.
+
+``python -m experiments.train --dataset mnist --model dnn --method altsdp --data-dir D``
+
+A run is a directory: ``metrics.jsonl`` (configuration, one line per epoch, result) and
+checkpoints. Started again with the same configuration it goes on where it was; the
+result is the same to the last bit.
+"""
+
+import dataclasses
+import json
+import pathlib
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import rich.console
+import rich.progress
+import tyro
+
+import sdp_jax
+from experiments import data, models
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One training run.
+
+    Attributes:
+      dataset: digits (bundled) or mnist.
+      model: dnn or conv.
+      method: sgd, altsdp or prox_sgd.
+      widths: hidden widths; default: the model's.
+      epochs: passes over the training set.
+      batch_size: examples in a batch.
+      learning_rate: initial rate.
+      schedule: constant, or cosine decay to zero.
+      momentum: momentum of SGD; 0 for none.
+      weight_decay: added to the gradient, ``weight_decay`` times the parameters.
+      c: altsdp: scale of the threshold c √γ (nγ)^μ.
+      mu: altsdp: its exponent.
+      sparsity: altsdp: share of channels to prune, instead of c and mu.
+      ranking: altsdp with sparsity: all channels together, or within each dimension.
+      begin: altsdp with sparsity: share of the steps after which pruning begins.
+      end: altsdp with sparsity: share of the steps after which it is done.
+      penalty: prox_sgd: the weight of the group lasso.
+      dual: altsdp: full or radial dual variable.
+      norm: weighting of the channel norms.
+      floor: channels that stay in each dimension.
+      validation: training examples held out and evaluated every epoch.
+      seed: of initialisation and data order.
+      data_dir: directory with mnist.npz; default: tensorflow-datasets.
+      out: directory of the run; default: a name made of the configuration.
+    """
+
+    dataset: data.Name = "digits"
+    model: models.Name = "dnn"
+    method: Literal["sgd", "altsdp", "prox_sgd"] = "altsdp"
+    widths: tuple[int, ...] = ()
+    epochs: int = 30
+    batch_size: int = 128
+    learning_rate: float = 0.1
+    schedule: Literal["constant", "cosine"] = "constant"
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    c: float = 0.1
+    mu: float = 0.6
+    sparsity: float | None = None
+    ranking: Literal["global", "per_dimension"] = "global"
+    begin: float = 0.1
+    end: float = 0.6
+    penalty: float = 1e-3
+    dual: Literal["full", "radial"] = "full"
+    norm: Literal["plain", "size", "cost"] = "plain"
+    floor: int = 1
+    validation: int = 0
+    seed: int = 0
+    data_dir: pathlib.Path | None = None
+    out: pathlib.Path | None = None
+
+    def key(self) -> dict[str, Any]:
+        """What makes two runs the same run."""
+        raw = dataclasses.asdict(self)
+        del raw["data_dir"], raw["out"]
+        return json.loads(json.dumps(raw))
+
+    def directory(self) -> pathlib.Path:
+        """Where the run is kept."""
+        if self.out is not None:
+            return self.out
+        parts = [self.dataset, self.model, self.method]
+        if self.method == "altsdp":
+            parts.append(
+                f"c{self.c:g}-mu{self.mu:g}"
+                if self.sparsity is None
+                else f"sparsity{self.sparsity:g}"
+            )
+            parts.append(self.dual)
+        elif self.method == "prox_sgd":
+            parts.append(f"{self.penalty:g}")
+        return pathlib.Path("runs") / "-".join([*parts, f"seed{self.seed}"])
+
+
+class State(NamedTuple):
+    """What training changes.
+
+    Attributes:
+      params: the parameters.
+      batch_stats: running statistics, ``{}`` if there are none.
+      opt_state: state of the optimizer.
+    """
+
+    params: Any
+    batch_stats: Any
+    opt_state: Any
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """Flax's view of the model."""
+        stats = {"batch_stats": self.batch_stats} if self.batch_stats else {}
+        return {"params": self.params, **stats}
+
+
+class Run(NamedTuple):
+    """A finished run.
+
+    Attributes:
+      model: the dense network.
+      groups: its channel dimensions, on all variables.
+      state: the last state.
+      epochs: one record for each epoch.
+      result: the record of the cut and the test.
+    """
+
+    model: models.Model
+    groups: sdp_jax.Groups
+    state: State
+    epochs: list[dict[str, Any]]
+    result: dict[str, Any]
+
+
+def make_optimizer(
+    config: Config, groups: sdp_jax.Groups, steps: int
+) -> optax.GradientTransformation:
+    """The optimizer of a run of ``steps`` updates."""
+    rate: Any = config.learning_rate
+    if config.schedule == "cosine":
+        rate = optax.cosine_decay_schedule(rate, steps)
+    momentum = config.momentum or None
+    pruning: Any = {"norm": config.norm, "floor": config.floor, "momentum": momentum}
+    if config.method == "sgd":
+        tx = optax.sgd(rate, momentum)
+    elif config.method == "prox_sgd":
+        tx = sdp_jax.prox_sgd(rate, groups, strength=config.penalty, **pruning)
+    else:
+        strength = sdp_jax.valley_strength(config.c, config.mu)
+        if config.sparsity is not None:
+            begin, end = round(config.begin * steps), round(config.end * steps)
+            per_dimension = config.ranking == "per_dimension"
+            strength = sdp_jax.target_sparsity(
+                config.sparsity, begin, end, per_dimension=per_dimension
+            )
+        tx = sdp_jax.altsdp(
+            rate, groups, strength=strength, dual=config.dual, **pruning
+        )
+    if config.weight_decay:
+        return optax.chain(optax.add_decayed_weights(config.weight_decay), tx)
+    return tx
+
+
+def make_step(
+    model: models.Model, tx: optax.GradientTransformation
+) -> Callable[[State, data.Split], tuple[State, jax.Array]]:
+    """One jitted step: ``state, batch -> state, mean loss of the batch``."""
+
+    def step(state: State, batch: data.Split) -> tuple[State, jax.Array]:
+        def loss_fn(params: Any) -> tuple[jax.Array, Any]:
+            variables = state._replace(params=params).variables
+            output, changed = model.apply(
+                variables, batch.images, train=True, mutable=["batch_stats"]
+            )
+            logits: Any = output
+            losses = optax.softmax_cross_entropy_with_integer_labels(
+                logits, batch.labels
+            )
+            return losses.mean(), changed.get("batch_stats", {})
+
+        grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+        (loss, batch_stats), grads = grad_fn(state.params)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        return State(params, batch_stats, opt_state), loss
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def make_evaluate(
+    apply: Callable[..., Any],
+) -> Callable[[dict[str, Any], data.Split], tuple[float, float]]:
+    """``variables, split -> mean loss, accuracy`` in inference mode."""
+
+    @jax.jit
+    def chunk(variables: Any, images: jax.Array, labels: jax.Array) -> Any:
+        logits: Any = apply(variables, images)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        return losses.sum(), (logits.argmax(-1) == labels).sum()
+
+    def evaluate(variables: dict[str, Any], split: data.Split) -> tuple[float, float]:
+        size, totals = 2000, np.zeros(2)
+        for start in range(0, len(split.labels), size):
+            part = (x[start : start + size] for x in split)
+            totals += np.asarray([float(t) for t in chunk(variables, *part)])
+        loss, correct = totals / len(split.labels)
+        return float(loss), float(correct)
+
+    return evaluate
+
+
+def train(
+    config: Config,
+    *,
+    on_step: Callable[[int, int], None] = lambda step, steps: None,
+    on_epoch: Callable[[dict[str, Any]], None] = lambda record: None,
+) -> Run:
+    """Trains, or goes on training, and cuts.
+
+    Args:
+      config: the run.
+      on_step: called after each step with its number and the number of all steps.
+      on_epoch: called with the record of each epoch, also of those done earlier.
+
+    Returns:
+      The finished run.
+
+    Raises:
+      ValueError: if the configuration or the data cannot be used, the directory holds
+        another run, or the loss is no longer finite.
+      FileNotFoundError: if the data is not there.
+      ImportError: if tensorflow-datasets is needed and not installed.
+    """
+    if config.epochs < 1:
+        raise ValueError(f"epochs must be at least 1; got {config.epochs}")
+    dataset = data.load(config.dataset, config.data_dir)
+    training, validation = data.hold_out(dataset.train, config.validation)
+    per_epoch = data.steps_per_epoch(training, config.batch_size)
+    steps = per_epoch * config.epochs
+
+    chosen: Any = {"widths": config.widths} if config.widths else {}
+    model = models.MODELS[config.model](classes=dataset.classes, **chosen)
+    example = jnp.zeros((1, *training.images.shape[1:]))
+    variables: Any = model.init(jax.random.key(config.seed), example)
+    groups = sdp_jax.find_groups(model.apply, variables, example)
+    tx = make_optimizer(config, groups.at("params"), steps)
+    params = variables["params"]
+    state = State(params, variables.get("batch_stats", {}), tx.init(params))
+
+    directory = config.directory().absolute()
+    log = Log(directory / "metrics.jsonl", config)
+    manager = ocp.CheckpointManager(
+        directory / "checkpoints",
+        options=ocp.CheckpointManagerOptions(
+            max_to_keep=2, create=True, enable_async_checkpointing=False
+        ),
+    )
+    with manager:
+        saved = [n for n in manager.all_steps() if n <= len(log.epochs)]
+        done = max(saved, default=0)
+        for late in set(manager.all_steps()) - set(saved):
+            manager.delete(late)
+        log.truncate(done)
+        if done:
+            abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+            restored: Any = manager.restore(
+                done, args=ocp.args.StandardRestore(abstract)
+            )
+            state = State(*restored)
+        for record in log.epochs:
+            on_epoch(record)
+        step, evaluate = make_step(model, tx), make_evaluate(model.apply)
+        for epoch in range(done + 1, config.epochs + 1):
+            start = time.perf_counter()
+            order = data.batches(
+                training, config.batch_size, seed=config.seed, epoch=epoch
+            )
+            losses = []
+            for i, batch in enumerate(order):
+                state, loss = step(state, batch)
+                losses.append(loss)
+                on_step((epoch - 1) * per_epoch + i + 1, steps)
+            record: dict[str, Any] = {"epoch": epoch}
+            record["batch_loss"] = float(np.mean(jax.device_get(losses)))
+            record["train_loss"], record["train_accuracy"] = evaluate(
+                state.variables, training
+            )
+            if not np.isfinite(record["train_loss"]):
+                raise ValueError(
+                    f"the training loss is {record['train_loss']} after epoch {epoch}; "
+                    "lower learning_rate"
+                )
+            if config.validation:
+                found = evaluate(state.variables, validation)
+                record["validation_loss"], record["validation_accuracy"] = found
+            if config.method != "sgd":
+                sdp_jax.check_zeros(state.opt_state)
+            alive = sdp_jax.channels_alive(groups, state.variables)
+            record["channels"] = {k: int(v.sum()) for k, v in alive.items()}
+            record["seconds"] = time.perf_counter() - start
+            # The record comes first: an epoch without a checkpoint is done again.
+            log.epoch(record)
+            manager.save(epoch, args=ocp.args.StandardSave(state))
+            on_epoch(record)
+    if log.result is None:
+        log.finish(_result(model, groups, state.variables, dataset))
+    assert log.result is not None
+    return Run(model, groups, state, log.epochs, log.result)
+
+
+def _result(
+    model: models.Model, groups: sdp_jax.Groups, variables: Any, dataset: data.Dataset
+) -> dict[str, Any]:
+    """Cuts, checks that the small network computes the same, and tests both."""
+    cut = sdp_jax.plan_cut(groups, variables)
+    small, small_variables = sdp_jax.narrow(model.apply, cut), cut.take(variables)
+    images = dataset.test.images[:1000]
+    dense: Any = jax.jit(model.apply)(variables, images)
+    after: Any = jax.jit(small)(small_variables, images)
+    difference = float(jnp.max(jnp.abs(dense - after)))
+    if not difference <= 1e-3 * max(1.0, float(jnp.max(jnp.abs(dense)))):
+        raise AssertionError(
+            f"the small network differs from the dense one by {difference}"
+        )
+    loss, accuracy = make_evaluate(model.apply)(variables, dataset.test)
+    _, small_accuracy = make_evaluate(small)(small_variables, dataset.test)
+    return {
+        "test_loss": loss,
+        "test_accuracy": accuracy,
+        "small_test_accuracy": small_accuracy,
+        "largest_difference": difference,
+        "widths": cut.widths,
+        "dense_widths": groups.sizes,
+        "parameters": _count(variables["params"]),
+        "small_parameters": _count(small_variables["params"]),
+    }
+
+
+def _count(params: Any) -> int:
+    return sum(x.size for x in jax.tree.leaves(params))
+
+
+class Log:
+    """The metrics file of a run: configuration, epochs, result.
+
+    Attributes:
+      path: the file.
+      epochs: records of the epochs so far.
+      result: the last record of a finished run, or ``None``.
+    """
+
+    def __init__(self, path: pathlib.Path, config: Config):
+        """Reads the file or begins it.
+
+        Args:
+          path: the file.
+          config: the run it belongs to.
+
+        Raises:
+          ValueError: if it belongs to another run.
+        """
+        self.path = path
+        self.epochs: list[dict[str, Any]] = []
+        self.result: dict[str, Any] | None = None
+        lines = read_lines(path) if path.exists() else []
+        if not lines:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._header = {"config": config.key(), **_environment()}
+            return
+        self._header = lines[0]
+        ours, theirs = config.key(), self._header.get("config", {})
+        other = sorted(k for k in ours | theirs if ours.get(k) != theirs.get(k))
+        if other:
+            raise ValueError(
+                f"{path.parent} holds a run with another configuration; it differs in "
+                + ", ".join(
+                    f"{k} ({theirs.get(k)!r}, not {ours.get(k)!r})" for k in other
+                )
+                + ". Give another --out, or delete the directory"
+            )
+        self.epochs = [line for line in lines if "epoch" in line]
+        self.result = next((line for line in lines if "test_accuracy" in line), None)
+
+    def truncate(self, epochs: int) -> None:
+        """Forgets what came after the last checkpoint, by an atomic rewrite."""
+        if epochs < len(self.epochs):
+            self.result = None
+        self.epochs = self.epochs[:epochs]
+        records = [self._header, *self.epochs]
+        if self.result is not None:
+            records.append(self.result)
+        text = "".join(json.dumps(record) + "\n" for record in records)
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text(text)
+        temporary.replace(self.path)
+
+    def epoch(self, record: dict[str, Any]) -> None:
+        """Adds the record of an epoch."""
+        self.epochs.append(record)
+        self._write(record)
+
+    def finish(self, result: dict[str, Any]) -> None:
+        """Adds the result."""
+        self.result = result
+        self._write(result)
+
+    def _write(self, record: dict[str, Any]) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
+    """The complete records of a metrics file; a torn last line is left out."""
+    records = []
+    for line in path.read_text().splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def _environment() -> dict[str, Any]:
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"],
+        capture_output=True,
+        text=True,
+        cwd=pathlib.Path(__file__).parent,
+        check=False,
+    ).stdout.strip()
+    device = jax.devices()[0]
+    return {
+        "versions": {"jax": jax.__version__, "sdp_jax": sdp_jax.__version__},
+        "device": f"{device.platform} {device.device_kind}",
+        "commit": commit or None,
+    }
+
+
+def main(config: Config) -> Run:
+    """Trains with a progress bar and prints a line per epoch and the result.
+
+    Args:
+      config: the run.
+
+    Returns:
+      The finished run.
+    """
+    console = rich.console.Console()
+    with rich.progress.Progress(
+        rich.progress.TextColumn("{task.description}"),
+        rich.progress.BarColumn(),
+        rich.progress.MofNCompleteColumn(),
+        rich.progress.TimeRemainingColumn(),
+        console=console,
+    ) as progress:
+        task = progress.add_task(config.method, total=None)
+
+        def on_step(step: int, steps: int) -> None:
+            progress.update(task, completed=step, total=steps)
+
+        def on_epoch(record: dict[str, Any]) -> None:
+            channels = " ".join(str(n) for n in record["channels"].values())
+            console.print(
+                f"epoch {record['epoch']:3d}  train loss {record['train_loss']:.4f}  "
+                f"channels {channels}"
+            )
+
+        run = train(config, on_step=on_step, on_epoch=on_epoch)
+    result = run.result
+    widths = ", ".join(
+        f"{name} {left} of {result['dense_widths'][name]}"
+        for name, left in result["widths"].items()
+    )
+    console.print(
+        f"test accuracy {result['test_accuracy']:.2%}, after the cut "
+        f"{result['small_test_accuracy']:.2%}; {widths}; parameters "
+        f"{result['parameters']:,} to {result['small_parameters']:,}; "
+        f"{config.directory()}"
+    )
+    return run
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Config))
+    except (ValueError, FileNotFoundError, ImportError) as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,508 @@
+"""Cut: which channels stay, and how to slice everything accordingly.
+
+``Cut.take`` slices any tree that is built like the parameters: the parameters, running
+statistics, the optimizer state, an EMA; ``Cut.fill`` puts small trees back.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from sdp_jax.groups import (
+    Dimension,
+    Groups,
+    Leaf,
+    Member,
+    PerChannel,
+    PyTree,
+    leaf_dtype,
+    leaf_keys,
+    leaf_table,
+    missing_path_message,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """Which channels stay, and how to slice trees accordingly.
+
+    Static, hashable and printable. Make it with :func:`plan_cut`.
+
+    Attributes:
+      dense: the groups before the cut.
+      kept: for each dimension, in order, the indices of the channels that stay.
+    """
+
+    dense: Groups
+    kept: tuple[tuple[int, ...], ...]
+
+    @functools.cached_property
+    def widths(self) -> dict[str, int]:
+        """Number of channels that stay, by dimension name."""
+        return {
+            d.name: len(k)
+            for d, k in zip(self.dense.dimensions, self.kept, strict=True)
+        }
+
+    @functools.cached_property
+    def small_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape after the cut, by leaf path."""
+        shapes = {}
+        for leaf in self.dense.leaves:
+            shape = list(leaf.shape)
+            for axis, index in self._indices.get(leaf.path, {}).items():
+                shape[axis] = len(index)
+            shapes[leaf.path] = tuple(shape)
+        return shapes
+
+    @functools.cached_property
+    def groups(self) -> Groups:
+        """The groups of the small parameters."""
+        leaves = tuple(Leaf(path, shape) for path, shape in self.small_shapes.items())
+        dimensions = []
+        for d, kept in zip(self.dense.dimensions, self.kept, strict=True):
+            members: list[Member] = []
+            for m in d.members:
+                length = self.dense.shapes[m.path][m.axis]
+                index = self._indices[m.path][m.axis]
+                members += _members_after(d, m, kept, index, length)
+            dimensions.append(Dimension(d.name, len(kept), tuple(members)))
+        return dataclasses.replace(
+            self.dense, dimensions=tuple(dimensions), leaves=leaves
+        )
+
+    def take(self, tree: PyTree, *, like: PyTree | None = None) -> PyTree:
+        """Slices every leaf that belongs to a channel.
+
+        Wherever in ``tree`` a subtree has the structure of the tree that the groups
+        describe, or of what is below one of its top-level keys, its leaves are sliced:
+        the parameters themselves, running statistics, momenta, the dual variable, an
+        EMA, all of them inside a ``TrainState``. Leaves that ``optax.masked`` hides or
+        that are ``None`` may be missing. A leaf may have one more leading axis than its
+        parameter. Per-channel state of the transformations is cut as well. Everything
+        else (counts, hyper-parameters, keys, other models) passes unchanged.
+
+        Training goes on from there. Mind that the norm of a channel no longer counts
+        the entries that read channels which are gone, so under an unchanged threshold
+        the channels of the next layer shrink a little at the first step. Going on with
+        the base optimizer alone (its state is the first of the chain's) avoids that.
+
+        Args:
+          tree: arrays or ``jax.ShapeDtypeStruct``; NumPy arrays stay NumPy arrays.
+          like: what the result has to look like, for example
+            ``jax.eval_shape(small_tx.init, small_params)``.
+
+        Returns:
+          A tree of the same structure with smaller leaves.
+
+        Raises:
+          ValueError: if nothing in the tree belongs to the groups, only a part of a
+            subtree does, a leaf has a form that cannot be cut (as the factored state
+            of Adafactor, or SM3), or the result does not look like ``like``.
+
+        Example:
+          >>> import jax.numpy as jnp, sdp_jax
+          >>> params = {"w": jnp.array([[3., 0.], [4., 0.]]), "b": jnp.array([1.])}
+          >>> groups = sdp_jax.groups_from_axes(
+          ...     params, {"hidden": [sdp_jax.producer("w", 1)]})
+          >>> cut = sdp_jax.plan_cut(groups, params)
+          >>> print(cut.take(params)["w"])
+          [[3.]
+           [4.]]
+        """
+        entries = [
+            # Haiku's keys contain the separator themselves.
+            (tuple("/".join(keys).split("/")) if keys else (), leaf)
+            for keys, leaf in leaf_keys(tree, is_leaf=_is_hidden)
+        ]
+        owners: dict[int, str] = {}
+        self._find_owners(entries, list(range(len(entries))), 0, owners)
+        leaves, found = [], False
+        for i, (keys, leaf) in enumerate(entries):
+            if keys[-1:] == PerChannel._fields:
+                leaf, found = self._take_channels("/".join(keys), leaf), True
+            elif i in owners:
+                leaf, found = self._take_leaf("/".join(keys), owners[i], leaf), True
+            elif not _is_hidden(leaf) and np.ndim(leaf):
+                self._check_stranger(keys, leaf)
+            leaves.append(leaf)
+        if not found and any(np.ndim(leaf) for leaf in jax.tree.leaves(tree)):
+            raise ValueError(
+                "nothing in this tree belongs to the cut; "
+                + missing_path_message(
+                    self.dense.leaves[0].path, list(leaf_table(tree))
+                )
+            )
+        small = jax.tree.unflatten(jax.tree.structure(tree, is_leaf=_is_hidden), leaves)
+        if like is not None:
+            _check_like(small, like)
+        return small
+
+    def fill(self, tree: PyTree) -> PyTree:
+        """Puts small leaves back at their places in the dense shapes, zero elsewhere.
+
+        Args:
+          tree: a tree with the structure that the groups describe and small shapes:
+            what :meth:`take` made of the parameters, or gradients of it.
+
+        Returns:
+          A tree of the same structure and dtypes with the dense shapes.
+
+        Raises:
+          ValueError: if the tree is not the small tree.
+
+        Example:
+          >>> import jax.numpy as jnp, sdp_jax
+          >>> params = {"w": jnp.array([[0., 3.], [0., 4.]])}
+          >>> groups = sdp_jax.groups_from_axes(
+          ...     params, {"hidden": [sdp_jax.producer("w", 1)]})
+          >>> cut = sdp_jax.plan_cut(groups, params)
+          >>> print(cut.fill(cut.take(params))["w"])
+          [[0. 3.]
+           [0. 4.]]
+        """
+        self.check_small(tree)
+        leaves = []
+        for path, leaf in leaf_table(tree).items():
+            indices = self._indices.get(path, {})
+            shape = self.dense.shapes[path]
+            where = tuple(
+                indices.get(axis, np.arange(length))
+                for axis, length in enumerate(shape)
+            )
+            leaf = jnp.asarray(leaf)
+            leaves.append(jnp.zeros(shape, leaf.dtype).at[np.ix_(*where)].set(leaf))
+        return jax.tree.unflatten(jax.tree.structure(tree), leaves)
+
+    def check_small(self, params: PyTree) -> None:
+        """Checks that a tree has the structure of the groups and the small shapes.
+
+        Args:
+          params: any tree.
+
+        Raises:
+          ValueError: if it has not.
+        """
+        have = {p: tuple(np.shape(x)) for p, x in leaf_table(params).items()}
+        want = self.small_shapes
+        odd = [p for p in {**have, **want} if have.get(p) != want.get(p)]
+        if odd:
+            raise ValueError(
+                f"these are not the parameters of the cut: leaf {odd[0]!r} is "
+                f"{have.get(odd[0])}, expected {want.get(odd[0])}; pass "
+                "cut.take(params)"
+            )
+
+    def small_like(self, tree: PyTree) -> PyTree:
+        """Shapes of the small parameters, in the structure of a tree.
+
+        Args:
+          tree: arrays or shapes with the structure of the dense or small parameters.
+
+        Returns:
+          A tree of ``jax.ShapeDtypeStruct``.
+
+        Raises:
+          ValueError: if the tree has another structure.
+        """
+        table = leaf_table(tree)
+        if table.keys() != self.small_shapes.keys():
+            raise ValueError(
+                "the tree has the structure of neither the dense nor the small "
+                f"parameters; its leaves are {list(table)[:5]}, expected "
+                f"{list(self.small_shapes)[:5]}"
+            )
+        leaves = [
+            jax.ShapeDtypeStruct(self.small_shapes[path], leaf_dtype(leaf))
+            for path, leaf in table.items()
+        ]
+        return jax.tree.unflatten(jax.tree.structure(tree), leaves)
+
+    def to_json(self) -> str:
+        """The cut as a JSON string."""
+        dense = json.loads(self.dense.to_json())
+        return json.dumps({"dense": dense, "kept": self.kept})
+
+    @classmethod
+    def from_json(cls, text: str) -> "Cut":
+        """Reads what :meth:`to_json` wrote.
+
+        Args:
+          text: a JSON string.
+
+        Returns:
+          A cut equal to the one that was written.
+
+        Raises:
+          ValueError: if the text is not such a JSON string.
+        """
+        try:
+            raw = json.loads(text)
+            dense = Groups.from_json(json.dumps(raw["dense"]))
+            kept = tuple(tuple(line) for line in raw["kept"])
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(
+                f"not a cut in JSON, as written by Cut.to_json: {error!r}"
+            ) from error
+        sizes = list(dense.sizes.values())
+        good = len(kept) == len(sizes) and all(
+            all(type(i) is int and 0 <= i < size for i in line)
+            and list(line) == sorted(set(line))
+            for line, size in zip(kept, sizes, strict=True)
+        )
+        if not good:
+            raise ValueError(
+                "not a cut in JSON: kept must hold ascending channel numbers of each "
+                "dimension"
+            )
+        return cls(dense, kept)
+
+    def summary(self) -> str:
+        """A table of widths and parameters before and after."""
+        width = max([len(name) for name in self.widths] + [9])
+        lines = [f"{'dimension':<{width}}  before   after"]
+        for d, kept in zip(self.dense.dimensions, self.kept, strict=True):
+            lines.append(f"{d.name:<{width}}  {d.size:6d}  {len(kept):6d}")
+        before = sum(math.prod(s) for s in self.dense.shapes.values())
+        after = sum(math.prod(s) for s in self.small_shapes.values())
+        lines.append(
+            f"{'entries':<{width}}  {before:6d}  {after:6d}  "
+            f"({after / max(before, 1):.1%})"
+        )
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        return self.summary()
+
+    @functools.cached_property
+    def _indices(self) -> dict[str, dict[int, np.ndarray]]:
+        """Positions that stay, by leaf path and axis."""
+        masks: dict[str, dict[int, np.ndarray]] = {}
+        for d, kept in zip(self.dense.dimensions, self.kept, strict=True):
+            gone = np.ones(d.size, bool)
+            gone[list(kept)] = False
+            for m in d.members:
+                length = self.dense.shapes[m.path][m.axis]
+                mask = masks.setdefault(m.path, {}).setdefault(
+                    m.axis, np.ones(length, bool)
+                )
+                mask[m.positions(d.size)[:, gone, :]] = False
+        return {
+            path: {axis: np.flatnonzero(mask) for axis, mask in axes.items()}
+            for path, axes in masks.items()
+        }
+
+    @functools.cached_property
+    def _templates(self) -> dict[str, dict[tuple[str, ...], str]]:
+        """Owner by keys: of the whole tree (""), and of what is below each top key."""
+        whole = {
+            tuple(leaf.path.split("/")) if leaf.path else (): leaf.path
+            for leaf in self.dense.leaves
+        }
+        templates = {"": whole}
+        for keys, path in whole.items():
+            if len(keys) > 1:
+                templates.setdefault(keys[0], {})[keys[1:]] = path
+        return templates
+
+    def _find_owners(
+        self,
+        entries: list[tuple[tuple[str, ...], Any]],
+        subtree: list[int],
+        depth: int,
+        owners: dict[int, str],
+    ) -> None:
+        """Finds, from the root down, subtrees that are built like the dense one."""
+        leaves = [(entries[i][0][depth:], entries[i][1]) for i in subtree]
+        hidden = [keys for keys, leaf in leaves if _is_hidden(leaf)]
+        shown = {keys: leaf for keys, leaf in leaves if not _is_hidden(leaf)}
+        where = entries[subtree[0]][0][:depth] if subtree else ()
+        found = {
+            name: template
+            for name, template in self._templates.items()
+            if shown
+            and shown.keys() <= template.keys()
+            and all(
+                any(keys[: len(h)] == h for h in hidden)
+                for keys in template.keys() - shown.keys()
+            )
+            and (not name or self._fits(shown, template))
+        }
+        if found:
+            # The whole before a part, then the part of that name, then what is cut.
+            names = [n for n in ("", where[-1] if where else "") if n in found]
+            names += [
+                n
+                for n, t in found.items()
+                if any(p in self._indices for p in t.values())
+            ]
+            if not names:
+                return
+            if len(set(names)) > 1 and names[0] not in ("", *where[-1:]):
+                raise ValueError(
+                    f"the subtree {'/'.join(where)!r} could be any of {sorted(names)} "
+                    "in the tree that the groups describe; pass it below its key"
+                )
+            for i, (keys, _) in zip(subtree, leaves, strict=True):
+                if keys in shown:
+                    owners[i] = found[names[0]][keys]
+            return
+        children: dict[str, list[int]] = {}
+        for i, (keys, _) in zip(subtree, leaves, strict=True):
+            if keys:
+                children.setdefault(keys[0], []).append(i)
+        for child in children.values():
+            self._find_owners(entries, child, depth + 1, owners)
+
+    def _fits(
+        self, shown: Mapping[tuple[str, ...], Any], template: Mapping[Any, str]
+    ) -> bool:
+        shapes = (
+            (tuple(np.shape(leaf)), self.dense.shapes[template[keys]])
+            for keys, leaf in shown.items()
+        )
+        return all(a == b or a[1:] == b or math.prod(a) <= 1 for a, b in shapes)
+
+    def _check_stranger(self, keys: tuple[str, ...], leaf: Any) -> None:
+        """Refuses leaves that seem to belong to the parameters but cannot be cut."""
+        shape, path = tuple(np.shape(leaf)), "/".join(keys)
+        for owner, indices in self._indices.items():
+            dense = self.dense.shapes[owner]
+            if (
+                owner
+                and f"/{path}".endswith(f"/{owner}")
+                and shape[-len(dense) :] == dense
+            ):
+                raise ValueError(
+                    f"leaf {path!r} looks like {owner!r}, but the tree around it is "
+                    "not that of the groups; pass it to take as a whole"
+                )
+            lengths = {dense[axis] for axis in indices}
+            if owner and f"/{owner}/" in f"/{path}/" and lengths & set(shape):
+                raise ValueError(self._no_form(path, shape, owner))
+        total = sum(math.prod(s) for s in self.dense.shapes.values())
+        if shape == (total,) and len(self.dense.leaves) > 1:
+            raise ValueError(
+                f"leaf {path!r} has as many entries as all parameters together; "
+                "flattened optimizer state (optax.flatten) has to be initialised anew "
+                "on the small parameters"
+            )
+
+    def _no_form(self, path: str, shape: tuple[int, ...], owner: str) -> str:
+        return (
+            f"leaf {path!r} has shape {shape}, but {owner!r}, to which it belongs, has "
+            f"{self.dense.shapes[owner]}: it cannot be cut. Factored or compressed "
+            "optimizer state (Adafactor, SM3) has to be initialised anew on the small "
+            "parameters; a tree that is already cut needs no second cut"
+        )
+
+    def _take_leaf(self, path: str, owner: str, leaf: Any) -> Any:
+        indices = self._indices.get(owner)
+        if not indices:
+            return leaf
+        shape, dense = tuple(np.shape(leaf)), self.dense.shapes[owner]
+        if shape == dense:
+            lead = 0
+        elif shape[1:] == dense and len(shape) == len(dense) + 1:
+            lead = 1
+        elif math.prod(shape) <= 1:
+            return leaf  # the placeholder of an optimizer that does not use this leaf
+        else:
+            raise ValueError(self._no_form(path, shape, owner))
+        for axis, index in indices.items():
+            leaf = _take(leaf, index, axis + lead)
+        return leaf
+
+    def _take_channels(self, path: str, leaf: Any) -> Any:
+        shape = tuple(np.shape(leaf))
+        if shape[-1:] != (self.dense.num_channels,):
+            raise ValueError(
+                f"per-channel state {path!r} has shape {shape}, but the groups have "
+                f"{self.dense.num_channels} channels. It was cut already, or belongs "
+                "to a transformation with other groups: cut that with its own"
+            )
+        index, start = [], 0
+        for d, kept in zip(self.dense.dimensions, self.kept, strict=True):
+            index += [start + i for i in kept]
+            start += d.size
+        return _take(leaf, np.asarray(index, int), len(shape) - 1)
+
+
+def _members_after(
+    d: Dimension, m: Member, kept: tuple[int, ...], index: np.ndarray, length: int
+) -> list[Member]:
+    """A member as it sits on its axis once only the positions ``index`` are left.
+
+    Other dimensions may have been cut from the same axis: from within the channels
+    (head dimensions from heads), or from between them (concatenations).
+    """
+    stays = np.zeros(length, bool)
+    stays[index] = True
+    rank = np.cumsum(stays) - 1
+    runs: list[tuple[int, int]] = []
+    for row in m.positions(d.size)[:, list(kept), :]:
+        columns = np.flatnonzero(stays[row].any(axis=0))
+        new = rank[row[:, columns]]
+        if not stays[row[:, columns]].all() or (np.diff(new.reshape(-1)) != 1).any():
+            raise ValueError(
+                f"dimension {d.name!r}: what is left of its channels on axis {m.axis} "
+                f"of {m.path!r} is irregular and cannot be written as groups; cut.take "
+                "works, but build the groups of the small parameters by hand"
+            )
+        if new.size:
+            runs.append((int(new[0, 0]), len(columns)))
+    members = []
+    while runs:
+        start, inner = runs[0]
+        step = runs[1][0] - start if len(runs) > 1 else 0
+        outer = 1
+        while (
+            outer < len(runs)
+            and runs[outer][1] == inner
+            and runs[outer][0] == start + outer * step
+        ):
+            outer += 1
+        period = step if outer > 1 else len(kept) * inner
+        sizes = {"outer": outer, "inner": inner, "offset": start, "period": period}
+        members.append(dataclasses.replace(m, **sizes))
+        runs = runs[outer:]
+    return members
+
+
+def _is_hidden(node: Any) -> bool:
+    return node is None or isinstance(node, optax.MaskedNode)
+
+
+def _take(leaf: Any, index: np.ndarray, axis: int) -> Any:
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        shape = list(leaf.shape)
+        shape[axis] = len(index)
+        return jax.ShapeDtypeStruct(tuple(shape), leaf.dtype)
+    if isinstance(leaf, np.ndarray):
+        return np.take(leaf, index, axis=axis)
+    return jnp.take(leaf, index, axis=axis)
+
+
+def _check_like(small: PyTree, like: PyTree) -> None:
+    have, want = jax.tree.structure(small), jax.tree.structure(like)
+    if have != want:
+        raise ValueError(
+            f"the cut tree has another structure than `like`:\n{have}\n{want}"
+        )
+    shapes: Mapping[str, Any] = leaf_table(like)
+    for path, leaf in leaf_table(small).items():
+        a = (tuple(np.shape(leaf)), leaf_dtype(leaf))
+        b = (tuple(np.shape(shapes[path])), leaf_dtype(shapes[path]))
+        if a != b:
+            raise ValueError(
+                f"leaf {path!r} of the cut tree is {a}, but `like` has {b}; initialise "
+                "this part of the state anew on the small parameters"
+            )

@@ -1,0 +1,85 @@
+"""Saving small parameters together with the cut that made them."""
+
+import importlib
+import os
+import pathlib
+import shutil
+import tempfile
+from typing import Any
+
+from sdp_jax.cut import Cut
+from sdp_jax.groups import PyTree
+
+
+def save(directory: str | os.PathLike[str], params: PyTree, cut: Cut) -> None:
+    """Writes small parameters (Orbax) and their cut (JSON) into a new directory.
+
+    The directory appears when everything is written, or not at all.
+
+    Args:
+      directory: where to write; it must not exist.
+      params: what ``cut.take`` made of the parameters.
+      cut: the cut.
+
+    Raises:
+      FileExistsError: if the directory exists.
+      ValueError: if the parameters are not those of the cut.
+      ImportError: if orbax-checkpoint is not installed.
+    """
+    cut.check_small(params)
+    checkpointing = _orbax()
+    path = pathlib.Path(directory).absolute()
+    if path.exists():
+        raise FileExistsError(f"{path} exists; choose another directory or remove it")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = pathlib.Path(tempfile.mkdtemp(prefix=path.name, dir=path.parent))
+    try:
+        (scratch / "cut.json").write_text(cut.to_json())
+        with checkpointing.StandardCheckpointer() as checkpointer:
+            checkpointer.save(scratch / "params", params)
+        scratch.rename(path)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+
+
+def load(
+    directory: str | os.PathLike[str], like: PyTree | None = None
+) -> tuple[Any, Cut]:
+    """Reads what :func:`save` wrote.
+
+    Args:
+      directory: where it is.
+      like: a tree of arrays or shapes with the structure of the dense or small
+        parameters; without it dictionaries and lists come back.
+
+    Returns:
+      The small parameters and the cut.
+
+    Raises:
+      FileNotFoundError: if there is nothing, or not all of it.
+      ValueError: if the files do not belong together.
+      ImportError: if orbax-checkpoint is not installed.
+    """
+    checkpointing = _orbax()
+    path = pathlib.Path(directory).absolute()
+    if not (path / "cut.json").is_file() or not (path / "params").is_dir():
+        raise FileNotFoundError(
+            f"{path} holds no saved cut: it needs cut.json and params/, as "
+            "sdp_jax.save writes them"
+        )
+    cut = Cut.from_json((path / "cut.json").read_text())
+    target = None if like is None else cut.small_like(like)
+    with checkpointing.StandardCheckpointer() as checkpointer:
+        params = checkpointer.restore(path / "params", target)
+    cut.check_small(params)
+    return params, cut
+
+
+def _orbax() -> Any:
+    try:
+        return importlib.import_module("orbax.checkpoint")
+    except ImportError as error:
+        raise ImportError(
+            "saving and loading need orbax-checkpoint: pip install orbax-checkpoint"
+        ) from error

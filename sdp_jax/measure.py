@@ -1,0 +1,215 @@
+"""What a function costs: parameters, FLOPs, bytes of activations, latency."""
+
+import dataclasses
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from sdp_jax.groups import PyTree
+from sdp_jax.tracing.source import user_line
+
+# Primitives that only move or view entries.
+_FREE = frozenset(
+    "broadcast_in_dim reshape transpose squeeze slice split rev concatenate pad copy "
+    "dynamic_slice dynamic_update_slice gather iota convert_element_type select_n name "
+    "bitcast_convert_type stop_gradient copy_p random_seed random_wrap random_unwrap "
+    "optimization_barrier device_put".split()
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class EquationCost:
+    """Cost of one equation of a trace.
+
+    Attributes:
+      primitive: its primitive.
+      where: the user's file and line, or an empty string.
+      flops: floating-point operations; a multiplication and an addition are two.
+      bytes: size of its results.
+      repeats: how often it runs (equations inside of ``scan``).
+    """
+
+    primitive: str
+    where: str
+    flops: int
+    bytes: int
+    repeats: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """Cost of a function.
+
+    Attributes:
+      parameters: number of entries of the parameters.
+      flops: floating-point operations of one call.
+      activation_bytes: size of all intermediate results, as the trace has them (a
+        compiler that fuses stores fewer).
+      equations: the same, equation by equation.
+    """
+
+    parameters: int
+    flops: int
+    activation_bytes: int
+    equations: tuple[EquationCost, ...]
+
+    def summary(self, rows: int = 10) -> str:
+        """The totals, and the most expensive equations."""
+        lines = [
+            f"{self.parameters:,} parameters, {self.flops:,} FLOPs, "
+            f"{self.activation_bytes:,} bytes of activations"
+        ]
+        ranked = sorted(self.equations, key=lambda e: -e.flops * e.repeats)
+        for e in ranked[:rows]:
+            share = e.flops * e.repeats / max(self.flops, 1)
+            lines.append(
+                f"{share:6.1%}  {e.flops * e.repeats:>16,}  {e.primitive}  {e.where}"
+            )
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        return self.summary()
+
+
+def cost(fn: Callable[..., Any], params: PyTree, *inputs: Any) -> Cost:
+    """Counts what ``fn(params, *inputs)`` costs, without running it.
+
+    Contractions and convolutions count ``2 × multiplications``, with padded positions
+    of convolutions counted like others; element-wise primitives and reductions one
+    operation for each entry; moves of data none. A loop counts its length, ``cond`` its
+    dearest branch, ``while`` one turn, because nobody knows how many there will be.
+
+    Args:
+      fn: a function that JAX can trace.
+      params: its parameters, arrays or ``jax.ShapeDtypeStruct``.
+      *inputs: its other arguments, likewise.
+
+    Returns:
+      A :class:`Cost`.
+
+    Example:
+      >>> import jax.numpy as jnp, sdp_jax
+      >>> fn = lambda params, x: jnp.tanh(x @ params)
+      >>> sdp_jax.cost(fn, jnp.ones((4, 8)), jnp.ones((2, 4))).flops  # 2·2·4·8 + 2·8
+      144
+    """
+    closed = jax.make_jaxpr(fn)(params, *inputs)
+    equations = tuple(_walk(closed.jaxpr, 1))
+    return Cost(
+        sum(math.prod(np.shape(x)) for x in jax.tree.leaves(params)),
+        sum(e.flops * e.repeats for e in equations),
+        sum(e.bytes * e.repeats for e in equations),
+        equations,
+    )
+
+
+def latency(
+    *fns: Callable[..., Any], args: Sequence[Sequence[Any]], repeats: int = 20
+) -> list[float]:
+    """Median seconds of one call, for several functions in turns.
+
+    They run alternately, so that their ratio is fair on a busy machine.
+
+    Args:
+      *fns: functions to compile and time.
+      args: for each of them its arguments.
+      repeats: number of timed rounds, after one that is not timed.
+
+    Returns:
+      Seconds, one number for each function.
+
+    Raises:
+      ValueError: if there are not as many arguments as functions, or no rounds.
+    """
+    if len(fns) != len(args) or repeats < 1:
+        raise ValueError(
+            f"latency needs arguments for each function and at least one round; got "
+            f"{len(fns)} functions, {len(args)} arguments, {repeats} rounds"
+        )
+    compiled = [jax.jit(fn) for fn in fns]
+    times: list[list[float]] = [[] for _ in fns]
+    for turn in range(repeats + 1):
+        for line, fn, given in zip(times, compiled, args, strict=True):
+            start = time.perf_counter()
+            jax.block_until_ready(fn(*given))
+            if turn:
+                line.append(time.perf_counter() - start)
+    return [statistics.median(line) for line in times]
+
+
+def _walk(jaxpr: Any, repeats: int) -> list[EquationCost]:
+    out: list[EquationCost] = []
+    for eqn in jaxpr.eqns:
+        name = eqn.primitive.name
+        inner = _bodies(eqn)
+        if name == "cond":
+            branches = [_walk(body, repeats) for body in inner]
+            out += max(branches, key=lambda b: sum(e.flops * e.repeats for e in b))
+        elif inner:
+            times = repeats * (eqn.params["length"] if name == "scan" else 1)
+            for body in inner:
+                out += _walk(body, times)
+        else:
+            out.append(
+                EquationCost(
+                    name,
+                    user_line(eqn.source_info),
+                    _flops(eqn),
+                    _bytes(eqn.outvars),
+                    repeats,
+                )
+            )
+    return out
+
+
+def _bodies(eqn: Any) -> list[Any]:
+    """The jaxprs that an equation runs."""
+    keys = ("jaxpr", "call_jaxpr", "body_jaxpr", "cond_jaxpr", "branches")
+    found = []
+    for key in keys:
+        value = eqn.params.get(key)
+        for body in value if isinstance(value, tuple) else [value]:
+            body = getattr(body, "jaxpr", body)
+            if hasattr(body, "eqns"):
+                found.append(body)
+    return found
+
+
+def _bytes(variables: Sequence[Any]) -> int:
+    return sum(
+        math.prod(v.aval.shape) * v.aval.dtype.itemsize
+        for v in variables
+        if hasattr(v.aval, "shape")
+    )
+
+
+def _flops(eqn: Any) -> int:
+    name = eqn.primitive.name
+    shapes: list[tuple[int, ...]] = [
+        tuple(getattr(v.aval, "shape", ())) for v in eqn.invars
+    ]
+    outs: list[tuple[int, ...]] = [
+        tuple(getattr(v.aval, "shape", ())) for v in eqn.outvars
+    ]
+    size = math.prod(outs[0]) if outs else 0
+    if name == "dot_general":
+        (left, _), _ = eqn.params["dimension_numbers"]
+        return 2 * size * math.prod(shapes[0][i] for i in left)
+    if name == "conv_general_dilated":
+        spec = eqn.params["dimension_numbers"].rhs_spec
+        window = math.prod(shapes[1][d] for d in spec[1:])
+        # Zeros that only spread a transposed convolution's input do not count.
+        spread = math.prod(eqn.params["lhs_dilation"])
+        return 2 * size * window // (eqn.params["batch_group_count"] * spread)
+    if name in _FREE:
+        return 0
+    if name.startswith(("reduce_window", "select_and_")):
+        return size * math.prod(eqn.params["window_dimensions"])
+    if name.startswith(("reduce_", "arg")):
+        return math.prod(shapes[0])
+    return int(size)

@@ -1,0 +1,146 @@
+"""Traces a function of parameters and inputs, and solves for its classes."""
+
+import dataclasses
+import fnmatch
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+
+from sdp_jax.groups import PyTree, leaf_dtype, leaf_keys, leaf_table
+from sdp_jax.tracing.atoms import Reason, Solution
+from sdp_jax.tracing.rules import ANALYSE
+from sdp_jax.tracing.trace import Body, Trace
+from sdp_jax.tracing.values import Value
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ParameterAxis:
+    """An axis of a parameter.
+
+    Attributes:
+      path: path of the leaf.
+      axis: which axis.
+      atoms: its atoms.
+      number: number by which fills refer to it.
+      state: whether the leaf is running state, which is never thresholded.
+    """
+
+    path: str
+    axis: int
+    atoms: np.ndarray
+    number: int
+    state: bool
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Analysis:
+    """A traced function.
+
+    Attributes:
+      trace: the trace.
+      body: values of all its arrays.
+      axes: axes of the parameters.
+      solution: classes of atoms.
+      out_tree: structure of its result.
+    """
+
+    trace: Trace
+    body: Body
+    axes: list[ParameterAxis]
+    solution: Solution
+    out_tree: Any
+
+
+def analyse(
+    fn: Callable[..., Any],
+    params: PyTree,
+    args: Sequence[Any],
+    *,
+    is_state: Callable[[str], bool],
+    ignore: Sequence[str] = (),
+    prune_inputs: bool = False,
+    prune_outputs: bool = False,
+    derivatives: bool = True,
+) -> Analysis:
+    """Traces ``fn(params, *args)`` and solves for its classes.
+
+    Args:
+      fn: a traceable function.
+      params: arrays or shapes.
+      args: its other arguments; Booleans and strings are static.
+      is_state: which leaves, by path, are running state.
+      ignore: patterns of paths that must stay whole.
+      prune_inputs: whether parts of the inputs may be left out.
+      prune_outputs: whether parts of the outputs may be left out.
+      derivatives: whether to follow derivative rules of element-wise functions.
+
+    Returns:
+      The analysis.
+    """
+    leaves, treedef = jax.tree.flatten(args)
+    dynamic = [i for i, leaf in enumerate(leaves) if not is_static(leaf)]
+
+    def function(params: PyTree, moving: list[Any]) -> Any:
+        full = list(leaves)
+        for i, leaf in zip(dynamic, moving, strict=True):
+            full[i] = leaf
+        return fn(params, *jax.tree.unflatten(treedef, full))
+
+    moving = [leaves[i] for i in dynamic]
+    closed, out_shape = jax.make_jaxpr(function, return_shape=True)(params, moving)
+    trace = Trace(ANALYSE, derivatives=derivatives)
+    space = trace.space
+    axes: list[ParameterAxis] = []
+    values: list[Value] = []
+    for path, leaf in leaf_table(params).items():
+        state = is_state(path) or not jnp.issubdtype(leaf_dtype(leaf), jnp.inexact)
+        factors = []
+        for d, size in enumerate(np.shape(leaf)):
+            number = len(axes)
+            axis = space.fresh(size, None if state else frozenset({number}))
+            factors.append(axis)
+            atoms = axis[0].atoms if axis else np.zeros(size, np.int32)
+            axes.append(ParameterAxis(path, d, atoms, number, state))
+            if any(fnmatch.fnmatch(path, pattern) for pattern in ignore):
+                space.freeze(axis, Reason("ignore", "was asked to stay whole"))
+        values.append(Value(tuple(factors), data=False))
+    for var in closed.jaxpr.invars[len(values) :]:
+        shape = getattr(var.aval, "shape", ())
+        make = space.fresh_value if prune_inputs else space.plain_value
+        values.append(make(shape, data=True))
+    body = trace.run(closed.jaxpr, closed.consts, values)
+    states = {axis.path for axis in axes if axis.state}
+    leaves = dict(zip(leaf_table(params), values, strict=False))
+    why = Reason("output", "is an output of the function")
+    for (keys, _), value in zip(leaf_keys(out_shape), body.outs, strict=True):
+        owner = _owner(keys, value, {path: leaves[path] for path in states})
+        for d, axis in enumerate(value.axes):
+            if owner is not None:
+                space.unify([axis, owner.axes[d]], why)
+            elif not prune_outputs:
+                space.freeze(axis, why)
+    out_tree = jax.tree.structure(out_shape)
+    return Analysis(trace, body, axes, space.atoms.solve(), out_tree)
+
+
+def _owner(
+    keys: Sequence[str], value: Value, states: Mapping[str, Value]
+) -> Value | None:
+    """The running state of which an output is the new value, by path and shape."""
+    found: dict[int, Value] = {}
+    for path, owner in states.items():
+        parts = path.split("/")
+        # Without its first key only if that leaves more than a name like "mean".
+        for tail in (parts, parts[1:] if len(parts) > 2 else []):
+            if tail and list(keys[-len(tail) :]) == tail and owner.shape == value.shape:
+                found.setdefault(len(tail), owner)
+    return found[max(found)] if found else None
+
+
+def is_static(leaf: Any) -> bool:
+    """Whether an argument is passed to the function as it is, and not traced."""
+    return isinstance(leaf, bool | str | bytes) or callable(leaf)

@@ -1,0 +1,345 @@
+"""Atoms: unknowns that say of a position whether it is kept, and their equations.
+
+Every position of every array axis has an atom; atom 0 stands for "always kept". A trace
+leaves equalities between atoms, conjunctions (``z`` is kept where ``x`` and ``y`` both
+are) and freezes. :meth:`Atoms.solve` turns them into classes: *base* classes, which may
+be kept or not at will, and derived ones, which are conjunctions of base classes.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+from sdp_jax.tracing.source import user_line
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Reason:
+    """Why channels cannot be cut.
+
+    Attributes:
+      primitive: the JAX primitive that needs them whole, or ``"input"``, ``"output"``.
+      why: what is wrong with cutting there.
+      source: source information of the equation, if there is one.
+    """
+
+    primitive: str
+    why: str
+    source: Any = None
+
+    @functools.cached_property
+    def where(self) -> str:
+        """The user's file and line, or an empty string."""
+        return user_line(self.source)
+
+    def __str__(self) -> str:
+        place = f" ({self.where})" if self.where else ""
+        return f"{self.primitive}: {self.why}{place}"
+
+
+@dataclasses.dataclass
+class Conjunction:
+    """``z[i, j, …]`` is kept where all of ``parts[0][i], parts[1][j], …`` are."""
+
+    z: np.ndarray
+    parts: list[np.ndarray]
+
+    def operands(self) -> np.ndarray:
+        """The operands of each entry of ``z``, ``(len(z), len(parts))``."""
+        grid = np.meshgrid(*self.parts, indexing="ij")
+        return np.stack([g.reshape(-1) for g in grid], axis=1)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Solution:
+    """Classes of atoms.
+
+    Attributes:
+      label: class of each atom; class 0 is always kept.
+      operands: for each class the base classes of which it is the conjunction, padded
+        with 0; a base class stands for itself.
+    """
+
+    label: np.ndarray
+    operands: np.ndarray
+
+    def is_base(self, labels: np.ndarray) -> np.ndarray:
+        """Which classes are base classes (class 0 is none)."""
+        return (labels > 0) & (self.operands[labels, 0] == labels)
+
+
+class Atoms:
+    """The unknowns of one trace and what is known of them."""
+
+    def __init__(self) -> None:
+        """Starts with atom 0."""
+        self.count = 1
+        self._left: list[np.ndarray] = []
+        self._right: list[np.ndarray] = []
+        self._frozen: list[tuple[np.ndarray, Reason]] = []
+        self._conjunctions: list[Conjunction] = []
+        # Classes by what has been merged so far: equalities; freezes, too.
+        self._free = np.zeros(1, np.int32)
+        self._fixed: np.ndarray | None = None
+        self._stuck = 0
+
+    def fresh(self, size: int) -> np.ndarray:
+        """New atoms."""
+        atoms = np.arange(self.count, self.count + size, dtype=np.int32)
+        self.count += size
+        return atoms
+
+    def equate(self, a: np.ndarray, b: np.ndarray) -> None:
+        """Says that two vectors of atoms are equal, entry by entry."""
+        self._left.append(a)
+        self._right.append(b)
+
+    def conjoin(self, z: np.ndarray, parts: Sequence[np.ndarray]) -> None:
+        """Says that ``z``, read as a grid, is the conjunction of its parts."""
+        self._conjunctions.append(Conjunction(z, list(parts)))
+
+    def freeze(self, atoms: np.ndarray, reason: Reason) -> None:
+        """Says that these atoms are always kept."""
+        self._frozen.append((atoms, reason))
+
+    def reasons(self) -> tuple[np.ndarray, dict[int, list[Reason]]]:
+        """Why atoms are frozen.
+
+        Returns:
+          The class of each atom as it would be without freezes, and for each such
+          class the reasons to freeze it.
+        """
+        label = self._components(frozen=False)
+        found: dict[int, list[Reason]] = {}
+        for atoms, reason in self._frozen:
+            for one in np.unique(label[atoms]).tolist():
+                found.setdefault(one, []).append(reason)
+        return label, found
+
+    def solve(self) -> Solution:
+        """Solves all equations; what cannot be expressed exactly becomes coarser."""
+        while True:
+            label = self._components()
+            conjunctions = self._conjunctions
+            if not conjunctions:
+                return Solution(
+                    label, np.arange(label.max() + 1, dtype=np.int32)[:, None]
+                )
+            if self._refine(label):
+                continue
+            z, operands = self._table(label)
+            pairs = _conclusions(z, operands)
+            if not pairs:
+                expanded = _expand(label.max() + 1, z, operands)
+                if expanded is not None:
+                    return Solution(label, expanded)
+                # A class is defined through itself: all such classes become one.
+                live = operands > 0
+                pairs = [
+                    (np.broadcast_to(z[:, None], live.shape)[live], operands[live])
+                ]
+            # Classes are joined through one atom of each.
+            atom = np.zeros(label.max() + 1, np.int32)
+            atom[label[::-1]] = np.arange(len(label))[::-1]
+            for a, b in pairs:
+                self.equate(atom[a], atom[b])
+
+    def _components(self, frozen: bool = True) -> np.ndarray:
+        """The class of each atom by all equalities, with or without the freezes."""
+        pairs = list(zip(self._left, self._right, strict=True))
+        self._left, self._right = [], []
+        zero = np.zeros(1, np.int32)
+        stuck = [
+            (atoms, np.broadcast_to(zero, atoms.shape))
+            for atoms, _ in self._frozen[self._stuck :]
+        ]
+        self._stuck = len(self._frozen)
+        self._free = _merge(self._free, pairs, self.count)
+        if self._fixed is None:
+            self._fixed = _merge(self._free, stuck, self.count)
+        else:
+            self._fixed = _merge(self._fixed, pairs + stuck, self.count)
+        return self._fixed if frozen else self._free
+
+    def _refine(self, label: np.ndarray) -> bool:
+        """Brings grids over the same atoms to a common factorisation."""
+        seen: dict[bytes, Conjunction] = {}
+        changed = False
+        for item in list(self._conjunctions):
+            key = label[item.z].tobytes()
+            first = seen.setdefault(key, item)
+            if first is item:
+                continue
+            sizes = common_sizes(
+                [len(p) for p in first.parts], [len(p) for p in item.parts]
+            )
+            if sizes is None:
+                continue
+            self._split_parts(first, sizes)
+            self._split_parts(item, sizes)
+            for a, b in zip(first.parts, item.parts, strict=True):
+                self.equate(a, b)
+            self._conjunctions = [c for c in self._conjunctions if c is not item]
+            changed = True
+        return changed
+
+    def _split_parts(self, item: Conjunction, sizes: list[int]) -> None:
+        parts = []
+        shares = deal_out([len(p) for p in item.parts], sizes)
+        for part, need in zip(item.parts, shares, strict=True):
+            if len(need) == 1:
+                parts.append(part)
+                continue
+            new = [self.fresh(n) for n in need]
+            self.conjoin(part, new)
+            parts += new
+        item.parts = parts
+
+    def _table(self, label: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """All conjunctions as rows: class of ``z``, classes of its operands."""
+        width = max(len(c.parts) for c in self._conjunctions)
+        heads, rows = [], []
+        for c in self._conjunctions:
+            operands = np.zeros((len(c.z), width), np.int32)
+            operands[:, : len(c.parts)] = label[c.operands()]
+            heads.append(label[c.z])
+            rows.append(operands)
+        z, operands = np.concatenate(heads), np.concatenate(rows)
+        # The classes that matter to the left, in their order; repetitions dropped.
+        for i in range(1, width):
+            again = (operands[:, :i] == operands[:, i : i + 1]).any(axis=1)
+            operands[again, i] = 0
+        order = np.argsort(operands == 0, axis=1, kind="stable")
+        operands = np.take_along_axis(operands, order, axis=1)
+        return z, operands
+
+
+def _merge(
+    label: np.ndarray, pairs: Sequence[tuple[np.ndarray, np.ndarray]], count: int
+) -> np.ndarray:
+    """Merges classes.
+
+    Args:
+      label: the class of each of the first atoms; the others are classes of their own.
+      pairs: vectors of atoms that are equal, entry by entry.
+      count: number of atoms.
+
+    Returns:
+      The class of each atom; class 0 is that of atom 0.
+    """
+    classes = int(label.max()) + 1
+    new = np.arange(classes, classes + count - len(label), dtype=np.int32)
+    label = np.concatenate([label, new]) if len(new) else label
+    if not pairs:
+        return label
+    a = np.concatenate([label[x] for x, _ in pairs])
+    b = np.concatenate([label[y] for _, y in pairs])
+    size = classes + len(new)
+    graph = coo_array((np.ones(len(a), np.int8), (a, b)), shape=(size, size))
+    merged = connected_components(graph, directed=False)[1]
+    if merged[0] != 0:
+        first = merged[0]
+        merged = np.where(merged == first, 0, np.where(merged == 0, first, merged))
+    return merged.astype(np.int32)[label]
+
+
+def _conclusions(
+    z: np.ndarray, operands: np.ndarray
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Pairs of classes that must be one, as far as one round can see."""
+    pairs: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def join(a: np.ndarray, b: np.ndarray) -> None:
+        differ = a != b
+        if differ.any():
+            pairs.append((a[differ], b[differ]))
+
+    number = (operands > 0).sum(axis=1)
+    # What is always kept has operands that are always kept, and the other way.
+    frozen = z == 0
+    join(operands[frozen].reshape(-1), np.zeros(operands[frozen].size, np.int32))
+    join(z[number == 0], np.zeros((number == 0).sum(), np.int32))
+    join(z[number == 1], operands[number == 1, 0])
+    live = (number > 1) & ~frozen
+    z, operands, number = z[live], operands[live], number[live]
+    if not len(z):
+        return pairs
+    # Equal operands, equal results.
+    ordered = np.sort(operands, axis=1)
+    _, first, inverse = np.unique(
+        ordered, axis=0, return_index=True, return_inverse=True
+    )
+    join(z, z[first[inverse.reshape(-1)]])
+    # The same in another order (a transposed grid) says nothing new.
+    z, operands, number = z[first], operands[first], number[first]
+    # One result, two sets of operands: they must agree one by one.
+    _, first, inverse = np.unique(z, return_index=True, return_inverse=True)
+    other = first[inverse.reshape(-1)]
+    same = number == number[other]
+    for column in range(operands.shape[1]):
+        join(operands[same, column], operands[other[same], column])
+        rest = ~same & (operands[:, column] > 0)
+        join(operands[rest, column], operands[other[rest], 0])
+        rest = ~same & (operands[other, column] > 0)
+        join(operands[other[rest], column], operands[other[rest], 0])
+    return pairs
+
+
+def _expand(count: int, z: np.ndarray, operands: np.ndarray) -> np.ndarray | None:
+    """Writes every class as a conjunction of base classes, or finds a circle."""
+    live = (z > 0) & ((operands > 0).sum(axis=1) > 1)
+    z, operands = z[live], operands[live]
+    table = np.zeros((count, max(operands.shape[1], 1)), np.int32)
+    table[:, 0] = np.arange(count)
+    derived = np.zeros(count, bool)
+    derived[z] = True
+    rules = table.copy()
+    rules[z] = operands
+    for _ in range(64):
+        expanded = rules[table].reshape(count, -1)
+        expanded = np.sort(expanded, axis=1)
+        expanded[:, 1:][expanded[:, 1:] == expanded[:, :-1]] = 0
+        expanded = -np.sort(-expanded, axis=1)
+        width = max(int((expanded > 0).sum(axis=1).max()), 1)
+        if width > 64:
+            return None
+        expanded = expanded[:, :width]
+        if expanded.shape == table.shape and (expanded == table).all():
+            break
+        table = expanded
+    else:
+        return None
+    if derived[table].any():
+        return None
+    return table
+
+
+def common_sizes(a: Sequence[int], b: Sequence[int]) -> list[int] | None:
+    """The coarsest factorisation that refines two of the same number, if any."""
+    bounds: set[int] = set()
+    for sizes in (a, b):
+        bounds |= set(np.cumprod(np.asarray(sizes[::-1], object)).tolist())
+    chain = [1, *sorted(int(n) for n in bounds)]
+    if any(high % low for low, high in zip(chain[:-1], chain[1:], strict=True)):
+        return None
+    out = [high // low for low, high in zip(chain[:-1], chain[1:], strict=True)][::-1]
+    assert math.prod(out) == math.prod(a)
+    return [n for n in out if n > 1]
+
+
+def deal_out(sizes: Sequence[int], fine: Sequence[int]) -> list[list[int]]:
+    """Which sizes of a finer factorisation make up each size of a coarser one."""
+    rest = list(fine)
+    out = []
+    for size in sizes:
+        share: list[int] = []
+        while math.prod(share) < size:
+            share.append(rest.pop(0))
+        out.append(share)
+    return out

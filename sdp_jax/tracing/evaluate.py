@@ -1,0 +1,131 @@
+"""Evaluates a trace on the small arrays."""
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import Literal
+
+from sdp_jax.tracing.atoms import Solution
+from sdp_jax.tracing.trace import Body, Record
+from sdp_jax.tracing.values import Axis, Value
+
+_NOTHING = contextlib.nullcontext()
+
+
+class Evaluator:
+    """Runs traced bodies with what is kept of every array."""
+
+    def __init__(
+        self, solution: Solution, keep: np.ndarray, rebuild: Mapping[str, Any]
+    ) -> None:
+        """Prepares an evaluation.
+
+        Args:
+          solution: the classes of atoms.
+          keep: for each class whether it is kept.
+          rebuild: rules of primitives whose parameters depend on shapes.
+        """
+        self._label = solution.label
+        self._keep = keep
+        self._rebuild = rebuild
+        self._masks: dict[int, tuple[np.ndarray, np.ndarray, bool]] = {}
+
+    def _factor(self, atoms: np.ndarray) -> tuple[np.ndarray, bool]:
+        found = self._masks.get(id(atoms))
+        if found is None:
+            mask = self._keep[self._label[atoms]]
+            # The atoms are kept alive, so that their identity stays theirs.
+            found = self._masks[id(atoms)] = (atoms, mask, bool(mask.all()))
+        return found[1], found[2]
+
+    def is_cut(self, axis: Axis) -> bool:
+        """Whether positions of an axis are gone."""
+        return not all(self._factor(f.atoms)[1] for f in axis)
+
+    def mask(self, axis: Axis) -> np.ndarray:
+        """Which positions of an axis are kept."""
+        mask = np.ones(1, bool)
+        for f in axis:
+            mask = np.logical_and.outer(mask, self._factor(f.atoms)[0]).reshape(-1)
+        return mask
+
+    def size(self, axis: Axis) -> int:
+        """Length of what is kept of an axis."""
+        size = 1
+        for f in axis:
+            size *= int(self._factor(f.atoms)[0].sum())
+        return size
+
+    def shape(self, value: Value) -> tuple[int, ...]:
+        """Shape of what is kept of an array."""
+        return tuple(self.size(axis) for axis in value.axes)
+
+    def take(self, array: Any, value: Value) -> Any:
+        """What is kept of a dense array."""
+        for d, axis in enumerate(value.axes):
+            if self.is_cut(axis):
+                array = jnp.take(array, np.flatnonzero(self.mask(axis)), axis=d)
+        return array
+
+    def run(self, body: Body, args: Sequence[Any]) -> list[Any]:
+        """Evaluates a body.
+
+        Args:
+          body: the trace of a jaxpr.
+          args: the small arrays that go in.
+
+        Returns:
+          The small arrays that come out.
+        """
+        env: dict[Any, Any] = {}
+        consts = map(self.take, body.consts, body.const_values)
+        env.update(zip(body.jaxpr.constvars, consts, strict=True))
+        env.update(zip(body.jaxpr.invars, args, strict=True))
+        for record in body.records:
+            small = [
+                v.val if isinstance(v, Literal) else env[v] for v in record.eqn.invars
+            ]
+            name_stack = str(record.eqn.source_info.name_stack)
+            with jax.named_scope(name_stack) if name_stack else _NOTHING:
+                outs = self._evaluate(record, small)
+            env.update(zip(record.eqn.outvars, outs, strict=True))
+        return [v.val if isinstance(v, Literal) else env[v] for v in body.jaxpr.outvars]
+
+    def _evaluate(self, record: Record, args: list[Any]) -> Sequence[Any]:
+        # Also where a cut has emptied a part: a group of which no channel is left.
+        nothing = record.outs and all(0 in self.shape(v) for v in record.outs)
+        if nothing and not record.eqn.effects:
+            return [
+                jnp.zeros(self.shape(value), var.aval.dtype)
+                for value, var in zip(record.outs, record.eqn.outvars, strict=True)
+            ]
+        cut = any(
+            self.is_cut(axis)
+            for value in (*record.ins, *record.outs)
+            for axis in value.axes
+        )
+        rule = self._rebuild.get(record.eqn.primitive.name) if cut else None
+        return self.rebind(record, args) if rule is None else rule(self, record, args)
+
+    def rebind(self, record: Record, args: Sequence[Any], **changed: Any) -> list[Any]:
+        """Binds the primitive of an equation to other operands.
+
+        Args:
+          record: the equation.
+          args: its operands.
+          **changed: parameters of the primitive that change with the shapes.
+
+        Returns:
+          The results.
+        """
+        eqn = record.eqn
+        params = eqn.primitive.get_bind_params({**eqn.params, **changed})
+        if isinstance(params, tuple):  # before JAX 0.9 functions came apart
+            functions, params = params
+            args = [*functions, *args]
+        outs = eqn.primitive.bind(*args, **params)
+        return list(outs) if eqn.primitive.multiple_results else [outs]

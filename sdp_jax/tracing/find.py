@@ -1,0 +1,119 @@
+"""find_groups: the channel dimensions of any function."""
+
+import fnmatch
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from sdp_jax.groups import Frozen, Groups, Leaf, PyTree, leaf_table
+from sdp_jax.tracing.analyse import Analysis, analyse
+from sdp_jax.tracing.members import find_dimensions
+
+# Running statistics by the names that Flax, Haiku and Equinox give them.
+STATE = (
+    "*batch_stats*",
+    "*running_*",
+    "*moving_*",
+    "*_ema/*",
+    "mean",
+    "*/mean",
+    "var",
+    "*/var",
+)
+
+
+def find_groups(
+    fn: Callable[..., Any],
+    params: PyTree,
+    *inputs: Any,
+    prune_inputs: bool = False,
+    prune_outputs: bool = False,
+    ignore: Sequence[str] = (),
+    state: Sequence[str] = STATE,
+) -> Groups:
+    """Finds which slices of which parameters form channels, by tracing a function.
+
+    It traces ``fn(params, *inputs)`` without computing anything. Which slices go
+    together follows from the primitives of the trace alone, not from names or layer
+    classes. Whatever no rule covers stays whole, and the reason is kept.
+
+    Heads and head dimensions of attention share entries; if both are trained to zero,
+    their factors multiply.
+
+    Args:
+      fn: any function of the parameters that JAX can trace: a model or a loss, in
+        inference or training mode.
+      params: its first argument, any pytree of arrays or ``jax.ShapeDtypeStruct``.
+        Leaves that are not floating-point or complex are cut, but never thresholded.
+      *inputs: its other arguments, likewise; Booleans and strings stay Python values.
+      prune_inputs: whether features of the inputs count as channels, too. The small
+        function takes the whole input and leaves out what it does not need.
+      prune_outputs: whether positions of the outputs do.
+      ignore: patterns (as in :mod:`fnmatch`) of paths of leaves to keep whole.
+      state: patterns of paths of running statistics: cut, but never thresholded. An
+        output with the path and shape of one is its new value, and is cut with it; all
+        other outputs stay whole.
+
+    Returns:
+      The :class:`Groups`. Cut out where all producers of a channel are zero,
+      ``fn`` gives the same result: see :func:`sdp_jax.narrow`.
+
+    Raises:
+      TypeError: if ``fn`` cannot be traced with these arguments.
+
+    Example:
+      >>> import jax.numpy as jnp, sdp_jax
+      >>> params = {"in": jnp.ones((4, 8)), "out": jnp.ones((8, 3))}
+      >>> def fn(params, x):
+      ...     return jnp.tanh(x @ params["in"]) @ params["out"]
+      >>> print(sdp_jax.find_groups(fn, params, jnp.ones((2, 4))))
+      ... # doctest: +ELLIPSIS
+      dimension  channels  entries/channel  members
+      in                8                7  in[1], out[0] (consumer)
+      1 dimensions, 8 channels, 2 leaves
+      cannot be cut:
+        in[0], 4 positions: dot_general: meets an axis that is always kept (...)
+        out[1], 3 positions: output: is an output of the function
+    """
+    found = analyse(
+        fn,
+        params,
+        inputs,
+        is_state=lambda path: any(fnmatch.fnmatch(path, p) for p in state),
+        ignore=ignore,
+        prune_inputs=prune_inputs,
+        prune_outputs=prune_outputs,
+        derivatives=False,
+    )
+    leaves = tuple(
+        Leaf(path, tuple(np.shape(leaf))) for path, leaf in leaf_table(params).items()
+    )
+    shapes = {leaf.path: leaf.shape for leaf in leaves}
+    dimensions = find_dimensions(found, shapes)
+    groups = Groups(dimensions, leaves)
+    return Groups(
+        dimensions, leaves, _frozen(found, groups), prune_inputs, prune_outputs
+    )
+
+
+def _frozen(found: Analysis, groups: Groups) -> tuple[Frozen, ...]:
+    covered: dict[tuple[str, int], np.ndarray] = {}
+    for d in groups:
+        for m in d.members:
+            length = groups.shapes[m.path][m.axis]
+            mask = covered.setdefault((m.path, m.axis), np.zeros(length, bool))
+            mask[m.positions(d.size)] = True
+    label, reasons = found.trace.space.atoms.reasons()
+    out = []
+    for axis in found.axes:
+        size = len(axis.atoms)
+        free = covered.get((axis.path, axis.axis), np.zeros(size, bool))
+        if size < 2 or free.all():
+            continue
+        why: dict[str, None] = {}
+        for one in np.unique(label[axis.atoms[~free]]).tolist():
+            why.update((str(reason), None) for reason in reasons.get(one, ()))
+        told = tuple(why) or ("its positions are no set of interchangeable channels",)
+        out.append(Frozen(axis.path, axis.axis, int((~free).sum()), told[:4]))
+    return tuple(out)

@@ -1,0 +1,170 @@
+"""From classes of atoms to channel dimensions."""
+
+import dataclasses
+import math
+
+import numpy as np
+
+from sdp_jax.groups import Dimension, Member, Role
+from sdp_jax.tracing.analyse import Analysis, ParameterAxis
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Place:
+    """Where the channels of one candidate sit along one parameter axis.
+
+    Attributes:
+      axis: the axis.
+      positions: ``(channels, positions of each)``, ascending.
+    """
+
+    axis: ParameterAxis
+    positions: np.ndarray
+
+
+def find_dimensions(
+    found: Analysis, shapes: dict[str, tuple[int, ...]]
+) -> tuple[Dimension, ...]:
+    """The channel dimensions of a traced function.
+
+    Args:
+      found: the analysis.
+      shapes: shapes of the leaves.
+
+    Returns:
+      Dimensions of at least two channels, in the order of the leaves.
+    """
+    runs: list[list[_Place]] = []
+    for places in _candidates(found):
+        runs += _runs(places)
+    dimensions: list[tuple[tuple[int, int], list[Member], int]] = []
+    for places in runs:
+        size = len(places[0].positions)
+        members = [m for p in places for m in _members(found, p)]
+        if size > 1 and any(m.role == "producer" for m in members):
+            start = (places[0].axis.number, int(places[0].positions[0, 0]))
+            dimensions.append((start, members, size))
+    dimensions.sort(key=lambda item: item[0])
+    names: set[str] = set()
+    out = []
+    for _, members, size in dimensions:
+        name = _name(members, shapes, names)
+        names.add(name)
+        out.append(Dimension(name, size, tuple(members)))
+    tops = {d.name.partition("/")[0] for d in out}
+    if len(tops) == 1 and all("/" in d.name for d in out):
+        # All in "params": that says nothing.
+        out = [dataclasses.replace(d, name=d.name.partition("/")[2]) for d in out]
+    return tuple(out)
+
+
+def _candidates(found: Analysis) -> list[list[_Place]]:
+    """Base classes that occur in the same parameter axes, equally often."""
+    solution = found.solution
+    labels, numbers, positions = [], [], []
+    for axis in found.axes:
+        mine = solution.label[axis.atoms]
+        operands = solution.operands[mine]
+        where, column = np.nonzero(operands)
+        labels.append(operands[where, column])
+        numbers.append(np.full(len(where), axis.number, np.int32))
+        positions.append(where.astype(np.int32))
+    if not labels:
+        return []
+    label, number, position = map(np.concatenate, (labels, numbers, positions))
+    if not len(label):
+        return []
+    # A signature for each class: a sum of random numbers, one for each axis.
+    codes = np.random.default_rng(0).integers(1, 2**63, len(found.axes), np.uint64)
+    signature = np.zeros(len(solution.operands), np.uint64)
+    np.add.at(signature, label, codes[number])
+    # They come in the order of axes and positions; stable sorts keep that.
+    kind = np.unique(signature, return_inverse=True)[1].reshape(-1)
+    order = np.argsort(label, kind="stable")
+    key = kind[label[order]] * len(found.axes) + number[order]
+    order = order[np.argsort(key, kind="stable")]
+    label, number, position = label[order], number[order], position[order]
+    code = kind[label]
+    edge = (code[1:] != code[:-1]) | (number[1:] != number[:-1])
+    starts = np.flatnonzero(np.concatenate([[True], edge]))
+    stops = np.append(starts[1:], len(label))
+    out: dict[int, list[_Place]] = {}
+    for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
+        channels = 1 + np.count_nonzero(np.diff(label[start:stop]))
+        table = position[start:stop].reshape(channels, -1)
+        place = _Place(found.axes[number[start]], table)
+        out.setdefault(int(code[start]), []).append(place)
+    return list(out.values())
+
+
+def _runs(places: list[_Place]) -> list[list[_Place]]:
+    """Breaks a candidate into runs of evenly spaced channels."""
+    order = np.argsort(places[0].positions[:, 0], kind="stable")
+    places = [_Place(p.axis, p.positions[order]) for p in places]
+    size = len(order)
+    if size < 2:
+        return []
+    even = np.ones(size - 1, bool)
+    for p in places:
+        steps = np.diff(p.positions, axis=0)
+        inner = _inner(p.positions)
+        even &= (inner > 0) & (steps == inner).all(axis=1)
+    stops = [*(np.flatnonzero(~even) + 1).tolist(), size]
+    starts = [0, *stops[:-1]]
+    return [
+        [_Place(p.axis, p.positions[a:b]) for p in places]
+        for a, b in zip(starts, stops, strict=True)
+        if b - a > 1
+    ]
+
+
+def _inner(positions: np.ndarray) -> int:
+    """How many neighbouring positions belong to one channel, 0 if that is uneven."""
+    steps = np.diff(positions[:, 0])
+    inner = int(np.sort(steps)[len(steps) // 2])
+    if inner < 1 or positions.shape[1] % inner:
+        return 0
+    blocks = positions.reshape(len(positions), -1, inner)
+    whole = (blocks - blocks[:, :, :1] == np.arange(inner)).all()
+    return inner if whole else 0
+
+
+def _members(found: Analysis, place: _Place) -> list[Member]:
+    axis, positions = place.axis, place.positions
+    size = len(positions)
+    inner = int(positions[1, 0] - positions[0, 0])
+    starts = positions[0, ::inner]
+    role: Role = "consumer"
+    if axis.state:
+        role = "state"
+    elif axis.number in found.trace.producers:
+        role = "producer"
+    steps = set(np.diff(starts).tolist())
+    if len(steps) <= 1:
+        period = steps.pop() if steps else size * inner
+        outer = len(starts)
+        return [
+            Member(axis.path, axis.axis, role, outer, inner, int(starts[0]), period)
+        ]
+    return [
+        Member(axis.path, axis.axis, role, 1, inner, int(start), size * inner)
+        for start in starts
+    ]
+
+
+def _name(
+    members: list[Member], shapes: dict[str, tuple[int, ...]], taken: set[str]
+) -> str:
+    """A name from the path of the largest producer."""
+    first = max(
+        (m for m in members if m.role == "producer"),
+        key=lambda m: math.prod(shapes[m.path]),
+    )
+    parent = first.path.rpartition("/")[0]
+    for name in (parent, first.path, f"{first.path}[{first.axis}]"):
+        if name and name not in taken:
+            return name
+    number = 2
+    while f"{first.path}[{first.axis}]#{number}" in taken:
+        number += 1
+    return f"{first.path}[{first.axis}]#{number}"

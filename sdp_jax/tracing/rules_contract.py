@@ -1,0 +1,233 @@
+"""Contractions and reductions: where absent terms must be zero."""
+
+from typing import Any
+
+from sdp_jax.tracing.rules_elementwise import joint_fill
+from sdp_jax.tracing.trace import INEXACT, Record, Trace, need_zero
+from sdp_jax.tracing.values import ZERO, Axis, Factor, Value, refill
+
+
+def _contract(
+    t: Trace, eqn: Any, left: Axis, right: Axis, data: tuple[bool, bool]
+) -> None:
+    """Sums over an axis of both operands: one of them must be zero where absent."""
+    a, b = t.unify(eqn, [left, right])
+    for f, g in zip(a, b, strict=True):
+        if t.space.is_plain(f) or f.fill == ZERO or g.fill == ZERO:
+            continue
+        if f.fill is None and g.fill is None:
+            t.freeze(eqn, (f,), INEXACT)
+        elif g.fill is None or (f.fill is not None and (data[0] or not data[1])):
+            t.settle(f.fill)
+        else:
+            t.settle(g.fill)
+
+
+def _either(t: Trace, eqn: Any, left: Axis, right: Axis) -> Axis:
+    """An axis that runs along both operands: zero where either is."""
+    return tuple(
+        Factor(f.atoms, joint_fill(t, [f.fill, g.fill], "any"))
+        for f, g in zip(*t.unify(eqn, [left, right]), strict=True)
+    )
+
+
+def _dot(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
+    x, y = ins
+    (left, right), (rows, columns) = eqn.params["dimension_numbers"]
+    for i, j in zip(left, right, strict=True):
+        _contract(t, eqn, x.axes[i], y.axes[j], (x.data, y.data))
+    axes = [
+        _either(t, eqn, x.axes[i], y.axes[j])
+        for i, j in zip(rows, columns, strict=True)
+    ]
+    axes += [a for i, a in enumerate(x.axes) if i not in (*left, *rows)]
+    axes += [a for i, a in enumerate(y.axes) if i not in (*right, *columns)]
+    return [Value(tuple(axes), x.data or y.data, x.zero or y.zero)]
+
+
+def _conv_groups(t: Trace, eqn: Any, ins: list[Value]) -> tuple[Axis, ...] | None:
+    """Feature axes as (groups, features) of input, output; and of the kernel."""
+    x, kernel = ins
+    spec = eqn.params["dimension_numbers"]
+    count = eqn.params["feature_group_count"]
+    inputs, outputs = x.axes[spec.lhs_spec[1]], kernel.axes[spec.rhs_spec[0]]
+    a = t.space.regroup([inputs], [count, x.shape[spec.lhs_spec[1]] // count])
+    b = t.space.regroup([outputs], [count, kernel.shape[spec.rhs_spec[0]] // count])
+    return None if a is None or b is None else (a[0], a[1], b[0], b[1])
+
+
+def _conv(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
+    x, kernel = ins
+    spec = eqn.params["dimension_numbers"]
+    for value, dims in ((x, spec.lhs_spec), (kernel, spec.rhs_spec)):
+        for d in dims[2:]:
+            t.freeze(eqn, value.axes[d], "convolves along this axis")
+    shape = eqn.outvars[0].aval.shape
+    axes = [t.space.plain(n) for n in shape]
+    axes[spec.out_spec[0]] = x.axes[spec.lhs_spec[0]]
+    groups = _conv_groups(t, eqn, ins)
+    if eqn.params["batch_group_count"] > 1 or groups is None:
+        why = "groups channels in a way that no cut keeps"
+        for axis in (*x.axes, *kernel.axes):
+            t.freeze(eqn, axis, why)
+        axes[spec.out_spec[0]] = t.space.plain(shape[spec.out_spec[0]])
+        return [Value(tuple(axes), x.data or kernel.data)]
+    group, inputs, other, outputs = groups
+    _contract(t, eqn, inputs, kernel.axes[spec.rhs_spec[1]], (x.data, kernel.data))
+    axes[spec.out_spec[1]] = (*_either(t, eqn, group, other), *outputs)
+    return [Value(tuple(axes), x.data or kernel.data, x.zero or kernel.zero)]
+
+
+def _rebuild_conv(n: Any, record: Record, args: list[Any]) -> list[Any]:
+    eqn = record.eqn
+    count = eqn.params["feature_group_count"]
+    if count > 1:
+        spec = eqn.params["dimension_numbers"]
+        inputs = args[1].shape[spec.rhs_spec[1]]
+        count = args[0].shape[spec.lhs_spec[1]] // inputs
+    changed = {"feature_group_count": count}
+    for name, arg in (("lhs_shape", args[0]), ("rhs_shape", args[1])):
+        if name in eqn.params:
+            changed[name] = arg.shape
+    return n.rebind(record, args, **changed)
+
+
+def _sum(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
+    x = ins[0]
+    for d in eqn.params["axes"]:
+        need_zero(t, eqn, x.axes[d])
+    return [_drop(x, eqn.params["axes"])]
+
+
+def _drop(x: Value, axes: Any) -> Value:
+    left = tuple(axis for i, axis in enumerate(x.axes) if i not in axes)
+    return Value(left, x.data, x.zero)
+
+
+def _reduce(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
+    x = ins[0]
+    for d in eqn.params["axes"]:
+        t.freeze(eqn, x.axes[d], "compares all channels")
+    return [_drop(x, eqn.params["axes"])]
+
+
+def _argument(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
+    out = _reduce(t, eqn, ins)[0]
+    return [Value(tuple(refill(a, None) for a in out.axes), out.data)]
+
+
+def _cumulate(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
+    x, d = ins[0], eqn.params["axis"]
+    axes = list(x.axes)
+    if eqn.primitive.name == "cumsum":
+        need_zero(t, eqn, axes[d])
+        axes[d] = refill(axes[d], None)
+    else:
+        axes[d] = t.freeze(eqn, axes[d], "accumulates over all channels")
+    if eqn.primitive.name == "cumlogsumexp":
+        axes = [refill(axis, None) for axis in axes]
+    return [Value(tuple(axes), x.data)]
+
+
+def _sort(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
+    d = eqn.params["dimension"]
+    outs = [list(v.axes) for v in ins]
+    for k in range(len(ins[0].axes)):
+        lines = [v.axes[k] for v in ins]
+        if k == d:
+            lines = [t.freeze(eqn, line, "compares all channels") for line in lines]
+        else:
+            lines = t.unify(eqn, lines)
+        for out, line in zip(outs, lines, strict=True):
+            out[k] = line
+    data = any(v.data for v in ins)
+    return [Value(tuple(axes), data) for axes in outs]
+
+
+def _fft(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
+    x = ins[0]
+    first = len(x.axes) - len(eqn.params["fft_lengths"])
+    for axis in x.axes[first:]:
+        t.freeze(eqn, axis, "transforms along this axis")
+    shape = eqn.outvars[0].aval.shape
+    axes = (*x.axes[:first], *(t.space.plain(n) for n in shape[first:]))
+    return [Value(axes, x.data, x.zero)]
+
+
+def _top_k(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
+    x = ins[0]
+    d = eqn.params.get("axis", len(x.axes) - 1) % len(x.axes)
+    t.freeze(eqn, x.axes[d], "compares all channels")
+    outs = []
+    for var in eqn.outvars:
+        axes = [refill(axis, None) for axis in x.axes]
+        axes[d] = t.space.plain(var.aval.shape[d])
+        outs.append(Value(tuple(axes), x.data))
+    return outs
+
+
+def _window(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
+    p = eqn.params
+    x = ins[0]
+    shape = eqn.outvars[0].aval.shape
+    rank = len(x.axes)
+    ones = (1,) * rank
+    axes = []
+    for d in range(rank):
+        trivial = (
+            p["window_dimensions"][d] == 1
+            and (p["window_strides"] or ones)[d] == 1
+            and tuple(p["padding"][d]) == (0, 0)
+            and (p.get("base_dilation") or ones)[d] == 1
+            and (p.get("window_dilation") or ones)[d] == 1
+        )
+        lines = [v.axes[d] for v in ins if v.axes]
+        if not trivial:
+            for line in lines:
+                t.freeze(eqn, line, "pools along this axis")
+            axes.append(t.space.plain(shape[d]))
+            continue
+        lines = t.unify(eqn, lines)
+        keeps = eqn.primitive.name != "reduce_window"
+        axes.append(
+            tuple(
+                Factor(
+                    fs[0].atoms,
+                    fs[0].fill
+                    if keeps and all(f.fill == fs[0].fill for f in fs)
+                    else None,
+                )
+                for fs in zip(*lines, strict=True)
+            )
+        )
+    return [Value(tuple(axes), any(v.data for v in ins))]
+
+
+RULES: dict[str, Any] = {
+    "dot_general": _dot,
+    "conv_general_dilated": _conv,
+    "reduce_sum": _sum,
+    "reduce_or": _sum,
+    "reduce_xor": _sum,
+    **dict.fromkeys(("reduce_max", "reduce_min", "reduce_prod", "reduce_and"), _reduce),
+    **dict.fromkeys(("argmax", "argmin"), _argument),
+    **dict.fromkeys(
+        ("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp"), _cumulate
+    ),
+    "sort": _sort,
+    "top_k": _top_k,
+    "fft": _fft,
+    **dict.fromkeys(
+        (
+            "reduce_window_sum",
+            "reduce_window_max",
+            "reduce_window_min",
+            "reduce_window",
+            "select_and_scatter_add",
+            "select_and_gather_add",
+        ),
+        _window,
+    ),
+}
+
+REBUILD: dict[str, Any] = {"conv_general_dilated": _rebuild_conv}

@@ -1,0 +1,354 @@
+"""Calls, loops, branches and custom derivatives: the trace goes into their bodies."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from sdp_jax.tracing import rules_elementwise
+from sdp_jax.tracing.trace import (
+    Body,
+    Nested,
+    Record,
+    Trace,
+    freeze_all,
+)
+from sdp_jax.tracing.values import Axis, Factor, Value, refill
+
+# Rules of derivatives call the function itself; this deep their rules are followed.
+MAX_DEPTH = 2
+
+
+def _call(t: Trace, eqn: Any, ins: list[Value]) -> Nested:
+    inner = eqn.params["jaxpr" if "jaxpr" in eqn.params else "call_jaxpr"]
+    consts = getattr(inner, "consts", ())
+    body = t.run(getattr(inner, "jaxpr", inner), consts, ins)
+    return body.outs, (body,)
+
+
+def _rebuild_call(n: Any, record: Record, args: list[Any]) -> list[Any]:
+    def function(*args: Any) -> list[Any]:
+        return n.run(record.bodies[0], args)
+
+    function.__name__ = function.__qualname__ = str(record.eqn.params.get("name", "f"))
+    return jax.jit(function)(*args)
+
+
+def _rebuild_checkpoint(n: Any, record: Record, args: list[Any]) -> list[Any]:
+    p = record.eqn.params
+    function = jax.checkpoint(
+        lambda *args: n.run(record.bodies[0], args),
+        prevent_cse=p["prevent_cse"],
+        policy=p["policy"],
+    )
+    return function(*args)
+
+
+def _inner(value: Value) -> Value:
+    """A slice along the first axis."""
+    return dataclasses.replace(value, axes=value.axes[1:])
+
+
+def _repeat(
+    t: Trace,
+    eqn: Any,
+    carry: Sequence[Value],
+    run: Callable[[list[Value]], tuple[Body, list[Value]]],
+) -> tuple[Body, list[Value]]:
+    """Traces a loop until the fills of what it carries hold all the time."""
+    now = [t.settled(dataclasses.replace(v, data=True, zero=False)) for v in carry]
+    while True:
+        body, outs = run(now)
+        outs = [t.settled(dataclasses.replace(v, data=True)) for v in outs]
+        changed = False
+        after = []
+        for value, out in zip(now, outs, strict=True):
+            axes: list[Axis] = []
+            for a, b in zip(value.axes, out.axes, strict=True):
+                before, later = t.unify(eqn, [a, b])
+                weaker = any(
+                    not t.space.is_plain(f) and f.fill is not None and g.fill is None
+                    for f, g in zip(before, later, strict=True)
+                )
+                changed |= weaker
+                axes.append(refill(a, None) if weaker else a)
+            after.append(dataclasses.replace(value, axes=tuple(axes)))
+        if not changed:
+            return body, now
+        now = after
+
+
+def _scan(t: Trace, eqn: Any, ins: list[Value]) -> Nested:
+    p = eqn.params
+    consts = ins[: p["num_consts"]]
+    carry = ins[p["num_consts"] : p["num_consts"] + p["num_carry"]]
+    lines = ins[p["num_consts"] + p["num_carry"] :]
+    for value in lines:
+        t.freeze(eqn, value.axes[0], "loops along this axis")
+
+    def run(now: list[Value]) -> tuple[Body, list[Value]]:
+        body = t.run_closed(p["jaxpr"], [*consts, *now, *map(_inner, lines)])
+        return body, body.outs[: p["num_carry"]]
+
+    body, now = _repeat(t, eqn, carry, run)
+    stacked = [
+        dataclasses.replace(v, axes=(t.space.plain(p["length"]), *v.axes))
+        for v in body.outs[p["num_carry"] :]
+    ]
+    return [*now, *stacked], (body,)
+
+
+def _rebuild_scan(n: Any, record: Record, args: list[Any]) -> list[Any]:
+    p = record.eqn.params
+    first, second = p["num_consts"], p["num_consts"] + p["num_carry"]
+
+    def step(carry: Any, line: Any) -> Any:
+        outs = n.run(record.bodies[0], [*args[:first], *carry, *line])
+        return outs[: p["num_carry"]], outs[p["num_carry"] :]
+
+    carry, stacked = lax.scan(
+        step,
+        args[first:second],
+        args[second:],
+        length=p["length"],
+        reverse=p["reverse"],
+        unroll=p["unroll"],
+    )
+    return [*carry, *stacked]
+
+
+def _while(t: Trace, eqn: Any, ins: list[Value]) -> Nested:
+    p = eqn.params
+    first, second = p["cond_nconsts"], p["cond_nconsts"] + p["body_nconsts"]
+
+    def run(now: list[Value]) -> tuple[Body, list[Value]]:
+        body = t.run_closed(p["body_jaxpr"], [*ins[first:second], *now])
+        return body, body.outs
+
+    body, now = _repeat(t, eqn, ins[second:], run)
+    test = t.run_closed(p["cond_jaxpr"], [*ins[:first], *now])
+    return now, (test, body)
+
+
+def _rebuild_while(n: Any, record: Record, args: list[Any]) -> list[Any]:
+    p = record.eqn.params
+    first, second = p["cond_nconsts"], p["cond_nconsts"] + p["body_nconsts"]
+    test, body = record.bodies
+    return lax.while_loop(
+        lambda carry: n.run(test, [*args[:first], *carry])[0],
+        lambda carry: n.run(body, [*args[first:second], *carry]),
+        args[second:],
+    )
+
+
+def _cond(t: Trace, eqn: Any, ins: list[Value]) -> Nested:
+    bodies = tuple(t.run_closed(b, ins[1:]) for b in eqn.params["branches"])
+    outs = []
+    for values in zip(*(b.outs for b in bodies), strict=True):
+        data = ins[0].data or any(v.data for v in values)
+        values = [t.settled(dataclasses.replace(v, data=data)) for v in values]
+        axes = []
+        for lines in zip(*(v.axes for v in values), strict=True):
+            lines = t.unify(eqn, lines)
+            axes.append(
+                tuple(
+                    Factor(
+                        fs[0].atoms,
+                        fs[0].fill if all(f.fill == fs[0].fill for f in fs) else None,
+                    )
+                    for fs in zip(*lines, strict=True)
+                )
+            )
+        outs.append(Value(tuple(axes), data, all(v.zero for v in values)))
+    return outs, bodies
+
+
+def _rebuild_cond(n: Any, record: Record, args: list[Any]) -> list[Any]:
+    branches = [lambda *args, body=body: n.run(body, args) for body in record.bodies]
+    return lax.switch(jnp.asarray(args[0], jnp.int32), branches, *args[1:])
+
+
+def _is_float(aval: Any) -> bool:
+    return jnp.issubdtype(getattr(aval, "dtype", np.int32), jnp.inexact)
+
+
+def _elementwise(body: Body) -> bool:
+    return all(
+        all(map(_elementwise, r.bodies))
+        if r.eqn.primitive.name in ("jit", "pjit", "custom_jvp_call")
+        else r.eqn.primitive.name in rules_elementwise.RULES
+        for r in body.records
+    )
+
+
+def _custom_jvp(t: Trace, eqn: Any, ins: list[Value]) -> Nested:
+    outs, bodies = _call(t, eqn, ins)
+    known = _is_jax(eqn.params["call_jaxpr"]) and _elementwise(bodies[0])
+    if t.depth >= MAX_DEPTH or (known and not t.derivatives):
+        return outs, bodies
+    fixed = [not _is_float(v.aval) for v in eqn.invars]
+    jaxpr, consts, zeros = eqn.params["jvp_jaxpr_fun"].call_wrapped(*fixed)
+    tangents = [v for v, f in zip(ins, fixed, strict=True) if not f]
+    with t.deeper():
+        rule = t.run(jaxpr, consts, [*ins, *tangents])
+    _equate(t, eqn, outs, rule.outs[: len(outs)])
+    moving = [v for v, z in zip(outs, zeros, strict=True) if not z]
+    weak = [
+        _weakened(t, eqn, v, w)
+        for v, w in zip(moving, rule.outs[len(outs) :], strict=True)
+    ]
+    outs = [v if z else weak.pop(0) for v, z in zip(outs, zeros, strict=True)]
+    return outs, (*bodies, rule)
+
+
+def _weakened(t: Trace, eqn: Any, value: Value, tangent: Value) -> Value:
+    """A result whose absent entries are 0 only if those of its tangent are, too."""
+    axes = []
+    for a, b in zip(value.axes, tangent.axes, strict=True):
+        a, b = t.unify(eqn, [a, b])
+        axes.append(
+            tuple(
+                Factor(f.atoms, None if g.fill is None else f.fill)
+                for f, g in zip(a, b, strict=True)
+            )
+        )
+    return dataclasses.replace(value, axes=tuple(axes))
+
+
+def _is_jax(closed: Any) -> bool:
+    """Whether a function is one of JAX's own, whose derivative rules are right."""
+    info = getattr(getattr(closed, "jaxpr", closed), "debug_info", None)
+    source = str(getattr(info, "func_src_info", ""))
+    return "/site-packages/jax/" in source.replace("\\", "/")
+
+
+def _equate(t: Trace, eqn: Any, outs: Sequence[Value], others: Sequence[Value]) -> None:
+    for a, b in zip(outs, others, strict=True):
+        for x, y in zip(a.axes, b.axes, strict=True):
+            t.unify(eqn, [x, y])
+
+
+def _rebuild_custom_jvp(n: Any, record: Record, args: list[Any]) -> list[Any]:
+    if len(record.bodies) == 1:
+        return n.run(record.bodies[0], args)
+    body, rule = record.bodies
+    fixed = [not _is_float(v.aval) for v in record.eqn.invars]
+    _, _, zeros = record.eqn.params["jvp_jaxpr_fun"].call_wrapped(*fixed)
+    function = jax.custom_jvp(lambda *args: tuple(n.run(body, args)))
+
+    @function.defjvp
+    def jvp(primals: Any, tangents: Any) -> Any:
+        moving = [x for x, f in zip(tangents, fixed, strict=True) if not f]
+        found = n.run(rule, [*primals, *moving])
+        outs, rest = tuple(found[: len(zeros)]), list(found[len(zeros) :])
+        return outs, tuple(
+            _zero_tangent(x) if zero else rest.pop(0)
+            for x, zero in zip(outs, zeros, strict=True)
+        )
+
+    return list(function(*args))
+
+
+def _zero_tangent(x: Any) -> Any:
+    if _is_float(x):
+        return jnp.zeros_like(x)
+    return np.zeros(np.shape(x), jax.dtypes.float0)
+
+
+def _custom_vjp(t: Trace, eqn: Any, ins: list[Value]) -> Nested:
+    if not all(_is_float(v.aval) for v in eqn.outvars):
+        return freeze_all(t, eqn, ins), ()
+    outs, bodies = _call(t, eqn, ins)
+    if t.depth >= MAX_DEPTH:
+        return outs, bodies
+    forward, consts = eqn.params["fwd_jaxpr_thunk"].call_wrapped(*[False] * len(ins))
+    with t.deeper():
+        first = t.run(forward, consts, ins)
+        count, sources = _residuals(eqn)
+        _equate(t, eqn, outs, first.outs[count:])
+        produced = iter(zip(first.outs[:count], forward.outvars[:count], strict=True))
+        residuals, avals = [], []
+        for source in sources:
+            value, var = (
+                next(produced) if source is None else (ins[source], eqn.invars[source])
+            )
+            residuals.append(value)
+            avals.append(jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype))
+        avals += [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.outvars]
+        # What comes back for an absent channel is whatever its readers weigh it with.
+        unknown = [
+            Value(tuple(refill(a, None) for a in v.axes), data=True) for v in outs
+        ]
+        backward = jax.make_jaxpr(lambda *a: _instantiate(eqn, a))(*avals)
+        second = t.run_closed(backward, [*residuals, *unknown])
+    _equate(t, eqn, ins, second.outs)
+    return outs, (*bodies, first, second)
+
+
+def _residuals(eqn: Any) -> tuple[int, list[int | None]]:
+    """How many residuals the forward rule returns; which inputs are others."""
+    _, tree, sources = eqn.params["out_trees"]()
+    sources = list(sources)
+    return tree.num_leaves - sum(s is not None for s in sources), sources
+
+
+def _instantiate(eqn: Any, args: Sequence[Any]) -> list[Any]:
+    """The backward rule with zeros where it says that there is no cotangent."""
+    found = eqn.params["bwd"].call_wrapped(*args)
+    return [
+        x if isinstance(x, jax.Array) else jnp.zeros(v.aval.shape, jnp.float32)
+        for x, v in zip(found, eqn.invars, strict=True)
+    ]
+
+
+def _rebuild_custom_vjp(n: Any, record: Record, args: list[Any]) -> list[Any]:
+    if not record.bodies:
+        return n.rebind(record, args)
+    if len(record.bodies) == 1:
+        return n.run(record.bodies[0], args)
+    body, first, second = record.bodies
+    count, sources = _residuals(record.eqn)
+    function = jax.custom_vjp(lambda *args: tuple(n.run(body, args)))
+
+    def forward(*args: Any) -> Any:
+        outs = n.run(first, args)
+        produced = iter(outs[:count])
+        residuals = [next(produced) if s is None else args[s] for s in sources]
+        return tuple(outs[count:]), residuals
+
+    def backward(residuals: list[Any], cotangents: Any) -> Any:
+        found = n.run(second, [*residuals, *cotangents])
+        return tuple(
+            x if _is_float(v.aval) else _zero_tangent(v.aval)
+            for x, v in zip(found, record.eqn.invars, strict=True)
+        )
+
+    function.defvjp(forward, backward)
+    return list(function(*args))
+
+
+RULES: dict[str, Any] = {
+    **dict.fromkeys(
+        ("jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint", "remat"),
+        _call,
+    ),
+    "scan": _scan,
+    "while": _while,
+    "cond": _cond,
+    "custom_jvp_call": _custom_jvp,
+    "custom_vjp_call": _custom_vjp,
+}
+
+REBUILD: dict[str, Any] = {
+    **dict.fromkeys(("jit", "pjit", "closed_call", "core_call"), _rebuild_call),
+    **dict.fromkeys(("remat2", "checkpoint", "remat"), _rebuild_checkpoint),
+    "scan": _rebuild_scan,
+    "while": _rebuild_while,
+    "cond": _rebuild_cond,
+    "custom_jvp_call": _rebuild_custom_jvp,
+    "custom_vjp_call": _rebuild_custom_vjp,
+}

@@ -1,0 +1,169 @@
+"""Element-wise primitives: positions are equated; what matters is f(0, …)."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jax.extend.core import Literal
+
+from sdp_jax.tracing.trace import Trace
+from sdp_jax.tracing.values import ZERO, Factor, Fill, Value, length
+
+# f(0) = 0
+KEEP = (
+    "neg tanh sin tan asin atan sinh asinh atanh erf expm1 log1p sqrt cbrt abs sign "
+    "floor ceil round real imag conj convert_element_type copy copy_p reduce_precision "
+    "square name device_put stop_gradient population_count"
+).split()
+# f(0) is another number, or nobody knows
+LOSE = (
+    "exp exp2 atan2 cos acos cosh acosh logistic not is_finite erfc erf_inv bessel_i0e "
+    "bessel_i1e igamma igammac polygamma eq ge le nextafter clz xor shift_left "
+    "shift_right_logical shift_right_arithmetic threefry2x32 random_gamma_grad "
+    "regularized_incomplete_beta eq_to le_to lt_to"
+).split()
+# f(0) is not finite, and 0 times it is not 0
+POLE = "log rsqrt lgamma digamma".split()
+# 0 if all operands are
+ALL = "add sub add_any max min or select_n ne gt lt complex".split()
+# 0 if one operand is
+ANY = "mul and mulhi".split()
+# 0 if the first operand is; the others must not be
+FIRST = "div rem".split()
+
+
+def combine(
+    t: Trace, eqn: Any, ins: Sequence[Value], fills: str, *, skip: int = 0
+) -> Value:
+    """Equates all operands position by position.
+
+    Args:
+      t: the trace.
+      eqn: the equation.
+      ins: values of equal shape, or scalars.
+      fills: ``"all"``, ``"any"``, ``"first"``, ``"lose"`` or ``"pole"``.
+      skip: this many operands at the front do not count for the fills.
+
+    Returns:
+      The value of the result.
+    """
+    data = any(v.data for v in ins)
+    arrays = [i for i, v in enumerate(ins) if v.axes]
+    zero = _zero([v.zero for v in ins[skip:]], fills)
+    if not arrays:
+        return Value((), data, zero)
+    axes = []
+    for k in range(len(ins[arrays[0]].axes)):
+        # An operand of length 1 stands for its one entry at every position.
+        size = max(length(ins[i].axes[k]) for i in arrays)
+        along = [i for i in arrays if length(ins[i].axes[k]) == size]
+        lines = t.unify(eqn, [ins[i].axes[k] for i in along])
+        axis = []
+        for factors in zip(*lines, strict=True):
+            given: list[Fill] = [ZERO if v.zero else None for v in ins]
+            for i, f in zip(along, factors, strict=True):
+                given[i] = ZERO if ins[i].zero else f.fill
+            poles = {"pole": given, "first": given[1:]}.get(fills, [])
+            if any(f is not None for f in poles):
+                factors = t.freeze(eqn, factors[:1], "is not finite at zero")
+            axis.append(Factor(factors[0].atoms, joint_fill(t, given[skip:], fills)))
+        axes.append(tuple(axis))
+    return Value(tuple(axes), data, zero)
+
+
+def _zero(zeros: list[bool], fills: str) -> bool:
+    if fills == "first":
+        return zeros[0] and not any(zeros[1:])
+    return {"all": all(zeros), "any": any(zeros)}.get(fills, False)
+
+
+def joint_fill(t: Trace, fills: Sequence[Fill], how: str) -> Fill:
+    """What a result holds at absent positions, by what its operands hold there."""
+    known = [f for f in fills if f is not None]
+    if how in ("lose", "pole") or not known:
+        return None
+    if how == "first":
+        return fills[0]
+    if how == "all":
+        return ZERO.union(*known) if len(known) == len(fills) else None
+    if len(known) == 1:
+        return known[0]
+    for f in known:
+        t.settle(f)
+    return ZERO
+
+
+def _map(fills: str, t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
+    return [combine(t, eqn, ins, fills)] * len(eqn.outvars)
+
+
+def _literal(eqn: Any, position: int) -> float | None:
+    var = eqn.invars[position]
+    if isinstance(var, Literal) and np.ndim(var.val) == 0:
+        return float(np.real(var.val))
+    return None
+
+
+def _select(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
+    return [combine(t, eqn, ins, "all", skip=1)]
+
+
+def _clamp(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
+    low, high = _literal(eqn, 0), _literal(eqn, 2)
+    keeps = low is not None and high is not None and low <= 0 <= high
+    low_value, x, high_value = ins
+    if not low_value.axes and not high_value.axes:
+        return [combine(t, eqn, [x], "all" if keeps else "lose")]
+    return [combine(t, eqn, ins, "lose")]
+
+
+def _integer_pow(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
+    return [combine(t, eqn, ins, "all" if eqn.params["y"] > 0 else "pole")]
+
+
+def _pow(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
+    exponent = _literal(eqn, 1)
+    if exponent is not None:
+        return [combine(t, eqn, ins[:1], "all" if exponent > 0 else "pole")]
+    base = _literal(eqn, 0)
+    if base is not None and base > 0:
+        return [combine(t, eqn, ins[1:], "lose")]
+    return [combine(t, eqn, ins, "pole")]
+
+
+def _many(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
+    """Operands that pass side by side."""
+    return list(ins)
+
+
+def _bitcast(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
+    x = ins[0]
+    shape = eqn.outvars[0].aval.shape
+    if shape == x.shape:
+        return [combine(t, eqn, ins, "all")]
+    for axis in x.axes:
+        t.freeze(eqn, axis, "reads bits of another width")
+    return [t.space.plain_value(shape, data=x.data)]
+
+
+def _look(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
+    """Effects that only look at values, whatever their shape."""
+    return []
+
+
+RULES: dict[str, Any] = {
+    "debug_callback": _look,
+    "debug_print": _look,
+    **{name: functools.partial(_map, "all") for name in KEEP + ALL},
+    **{name: functools.partial(_map, "any") for name in ANY},
+    **{name: functools.partial(_map, "lose") for name in LOSE},
+    **{name: functools.partial(_map, "pole") for name in POLE},
+    **{name: functools.partial(_map, "first") for name in FIRST},
+    "select_n": _select,
+    "clamp": _clamp,
+    "integer_pow": _integer_pow,
+    "pow": _pow,
+    "optimization_barrier": _many,
+    "bitcast_convert_type": _bitcast,
+}

@@ -1,0 +1,434 @@
+"""Primitives that move entries: reshape, transpose, concatenate, slice, gather."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from sdp_jax.tracing.trace import Record, Trace, need_zero
+from sdp_jax.tracing.values import ZERO, Axis, Factor, Fill, Value, length, refill
+
+
+def _broadcast(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
+    x = ins[0]
+    shape, where = eqn.params["shape"], eqn.params["broadcast_dimensions"]
+    fill: Fill = ZERO if x.zero else None
+    axes: list[Axis | None] = [None] * len(shape)
+    for axis, d in zip(x.axes, where, strict=True):
+        if length(axis) == shape[d]:
+            axes[d] = axis
+    out = [
+        t.space.fresh(n, fill) if a is None else a
+        for n, a in zip(shape, axes, strict=True)
+    ]
+    return [Value(tuple(out), x.data, x.zero)]
+
+
+def _rebuild_broadcast(n: Any, record: Record, args: list[Any]) -> list[Any]:
+    where = record.eqn.params["broadcast_dimensions"]
+    return [lax.broadcast_in_dim(args[0], n.shape(record.outs[0]), where)]
+
+
+def _blocks(
+    a: Sequence[int], b: Sequence[int]
+) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    """The finest pairs of runs of two shapes that hold the same number of entries."""
+    blocks, i, j = [], 0, 0
+    while i < len(a) or j < len(b):
+        start, other = i, j
+        left = a[i] if i < len(a) else 1
+        right = b[j] if j < len(b) else 1
+        i, j = min(i + 1, len(a)), min(j + 1, len(b))
+        while left != right:
+            if left < right:
+                left, i = left * a[i], i + 1
+            else:
+                right, j = right * b[j], j + 1
+        blocks.append(((start, i), (other, j)))
+    return blocks
+
+
+def _reshape(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
+    x = ins[0]
+    shape = eqn.outvars[0].aval.shape
+    out: list[Axis] = []
+    for (start, stop), (first, last) in _blocks(x.shape, shape):
+        axes = t.space.regroup(x.axes[start:stop], shape[first:last])
+        if axes is None:
+            for axis in x.axes[start:stop]:
+                t.freeze(eqn, axis, "regroups positions across channels")
+            axes = [t.space.plain(n) for n in shape[first:last]]
+        out += axes
+    return [Value(tuple(out), x.data, x.zero)]
+
+
+def _rebuild_reshape(n: Any, record: Record, args: list[Any]) -> list[Any]:
+    return [lax.reshape(args[0], n.shape(record.outs[0]))]
+
+
+def _transpose(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
+    x = ins[0]
+    order = eqn.params["permutation"]
+    return [Value(tuple(x.axes[i] for i in order), x.data, x.zero)]
+
+
+def _squeeze(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
+    x = ins[0]
+    gone = eqn.params["dimensions"]
+    axes = tuple(axis for i, axis in enumerate(x.axes) if i not in gone)
+    return [Value(axes, x.data, x.zero)]
+
+
+def pick(t: Trace, eqn: Any, axis: Axis, positions: np.ndarray) -> Axis:
+    """The axis made of some positions of another one."""
+    flat = t.space.flatten(axis)
+    if not flat or t.space.is_plain(flat[0]):
+        return t.space.plain(len(positions))
+    factor = Factor(flat[0].atoms[positions], flat[0].fill)
+    if len(positions) == 1:
+        return t.freeze(eqn, (factor,), "takes a single position")
+    return (factor,)
+
+
+def take_positions(
+    n: Any, x: Any, axis: Axis, dimension: int, positions: np.ndarray
+) -> Any:
+    """What is left of ``x`` (already cut) at dense positions along an axis."""
+    mask = n.mask(axis)
+    rank = np.cumsum(mask) - 1
+    index = rank[positions[mask[positions]]]
+    if len(index) and (np.diff(index) == 1).all():
+        return lax.slice_in_dim(x, int(index[0]), int(index[-1]) + 1, axis=dimension)
+    return jnp.take(x, index, axis=dimension)
+
+
+def _slices(eqn: Any) -> list[np.ndarray]:
+    p = eqn.params
+    strides = p["strides"] or (1,) * len(p["start_indices"])
+    return [
+        np.arange(a, b, s)
+        for a, b, s in zip(p["start_indices"], p["limit_indices"], strides, strict=True)
+    ]
+
+
+def _slice(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
+    x = ins[0]
+    axes = [
+        axis if len(where) == length(axis) else pick(t, eqn, axis, where)
+        for axis, where in zip(x.axes, _slices(eqn), strict=True)
+    ]
+    return [Value(tuple(axes), x.data, x.zero)]
+
+
+def _rebuild_slice(n: Any, record: Record, args: list[Any]) -> list[Any]:
+    x = args[0]
+    for d, where in enumerate(_slices(record.eqn)):
+        axis = record.ins[0].axes[d]
+        if len(where) != length(axis):
+            x = take_positions(n, x, axis, d, where)
+    return [x]
+
+
+def _split(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
+    x, d = ins[0], eqn.params["axis"]
+    ends = np.cumsum(eqn.params["sizes"])
+    outs = []
+    for size, end in zip(eqn.params["sizes"], ends, strict=True):
+        axes = list(x.axes)
+        axes[d] = pick(t, eqn, x.axes[d], np.arange(end - size, end))
+        outs.append(Value(tuple(axes), x.data, x.zero))
+    return outs
+
+
+def _rebuild_split(n: Any, record: Record, args: list[Any]) -> list[Any]:
+    d = record.eqn.params["axis"]
+    axis = record.ins[0].axes[d]
+    ends = np.cumsum(record.eqn.params["sizes"])
+    return [
+        take_positions(n, args[0], axis, d, np.arange(end - size, end))
+        for size, end in zip(record.eqn.params["sizes"], ends, strict=True)
+    ]
+
+
+def _reverse(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
+    x = ins[0]
+    axes = [
+        pick(t, eqn, axis, np.arange(length(axis))[::-1])
+        if i in eqn.params["dimensions"]
+        else axis
+        for i, axis in enumerate(x.axes)
+    ]
+    return [Value(tuple(axes), x.data, x.zero)]
+
+
+def _concatenate(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
+    d = eqn.params["dimension"]
+    axes = []
+    for k in range(len(ins[0].axes)):
+        lines = [v.axes[k] for v in ins]
+        if k == d:
+            axes.append(_join(t, lines))
+            continue
+        axes.append(_together(t, eqn, lines))
+    data = any(v.data for v in ins)
+    return [Value(tuple(axes), data, all(v.zero for v in ins))]
+
+
+def _join(t: Trace, lines: list[Axis]) -> Axis:
+    flat = [t.space.flatten(line) for line in lines]
+    if all(not f or t.space.is_plain(f[0]) for f in flat):
+        return t.space.plain(sum(length(line) for line in lines))
+    atoms = np.concatenate([f[0].atoms if f else np.zeros(1, np.int32) for f in flat])
+    live = [f[0].fill for f in flat if f and not t.space.is_plain(f[0])]
+    return (Factor(atoms, _union(live)),)
+
+
+def _together(t: Trace, eqn: Any, lines: list[Axis]) -> Axis:
+    """An axis that runs along all operands: zero where all of them are."""
+    return tuple(
+        Factor(fs[0].atoms, _union([f.fill for f in fs]))
+        for fs in zip(*t.unify(eqn, lines), strict=True)
+    )
+
+
+def _union(fills: list[Fill]) -> Fill:
+    return None if None in fills else ZERO.union(*(f or ZERO for f in fills))
+
+
+def _tile(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
+    x = ins[0]
+    axes: list[Axis] = []
+    for axis, times in zip(x.axes, eqn.params["reps"], strict=True):
+        if times == 1:
+            axes.append(axis)
+        elif not axis:
+            axes.append(t.space.fresh(times, ZERO if x.zero else None))
+        else:
+            axes.append(pick(t, eqn, axis, np.tile(np.arange(length(axis)), times)))
+    return [Value(tuple(axes), x.data, x.zero)]
+
+
+def _rebuild_tile(n: Any, record: Record, args: list[Any]) -> list[Any]:
+    out = record.outs[0]
+    whole = jnp.tile(args[0], record.eqn.params["reps"])
+    for d, axis in enumerate(out.axes):
+        # Only what was repeated out of one entry can be left out here.
+        if not record.ins[0].axes[d] and n.is_cut(axis):
+            whole = jnp.take(whole, np.flatnonzero(n.mask(axis)), axis=d)
+    return [whole]
+
+
+def _stack(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
+    d = eqn.params["axis"]
+    axes: list[Axis] = []
+    for k in range(len(ins[0].axes)):
+        axes.append(_together(t, eqn, [v.axes[k] for v in ins]))
+    axes.insert(d, t.space.plain(len(ins)))
+    data = any(v.data for v in ins)
+    return [Value(tuple(axes), data, all(v.zero for v in ins))]
+
+
+def _pad_positions(axis: Axis, config: tuple[int, int, int]) -> np.ndarray:
+    """For each position of the padded axis the one it comes from, or -1."""
+    low, high, interior = config
+    size = length(axis)
+    spread = size + max(size - 1, 0) * interior
+    whole = np.full(max(low, 0) + spread + max(high, 0), -1)
+    start = max(low, 0)
+    whole[start : start + spread : interior + 1] = np.arange(size)
+    return whole[max(-low, 0) : len(whole) - max(-high, 0)]
+
+
+def _pad(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
+    x, value = ins
+    axes = []
+    for axis, config in zip(x.axes, eqn.params["padding_config"], strict=True):
+        if tuple(config) == (0, 0, 0):
+            axes.append(axis)
+            continue
+        where = _pad_positions(axis, config)
+        flat = t.space.flatten(axis)
+        if not flat or t.space.is_plain(flat[0]):
+            axes.append(t.space.plain(len(where)))
+            continue
+        # Padding is the same everywhere, so any part of it can be left out.
+        atoms = np.where(where >= 0, flat[0].atoms[np.maximum(where, 0)], -1)
+        atoms[where < 0] = t.space.atoms.fresh(int((where < 0).sum()))
+        fill = flat[0].fill if value.zero else None
+        axes.append((Factor(atoms, fill),))
+    return [Value(tuple(axes), x.data or value.data, x.zero and value.zero)]
+
+
+def _rebuild_pad(n: Any, record: Record, args: list[Any]) -> list[Any]:
+    x, value = args
+    configs = []
+    for d, config in enumerate(record.eqn.params["padding_config"]):
+        axis, out = record.ins[0].axes[d], record.outs[0].axes[d]
+        if tuple(config) == (0, 0, 0) or not (n.is_cut(axis) or n.is_cut(out)):
+            configs.append(tuple(config))
+            continue
+        configs.append((0, 0, 0))
+        where = _pad_positions(axis, config)[n.mask(out)]
+        rank = np.cumsum(n.mask(axis)) - 1
+        shape = list(x.shape)
+        index = np.where(where >= 0, rank[np.maximum(where, 0)], shape[d])
+        shape[d] = 1
+        both = lax.concatenate([x, jnp.broadcast_to(value, shape)], d)
+        x = jnp.take(both, index, axis=d)
+    return [lax.pad(x, value, configs)]
+
+
+def _generate(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
+    """Arrays that do not depend on channels: any part of them can be taken."""
+    for value in ins:
+        for axis in value.axes:
+            t.freeze(eqn, axis, "needs its operand whole")
+    data = any(v.data for v in ins)
+    return [t.space.fresh_value(v.aval.shape, data=data) for v in eqn.outvars]
+
+
+def _rebuild_generate(n: Any, record: Record, args: list[Any]) -> list[Any]:
+    outs = n.rebind(record, args)
+    return [n.take(x, v) for x, v in zip(outs, record.outs, strict=True)]
+
+
+def _dynamic_slice(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
+    x = ins[0]
+    axes = []
+    for axis, size in zip(x.axes, eqn.params["slice_sizes"], strict=True):
+        if size != length(axis):
+            t.freeze(eqn, axis, "slices at a place that is known only at run time")
+            axis = t.space.plain(size)
+        axes.append(axis)
+    return [Value(tuple(axes), any(v.data for v in ins), x.zero)]
+
+
+def _rebuild_dynamic_slice(n: Any, record: Record, args: list[Any]) -> list[Any]:
+    return [lax.dynamic_slice(args[0], args[1:], n.shape(record.outs[0]))]
+
+
+def _dynamic_update_slice(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
+    x, update = ins[:2]
+    axes = []
+    for a, b in zip(x.axes, update.axes, strict=True):
+        if length(a) != length(b):
+            why = "is written at a place that is known only at run time"
+            t.freeze(eqn, a, why)
+            t.freeze(eqn, b, why)
+            axes.append(t.space.plain(length(a)))
+            continue
+        axes.append(_together(t, eqn, [a, b]))
+    zero = x.zero and update.zero
+    return [Value(tuple(axes), any(v.data for v in ins), zero)]
+
+
+def _gather(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
+    x, indices = ins
+    dims = eqn.params["dimension_numbers"]
+    sizes = eqn.params["slice_sizes"]
+    rows = list(indices.axes[:-1])
+    t.freeze(eqn, indices.axes[-1], "holds indices")
+    window = []
+    for d, axis in enumerate(x.axes):
+        if d in dims.operand_batching_dims:
+            k = dims.start_indices_batching_dims[dims.operand_batching_dims.index(d)]
+            mine, theirs = t.unify(eqn, [axis, rows[k]])
+            rows[k] = refill(theirs, None) if mine else theirs
+            continue
+        if sizes[d] != length(axis):
+            t.freeze(eqn, axis, "is looked up by index")
+            axis = t.space.plain(sizes[d])
+        if d not in dims.collapsed_slice_dims:
+            window.append(axis)
+    rows = [refill(axis, None) for axis in rows]
+    outside = eqn.params.get("fill_value")
+    if outside is not None and outside == outside and outside != 0:
+        # What lies outside reads as this number, also where a channel is absent. (Not
+        # a number, the default, spoils all channels alike.)
+        window = [refill(axis, None) for axis in window]
+    out = []
+    for d in range(len(eqn.outvars[0].aval.shape)):
+        out.append(window.pop(0) if d in dims.offset_dims else rows.pop(0))
+    return [Value(tuple(out), x.data or indices.data, x.zero)]
+
+
+def _rebuild_gather(n: Any, record: Record, args: list[Any]) -> list[Any]:
+    x = record.ins[0]
+    sizes = tuple(
+        n.size(axis) if size == length(axis) and size > 1 else size
+        for axis, size in zip(x.axes, record.eqn.params["slice_sizes"], strict=True)
+    )
+    return n.rebind(record, args, slice_sizes=sizes)
+
+
+def _scatter(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
+    x, indices, updates = ins
+    dims = eqn.params["dimension_numbers"]
+    t.freeze(eqn, indices.axes[-1], "holds indices")
+    window = [updates.axes[d] for d in dims.update_window_dims]
+    rows = [
+        axis for d, axis in enumerate(updates.axes) if d not in dims.update_window_dims
+    ]
+    why = "is written by index"
+    adds = eqn.primitive.name in ("scatter-add", "scatter_add", "scatter_sub")
+    for a, b in zip(rows, indices.axes[:-1], strict=True):
+        a, _ = t.unify(eqn, [a, b])
+        # A row that is absent writes nothing: that must make no difference.
+        if adds:
+            need_zero(t, eqn, a)
+        else:
+            t.freeze(eqn, a, why)
+    out = []
+    for d, axis in enumerate(x.axes):
+        if d in dims.operand_batching_dims:
+            k = dims.scatter_indices_batching_dims[dims.operand_batching_dims.index(d)]
+            axis = t.unify(eqn, [axis, indices.axes[k]])[0]
+            out.append(refill(axis, None))
+        elif d in dims.inserted_window_dims:
+            out.append(t.freeze(eqn, axis, why))
+        else:
+            other = window.pop(0)
+            if length(other) != length(axis):
+                t.freeze(eqn, other, why)
+                out.append(t.freeze(eqn, axis, why))
+                continue
+            out.append(_together(t, eqn, [axis, other]))
+    return [Value(tuple(out), any(v.data for v in ins))]
+
+
+SCATTERS = "scatter scatter_add scatter-add scatter_sub scatter_mul scatter-mul \
+scatter_min scatter-min scatter_max scatter-max".split()
+GENERATORS = "iota random_bits rng_bit_generator rng_uniform".split()
+
+RULES: dict[str, Any] = {
+    "broadcast_in_dim": _broadcast,
+    "reshape": _reshape,
+    "transpose": _transpose,
+    "squeeze": _squeeze,
+    "slice": _slice,
+    "split": _split,
+    "rev": _reverse,
+    "concatenate": _concatenate,
+    "tile": _tile,
+    "stack": _stack,
+    "pad": _pad,
+    "dynamic_slice": _dynamic_slice,
+    "dynamic_update_slice": _dynamic_update_slice,
+    "gather": _gather,
+    **dict.fromkeys(SCATTERS, _scatter),
+    **dict.fromkeys(GENERATORS, _generate),
+}
+
+REBUILD: dict[str, Any] = {
+    "broadcast_in_dim": _rebuild_broadcast,
+    "reshape": _rebuild_reshape,
+    "slice": _rebuild_slice,
+    "split": _rebuild_split,
+    "tile": _rebuild_tile,
+    "pad": _rebuild_pad,
+    "dynamic_slice": _rebuild_dynamic_slice,
+    "gather": _rebuild_gather,
+    **dict.fromkeys(GENERATORS, _rebuild_generate),
+}

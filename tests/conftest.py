@@ -1,0 +1,30 @@
+"""Eight host devices for the sharding tests, and fixtures that several files share."""
+
+import os
+
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import hypothesis
+import jax
+import pytest
+
+hypothesis.settings.register_profile(
+    "sdp_jax", deadline=None, derandomize=True, max_examples=50
+)
+hypothesis.settings.load_profile("sdp_jax")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("-m"):
+        return
+    skip = pytest.mark.skip(reason="a long study; run it with -m study")
+    for item in items:
+        if "study" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture
+def x64():
+    with jax.enable_x64(True):
+        yield

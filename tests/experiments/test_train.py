@@ -1,0 +1,223 @@
+import dataclasses
+import json
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import chex
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from experiments.train import Config, main, read_lines, train
+
+ROOT = pathlib.Path(__file__).parents[2]
+TINY = Config(widths=(12, 8), epochs=3, batch_size=256)
+
+
+def run(tmp_path, name="run", **changed):
+    return train(dataclasses.replace(TINY, out=tmp_path / name, **changed))
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"method": "sgd"},
+        {"method": "sgd", "momentum": 0.9, "weight_decay": 1e-4},
+        {"method": "altsdp", "c": 0.5},
+        {"method": "altsdp", "sparsity": 0.5, "schedule": "cosine", "momentum": 0.9},
+        {"method": "altsdp", "sparsity": 0.5, "ranking": "per_dimension", "floor": 2},
+        {"method": "altsdp", "sparsity": 0.5, "dual": "radial", "norm": "size"},
+        {"method": "prox_sgd", "penalty": 0.1},
+        {"model": "conv", "widths": (4, 4, 4, 4, 8), "sparsity": 0.5, "validation": 99},
+    ],
+    ids=str,
+)
+def test_every_method_trains_and_is_cut(tmp_path, changed):
+    done = run(tmp_path, **changed)
+    result, losses = done.result, [r["train_loss"] for r in done.epochs]
+    assert losses[-1] < losses[0]
+    left, size = sum(result["widths"].values()), sum(result["dense_widths"].values())
+    if changed.get("sparsity"):
+        assert left == size - round(0.5 * size)
+        assert result["small_parameters"] < result["parameters"]
+    if changed.get("method") == "sgd":
+        assert left == size
+    assert result["small_test_accuracy"] == result["test_accuracy"]
+    assert done.epochs[-1]["channels"] == result["widths"]
+    assert ("validation_accuracy" in done.epochs[0]) == ("validation" in changed)
+
+
+def test_twins_of_one_seed_start_alike_and_a_run_repeats_itself(tmp_path):
+    a = run(tmp_path, "a", epochs=1, c=0.0)
+    b = run(tmp_path, "b", epochs=1, method="sgd")
+    chex.assert_trees_all_close(a.state.params, b.state.params, rtol=1e-5, atol=1e-6)
+    c = run(tmp_path, "c", epochs=1, method="sgd")
+    chex.assert_trees_all_equal(c.state, b.state)
+    d = run(tmp_path, "d", epochs=1, method="sgd", seed=1)
+    assert not np.array_equal(
+        d.state.params["head"]["kernel"], b.state.params["head"]["kernel"]
+    )
+
+
+def test_metrics_are_json_lines(tmp_path):
+    done = run(tmp_path)
+    lines = [
+        json.loads(x) for x in (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    ]
+    assert lines[0]["config"]["widths"] == [12, 8]
+    assert lines[0]["versions"]["jax"]
+    assert [x["epoch"] for x in lines[1:-1]] == [1, 2, 3]
+    assert lines[-1] == done.result
+
+
+def test_a_finished_run_is_not_trained_again(tmp_path):
+    first = run(tmp_path)
+    steps = []
+    again = train(
+        dataclasses.replace(TINY, out=tmp_path / "run"),
+        on_step=lambda step, _: steps.append(step),
+    )
+    assert steps == []
+    assert again.result == first.result
+    chex.assert_trees_all_equal(again.state, first.state)
+
+
+def test_another_configuration_is_refused(tmp_path):
+    run(tmp_path, epochs=1)
+    with pytest.raises(ValueError, match=r"differs in c \(0.1, not 0.2\), epochs"):
+        run(tmp_path, epochs=2, c=0.2)
+    assert len(read_lines(tmp_path / "run/metrics.jsonl")) == 3
+
+
+@pytest.mark.parametrize("when", ["before the checkpoint", "torn line"])
+def test_what_a_crash_leaves_behind(tmp_path, when, monkeypatch):
+    changed = {"model": "conv", "widths": (4, 4, 4, 4, 8), "sparsity": 0.5}
+    whole = run(tmp_path, "whole", **changed)
+    if when == "before the checkpoint":
+        save = ocp.CheckpointManager.save
+
+        def crash(self, step, **keywords):
+            if step == 2:
+                raise KeyboardInterrupt
+            return save(self, step, **keywords)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(ocp.CheckpointManager, "save", crash)
+            with pytest.raises(KeyboardInterrupt):
+                run(tmp_path, "part", **changed)
+    else:
+        # The checkpoint of epoch 2 is there, its record is not complete.
+        run(tmp_path, "part", **changed)
+        path = tmp_path / "part/metrics.jsonl"
+        text = path.read_text().splitlines(keepends=True)
+        path.write_text("".join(text[:2]) + text[2][:20])
+    part = run(tmp_path, "part", **changed)
+    chex.assert_trees_all_equal(part.state, whole.state)
+    assert part.result == whole.result
+    epochs = [r["epoch"] for r in read_lines(tmp_path / "part/metrics.jsonl")[1:-1]]
+    assert epochs == [1, 2, 3]
+
+
+def test_killed_at_random_steps_it_ends_with_the_same_bits(tmp_path):
+    changed = {"sparsity": 0.5, "momentum": 0.9, "epochs": 60, "batch_size": 64}
+    whole = run(tmp_path, "whole", **changed)
+    command = [sys.executable, "-m", "experiments.train", "--widths", "12", "8"]
+    for key, value in changed.items():
+        command += [f"--{key.replace('_', '-')}", str(value)]
+    command += ["--out", str(tmp_path / "part")]
+    metrics = tmp_path / "part/metrics.jsonl"
+    chance, killed = random.Random(0), 0
+    for _ in range(2):
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+        begun = len(read_lines(metrics)) if metrics.exists() else 0
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and process.poll() is None:
+            if metrics.exists() and len(read_lines(metrics)) > begun + 3:
+                break
+            time.sleep(0.01)
+        time.sleep(chance.uniform(0, 0.1))
+        process.send_signal(signal.SIGKILL)
+        killed += process.wait() == -signal.SIGKILL
+    assert killed == 2
+    assert 2 < len(read_lines(metrics)) < 61
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=300)
+    # The process is deterministic only on as many devices: compare in one of its kind.
+    part = train(dataclasses.replace(TINY, out=tmp_path / "part", **changed))
+    chex.assert_trees_all_equal(part.state, whole.state)
+    assert part.result == whole.result
+
+
+def test_a_diverged_run_stops_with_a_reason(tmp_path):
+    with pytest.raises(ValueError, match="training loss is .* lower learning_rate"):
+        run(tmp_path, method="sgd", learning_rate=1e30)
+
+
+def test_no_epochs(tmp_path):
+    with pytest.raises(ValueError, match="epochs must be at least 1"):
+        run(tmp_path, epochs=0)
+
+
+def test_the_command_reports_bad_input_in_one_line(tmp_path):
+    result = subprocess.run(
+        [sys.executable, "-m", "experiments.train", "--dataset", "mnist"]
+        + ["--data-dir", str(tmp_path), "--out", str(tmp_path / "run")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: there is no mnist.npz")
+    assert "Traceback" not in result.stderr
+
+
+def test_main_prints_the_result(tmp_path, capsys):
+    main(dataclasses.replace(TINY, out=tmp_path / "run", sparsity=0.5))
+    printed = capsys.readouterr().out
+    assert "test accuracy" in printed and "dense0" in printed
+
+
+def test_directories_of_different_runs_differ():
+    configs = [
+        Config(),
+        Config(c=0.2),
+        Config(sparsity=0.5),
+        Config(sparsity=0.5, dual="radial"),
+        Config(method="sgd"),
+        Config(method="prox_sgd"),
+        Config(seed=1),
+    ]
+    assert len({c.directory() for c in configs}) == len(configs)
+
+
+@pytest.mark.study
+def test_mnist_dnn_loses_half_of_its_neurons_and_no_accuracy(tmp_path):
+    directory = os.environ.get("SDP_JAX_DATA_DIR")
+    if directory is None:
+        pytest.skip("set SDP_JAX_DATA_DIR to a directory with mnist.npz")
+    config = Config(dataset="mnist", data_dir=pathlib.Path(directory))
+    accuracy, left = {}, {}
+    methods = {
+        "sgd": {"method": "sgd"},
+        "altsdp": {"c": 0.08},
+        "target": {"sparsity": 0.5, "dual": "radial"},
+    }
+    for name, changed in methods.items():
+        results = [
+            train(
+                dataclasses.replace(
+                    config, seed=seed, out=tmp_path / f"{name}{seed}", **changed
+                )
+            ).result
+            for seed in range(3)
+        ]
+        accuracy[name] = np.mean([r["small_test_accuracy"] for r in results])
+        left[name] = np.mean([sum(r["widths"].values()) for r in results])
+    for name in ("altsdp", "target"):
+        assert accuracy[name] > accuracy["sgd"] - 0.002
+        assert left[name] <= 205

@@ -1,0 +1,95 @@
+"""Imports go forward only, and the core depends on little."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+import sdp_jax
+
+PACKAGE = pathlib.Path(sdp_jax.__file__).parent
+ROOT = PACKAGE.parent
+# What each module may import from the package.
+ALLOWED = {
+    "groups": set(),
+    "prox": {"groups"},
+    "strength": {"groups", "prox"},
+    "transforms": {"groups", "prox", "strength"},
+    "altsdp": {"groups", "strength", "transforms"},
+    "tracing": {"groups"},
+    "cut": {"groups"},
+    "narrow": {"groups", "tracing", "cut"},
+    "files": {"groups", "cut"},
+    "measure": {"groups", "tracing"},
+    "plan": {"groups", "cut", "narrow", "measure"},
+}
+# Inside tracing, in the order in which they may import one another.
+TRACING = (
+    ["source", "atoms", "values", "trace"]
+    + ["rules_elementwise", "rules_shape", "rules_contract", "rules_control"]
+    + ["rules", "evaluate", "analyse", "members", "find"]
+)
+CORE = {"jax", "jaxlib", "optax", "numpy", "scipy", "chex"}
+
+
+def imports(path):
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names = {f"{node.module}.{a.name}" for a in node.names}
+            found |= names if node.module == "sdp_jax" else {node.module}
+    return found
+
+
+def test_imports_go_forward():
+    modules = {p.stem: [p] for p in PACKAGE.glob("*.py") if p.stem != "__init__"}
+    modules["tracing"] = list((PACKAGE / "tracing").glob("*.py"))
+    assert set(modules) == set(ALLOWED)
+    for name, paths in modules.items():
+        for path in paths:
+            found = {i.split(".")[1] for i in imports(path) if i.startswith("sdp_jax.")}
+            allowed = ALLOWED[name] | {name}
+            assert found <= allowed, f"{path} imports {found - allowed}"
+
+
+def test_imports_inside_tracing_go_forward():
+    paths = {p.stem: p for p in (PACKAGE / "tracing").glob("*.py")}
+    assert set(paths) - {"__init__"} == set(TRACING)
+    for i, name in enumerate(TRACING):
+        for module in imports(paths[name]):
+            if module.startswith("sdp_jax.tracing."):
+                assert module.split(".")[2] in TRACING[:i], f"{name} imports {module}"
+
+
+def test_the_core_imports_only_its_dependencies():
+    for path in PACKAGE.rglob("*.py"):
+        tops = {i.split(".")[0] for i in imports(path)}
+        foreign = tops - CORE - {"sdp_jax"} - set(sys.stdlib_module_names)
+        assert not foreign, f"{path} imports {foreign}"
+
+
+def test_importing_the_package_does_not_import_flax():
+    code = (
+        "import sys, sdp_jax; print({'flax', 'orbax', 'matplotlib'} & set(sys.modules))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+    )
+    assert result.stdout.strip() == "set()"
+
+
+def test_every_public_name_is_documented():
+    for name in sdp_jax.__all__:
+        assert getattr(sdp_jax, name).__doc__, name
+
+
+def test_a_test_file_beside_each_module():
+    tests = {p.stem for p in (ROOT / "tests").glob("test_*.py")}
+    assert {f"test_{name}" for name in ALLOWED} <= tests

@@ -1,0 +1,421 @@
+"""Bad input: a clear error, or a documented behaviour. One case a test."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import sdp_jax
+from tests import toy
+
+PARAMS = toy.mlp_params()
+GROUPS = toy.mlp_groups(PARAMS)
+PRODUCER = sdp_jax.producer("layer0/kernel", 1)
+
+
+def from_axes(*members, params=PARAMS, **keywords):
+    return sdp_jax.groups_from_axes(params, {"d": list(members)}, **keywords)
+
+
+def altsdp(base=0.1, groups=GROUPS, strength=0.1, **keywords):
+    return sdp_jax.altsdp(base, groups, strength=strength, **keywords)
+
+
+def update(tx, params=PARAMS, grads=None, **keywords):
+    grads = jax.tree.map(jnp.zeros_like, params) if grads is None else grads
+    return tx.update(grads, tx.init(params), params, **keywords)
+
+
+def without(path):
+    params = {k: dict(v) for k, v in PARAMS.items()}
+    layer, leaf = path.split("/")
+    del params[layer][leaf]
+    return params
+
+
+# What is done, the error, and what its message must say.
+CASES = {
+    # Groups.
+    "path not in the tree": (
+        lambda: from_axes(sdp_jax.producer("layer0/kernl", 1)),
+        ValueError,
+        "did you mean .*layer0/kernel",
+    ),
+    "path with a collection too much": (
+        lambda: from_axes(sdp_jax.producer("params/layer0/kernel", 1)),
+        ValueError,
+        r"groups.at\('params'\)",
+    ),
+    "axis that does not exist": (
+        lambda: from_axes(sdp_jax.producer("layer0/kernel", 2)),
+        ValueError,
+        r"axis 2 of 'layer0/kernel' does not exist; its shape is \(4, 6\)",
+    ),
+    "no dimension": (
+        lambda: sdp_jax.groups_from_axes(PARAMS, {}),
+        ValueError,
+        "names no dimension",
+    ),
+    "no producer": (
+        lambda: from_axes(sdp_jax.consumer("layer1/kernel", 0)),
+        ValueError,
+        "has no producer",
+    ),
+    "not a member": (
+        lambda: from_axes(("layer0/kernel", 1)),
+        TypeError,
+        "make it with sdp_jax.producer",
+    ),
+    "sizes disagree": (
+        lambda: from_axes(PRODUCER, sdp_jax.consumer("layer2/kernel", 0)),
+        ValueError,
+        "need 6 positions, but axis 0 has length 5",
+    ),
+    "producers overlap": (
+        lambda: sdp_jax.groups_from_axes(PARAMS, {"a": [PRODUCER], "b": [PRODUCER]}),
+        ValueError,
+        "producers overlap",
+    ),
+    "producers on two axes of a leaf": (
+        lambda: sdp_jax.groups_from_axes(
+            PARAMS, {"a": [PRODUCER], "b": [sdp_jax.producer("layer0/kernel", 0)]}
+        ),
+        ValueError,
+        "producers overlap",
+    ),
+    "inner does not divide": (
+        lambda: from_axes(sdp_jax.producer("layer0/kernel", 1, inner=4)),
+        ValueError,
+        "does not divide",
+    ),
+    "half an axis": (
+        lambda: from_axes(PRODUCER, sdp_jax.consumer("layer0/bias", 0, offset=3)),
+        ValueError,
+        "need 9 positions",
+    ),
+    "axis partly covered": (
+        lambda: sdp_jax.groups_from_axes(
+            {"a": jnp.ones((2, 3)), "b": jnp.ones((7, 2))},
+            {"d": [sdp_jax.producer("a", 1), sdp_jax.consumer("b", 0)]},
+        ),
+        ValueError,
+        "cover 3 of its 7 positions",
+    ),
+    "integer producer": (
+        lambda: from_axes(
+            sdp_jax.producer("w", 1), params={"w": jnp.ones((2, 3), jnp.int32)}
+        ),
+        TypeError,
+        "int32",
+    ),
+    "empty axis": (
+        lambda: from_axes(sdp_jax.producer("w", 1), params={"w": jnp.ones((2, 0))}),
+        ValueError,
+        "needs at least 1 channel",
+    ),
+    "size cannot be read off": (
+        lambda: from_axes(sdp_jax.producer("layer0/kernel", 1, offset=2)),
+        ValueError,
+        "pass sizes=",
+    ),
+    "sizes for nobody": (
+        lambda: from_axes(PRODUCER, sizes={"e": 6}),
+        ValueError,
+        r"axes does not have: \['e'\]",
+    ),
+    "two leaves of one path": (
+        lambda: from_axes(
+            PRODUCER, params={"a/b": jnp.ones(2), "a": {"b": jnp.ones(2)}}
+        ),
+        ValueError,
+        "two leaves have the path 'a/b'",
+    ),
+    "not groups in JSON": (
+        lambda: sdp_jax.Groups.from_json('{"dimensions": 3}'),
+        ValueError,
+        "not groups in JSON",
+    ),
+    "unknown dimension": (lambda: GROUPS["hidden7"], KeyError, "there are hidden0"),
+    "unknown subtree": (lambda: GROUPS.at("params"), ValueError, "no leaf lies below"),
+    # Strengths.
+    "negative strength": (lambda: altsdp(strength=-0.1), ValueError, "non-negative"),
+    "strength that is not a number": (
+        lambda: altsdp(strength=float("nan")),
+        ValueError,
+        "non-negative number, a schedule or a Strength; got nan",
+    ),
+    "strength of another kind": (lambda: altsdp(strength="0.1"), TypeError, "'0.1'"),
+    "negative c": (
+        lambda: sdp_jax.valley_strength(c=-1.0, mu=0.6),
+        ValueError,
+        "c must be a non-negative number",
+    ),
+    "mu of one half": (
+        lambda: sdp_jax.valley_strength(c=1.0, mu=0.5),
+        ValueError,
+        "strictly between 0.5 and 1; got 0.5",
+    ),
+    "mu of one": (
+        lambda: sdp_jax.valley_strength(c=1.0, mu=1.0),
+        ValueError,
+        "strictly between 0.5 and 1; got 1.0",
+    ),
+    "momentum of one": (
+        lambda: sdp_jax.valley_strength(c=1.0, mu=0.6, momentum=1.0),
+        ValueError,
+        r"\[0, 1\)",
+    ),
+    "a strength without a learning rate": (
+        lambda: altsdp(optax.adam(0.1), strength=sdp_jax.valley_strength(1.0, 0.6)),
+        ValueError,
+        "needs learning_rate= here",
+    ),
+    "a strength without a learning rate, alone": (
+        lambda: sdp_jax.group_soft_threshold(GROUPS, sdp_jax.valley_strength(1.0, 0.6)),
+        ValueError,
+        "needs learning_rate= here",
+    ),
+    "a target of everything": (
+        lambda: sdp_jax.target_sparsity(1.0, 0, 10),
+        ValueError,
+        r"\[0, 1\); got 1.0",
+    ),
+    "a target that the floors make impossible": (
+        lambda: altsdp(strength=sdp_jax.target_sparsity(0.9, 0, 10), floor=3),
+        ValueError,
+        "wants 10 of the 11 channels .* but the floors keep 6",
+    ),
+    "a target per dimension that the floors make impossible": (
+        lambda: altsdp(
+            strength=sdp_jax.target_sparsity(0.5, 0, 9, per_dimension=True),
+            floor={"hidden0": 5},
+        ),
+        ValueError,
+        "dimension 'hidden0' to be zero, but the floors keep 5",
+    ),
+    "steps in the wrong order": (
+        lambda: sdp_jax.target_sparsity(0.5, 10, 10),
+        ValueError,
+        "0 <= begin_step < end_step",
+    ),
+    "steps beyond the counter": (
+        lambda: sdp_jax.target_sparsity(0.5, 0, 10**10),
+        ValueError,
+        r"2\*\*31",
+    ),
+    "steps that are not integers": (
+        lambda: sdp_jax.target_sparsity(0.5, 0, 10.0),
+        TypeError,
+        "end_step must be an integer number of updates; got 10.0",
+    ),
+    # The chain.
+    "groups of another kind": (
+        lambda: altsdp(groups={"hidden0": 6}),
+        TypeError,
+        "must be sdp_jax.Groups",
+    ),
+    "groups without a dimension": (
+        lambda: altsdp(groups=sdp_jax.Groups((), GROUPS.leaves)),
+        ValueError,
+        "nothing to prune",
+    ),
+    "negative learning rate": (lambda: altsdp(-0.1), ValueError, "-0.1"),
+    "base of another kind": (lambda: altsdp("sgd"), TypeError, "'sgd'"),
+    "momentum beside a transformation": (
+        lambda: altsdp(optax.sgd(0.1), momentum=0.9),
+        ValueError,
+        "brings its own",
+    ),
+    "momentum above one": (lambda: altsdp(momentum=1.5), ValueError, "1.5"),
+    "momentum of exactly one": (lambda: altsdp(momentum=1.0), ValueError, r"\[0, 1\)"),
+    "floor above the size": (
+        lambda: altsdp(floor=6),
+        ValueError,
+        "floor of dimension 'hidden1' is 6, but it has 5 channels",
+    ),
+    "negative floor": (lambda: altsdp(floor=-1), ValueError, "between 0 and its size"),
+    "floor that is not an integer": (lambda: altsdp(floor=0.5), TypeError, "integer"),
+    "floor that is a fractional array": (
+        lambda: altsdp(floor=jnp.asarray(1.5)),
+        TypeError,
+        "integer",
+    ),
+    "floor for nobody": (
+        lambda: altsdp(floor={"hidden9": 1}),
+        ValueError,
+        "do not exist",
+    ),
+    "unknown norm": (lambda: altsdp(norm="l1"), ValueError, "norm is 'l1'"),
+    "norm without a dimension": (
+        lambda: altsdp(norm={"hidden0": 1.0}),
+        ValueError,
+        "lacks .*hidden1",
+    ),
+    "norm of zero": (
+        lambda: altsdp(norm={"hidden0": 0.0, "hidden1": 1.0}),
+        ValueError,
+        "positive",
+    ),
+    "valley that is not keywords": (lambda: altsdp(valley=8), TypeError, "'rank': 8"),
+    "unknown dual": (lambda: altsdp(dual="half"), ValueError, "'half'"),
+    "valley with the radial dual": (
+        lambda: altsdp(valley={}, dual="radial"),
+        ValueError,
+        "dual='full'",
+    ),
+    "basis of another tree": (
+        lambda: altsdp(valley={"basis": {"w": jnp.ones((2, 4))}}).init(PARAMS),
+        ValueError,
+        "leaves of the parameters, each with one leading axis",
+    ),
+    "basis without a leading axis": (
+        lambda: altsdp(valley={"basis": PARAMS}).init(PARAMS),
+        ValueError,
+        "leading axis of the same length",
+    ),
+    "basis of other shapes": (
+        lambda: altsdp(
+            valley={"basis": jax.tree.map(lambda p: jnp.ones((2, 3, 3)), PARAMS)}
+        ).init(PARAMS),
+        ValueError,
+        r"has shape \(2, 3, 3\); expected \(rank, \*\(6,\)\)",
+    ),
+    "a transformation for prox_sgd": (
+        lambda: sdp_jax.prox_sgd(optax.adam(0.1), GROUPS, strength=0.1),
+        TypeError,
+        "its first argument is a learning rate",
+    ),
+    "rank of zero": (lambda: altsdp(valley={"rank": 0}), ValueError, "at least 1"),
+    "decay of zero": (lambda: altsdp(valley={"decay": 0.0}), ValueError, r"\(0, 1\]"),
+    # Using it.
+    "another tree in init": (
+        lambda: altsdp().init(without("layer1/bias")),
+        ValueError,
+        "no leaf 'layer1/bias'",
+    ),
+    "all variables instead of the parameters": (
+        lambda: altsdp().init({"params": PARAMS}),
+        ValueError,
+        "no leaf 'layer0/kernel'",
+    ),
+    "other shapes in init": (
+        lambda: altsdp().init(toy.mlp_params(widths=(4, 7, 5, 3))),
+        ValueError,
+        r"has shape \(4, 7\), but the groups were built for \(4, 6\)",
+    ),
+    "missing params in update": (
+        lambda: altsdp().update(PARAMS, altsdp().init(PARAMS)),
+        ValueError,
+        r"call update\(grads, state, params\)",
+    ),
+    "a leaf that is no array": (
+        lambda: altsdp().init(PARAMS | {"scale": 1.0}),
+        TypeError,
+        "'scale' is 1.0; parameters must be arrays",
+    ),
+    "integer leaves": (
+        lambda: altsdp().init(PARAMS | {"step": jnp.int32(0)}),
+        TypeError,
+        "'step' has dtype int32",
+    ),
+    "gradients of another structure": (
+        lambda: update(altsdp(), grads=without("layer1/bias")),
+        ValueError,
+        "trees of different structure",
+    ),
+    "gradients of another shape": (
+        lambda: update(altsdp(), grads=jax.tree.map(lambda p: p[:1], PARAMS)),
+        ValueError,
+        r"gradient of 'layer0/bias' has shape \(1,\), but the parameter has \(6,\)",
+    ),
+    "check_zeros without a threshold": (
+        lambda: sdp_jax.check_zeros(optax.adam(0.1).init(PARAMS)),
+        ValueError,
+        "no state of group_soft_threshold",
+    ),
+    # Cutting.
+    "cut to nothing": (
+        lambda: sdp_jax.plan_cut(GROUPS, PARAMS, floor=0),
+        ValueError,
+        "at least 1",
+    ),
+    "cut under jit": (
+        lambda: jax.jit(lambda p: sdp_jax.plan_cut(GROUPS, p).take(p))(PARAMS),
+        ValueError,
+        "outside jit",
+    ),
+    "cut of shapes": (
+        lambda: sdp_jax.plan_cut(GROUPS, jax.eval_shape(lambda: PARAMS)),
+        ValueError,
+        "has no values",
+    ),
+    "cut of a part of the parameters": (
+        lambda: sdp_jax.plan_cut(GROUPS, PARAMS).take(
+            {"layer0": {"kernel": PARAMS["layer0"]["kernel"]}}
+        ),
+        ValueError,
+        "the tree around it is not that of the groups",
+    ),
+    "cut with parameters missing": (
+        lambda: sdp_jax.plan_cut(GROUPS, without("layer2/kernel")),
+        ValueError,
+        "plan_cut needs all members",
+    ),
+    "cut of a diverged model": (
+        lambda: sdp_jax.plan_cut(GROUPS, jax.tree.map(lambda p: p * np.nan, PARAMS)),
+        ValueError,
+        "contains NaN",
+    ),
+    "cut of a stranger": (
+        lambda: sdp_jax.plan_cut(GROUPS, PARAMS).take({"w": jnp.ones((3, 3))}),
+        ValueError,
+        "nothing in this tree belongs to the cut",
+    ),
+    "cut of other shapes": (
+        lambda: sdp_jax.plan_cut(GROUPS, PARAMS).take(
+            toy.mlp_params(widths=(4, 7, 5, 3))
+        ),
+        ValueError,
+        "cannot be cut",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_input_is_refused(case):
+    act, error, message = CASES[case]
+    with pytest.raises(error, match=message):
+        act()
+
+
+def test_there_are_no_channels_of_an_empty_group_to_lose():
+    # A dimension of one channel is legal, and its floor keeps it.
+    params = {"w": jnp.ones((3, 1))}
+    groups = sdp_jax.groups_from_axes(params, {"d": [sdp_jax.producer("w", 1)]})
+    tx = altsdp(groups=groups, strength=100.0)
+    updates, _ = update(tx, params)
+    assert np.all(optax.apply_updates(params, updates)["w"] > 0)
+
+
+def test_nan_gradients_reach_the_parameters_unless_guarded():
+    grads = jax.tree.map(lambda p: jnp.full_like(p, jnp.nan), PARAMS)
+    updates, _ = update(altsdp(), grads=grads)
+    assert all(np.isnan(x).all() for x in jax.tree.leaves(updates))
+    updates, _ = update(optax.apply_if_finite(altsdp(), 3), grads=grads)
+    assert all((np.asarray(x) == 0).all() for x in jax.tree.leaves(updates))
+
+
+def test_infinite_gradients_are_not_hidden():
+    grads = jax.tree.map(lambda p: jnp.full_like(p, jnp.inf), PARAMS)
+    updates, _ = update(altsdp(), grads=grads)
+    assert not any(np.isfinite(x).any() for x in jax.tree.leaves(updates))
+
+
+def test_a_negative_schedule_counts_as_zero():
+    sgd = optax.sgd(0.1)
+    grads = toy.mlp_grads(PARAMS)
+    updates, _ = update(altsdp(strength=lambda count: -1.0 - count), grads=grads)
+    expected, _ = sgd.update(grads, sgd.init(PARAMS))
+    for a, b in zip(jax.tree.leaves(updates), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)

@@ -1,0 +1,179 @@
+"""Which channels go, by zeros and by scores."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import sdp_jax
+from tests import toy
+
+PARAMS = toy.mlp_params(widths=(4, 12, 8, 3))
+GROUPS = toy.mlp_groups(PARAMS)
+SCORES = {"hidden0": np.arange(12.0), "hidden1": 0.5 + np.arange(8.0)[::-1]}
+X, _ = toy.batch()
+
+
+def plan(**kwargs):
+    return sdp_jax.plan_cut(GROUPS, PARAMS, **({"scores": SCORES} | kwargs))
+
+
+def test_the_lowest_scores_go_first():
+    cut = plan(sparsity=0.5)
+    every = sorted([*SCORES["hidden0"], *SCORES["hidden1"]])
+    left = [SCORES[d.name][i] for d, k in zip(GROUPS, cut.kept, strict=True) for i in k]
+    assert sorted(left) == every[10:]
+
+
+@given(
+    sparsity=st.floats(0, 0.85),
+    ranking=st.sampled_from(["global", "dimension", "isomorphic"]),
+    seed=st.integers(0, 3),
+)
+def test_shares_of_channels_are_exact(sparsity, ranking, seed):
+    rng = np.random.default_rng(seed)
+    scores = {name: rng.normal(size=size) for name, size in GROUPS.sizes.items()}
+    cut = sdp_jax.plan_cut(
+        GROUPS, PARAMS, scores=scores, sparsity=sparsity, ranking=ranking
+    )
+    left = cut.widths
+    if ranking == "dimension":
+        assert left == {n: s - round(sparsity * s) for n, s in GROUPS.sizes.items()}
+    else:
+        assert sum(left.values()) == 20 - round(sparsity * 20)
+    assert min(left.values()) >= 1
+
+
+@given(sparsity=st.floats(0, 0.9), ranking=st.sampled_from(["global", "dimension"]))
+def test_shares_of_parameters_are_met_to_a_channel(sparsity, ranking):
+    cut = plan(sparsity=sparsity, target="params", ranking=ranking)
+    dense = sum(x.size for x in jax.tree.leaves(PARAMS))
+    left = sum(x.size for x in jax.tree.leaves(cut.take(PARAMS)))
+    assert left <= (1 - sparsity) * dense + 1e-6
+    # The dearest channel is one of hidden0's: 4 + 1 + 8 entries, or 12 + 1 + 3.
+    assert left > (1 - sparsity) * dense - 16
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.7])
+def test_shares_of_flops_are_met_to_a_channel(sparsity):
+    cut = plan(sparsity=sparsity, target="flops", fn=toy.mlp_apply, inputs=(X,))
+    dense = sdp_jax.cost(toy.mlp_apply, PARAMS, X).flops
+    narrowed = sdp_jax.narrow(toy.mlp_apply, cut)
+    left = sdp_jax.cost(narrowed, cut.take(PARAMS), X).flops
+    assert left <= (1 - sparsity) * dense
+    assert left > (1 - sparsity) * dense - 2 * 16 * 17 - 64
+    shapes = jax.eval_shape(lambda: PARAMS)
+    again = sdp_jax.plan_cut(
+        GROUPS,
+        shapes,
+        scores=SCORES,
+        sparsity=sparsity,
+        target="flops",
+        fn=toy.mlp_apply,
+        inputs=(X,),
+    )
+    assert again == cut
+
+
+def test_latency_is_a_target_too():
+    cut = plan(sparsity=0.0, target="latency", fn=toy.mlp_apply, inputs=(X,))
+    assert sum(cut.widths.values()) <= 20
+
+
+def test_floors_limits_and_rounding():
+    assert min(plan(sparsity=0.7, floor=3).widths.values()) == 3
+    limited = plan(sparsity=0.5, limits={"hidden1": 0.25})
+    assert limited.widths["hidden1"] >= 6
+    assert sum(limited.widths.values()) == 10
+    rounded = plan(sparsity=0.5, ranking="dimension", round_to=4)
+    assert rounded.widths == {"hidden0": 8, "hidden1": 4}
+    # The next-best channels fill up.
+    assert rounded.kept[0] == tuple(range(4, 12))
+    assert plan(sparsity=0.5, round_to=64).widths == GROUPS.sizes
+
+
+def test_zeros_round_up_as_well():
+    factors = {"hidden0": jnp.arange(12) > 4, "hidden1": jnp.ones(8)}
+    factors = {k: v.astype(jnp.float32) for k, v in factors.items()}
+    params = sdp_jax.scale_channels(GROUPS, PARAMS, factors)
+    assert sdp_jax.plan_cut(GROUPS, params).widths == {"hidden0": 7, "hidden1": 8}
+    cut = sdp_jax.plan_cut(GROUPS, params, round_to=4)
+    assert cut.widths == {"hidden0": 8, "hidden1": 8}
+    np.testing.assert_allclose(
+        toy.mlp_apply(cut.take(params), X), toy.mlp_apply(params, X), rtol=1e-5
+    )
+
+
+BAD = {
+    "sparsity alone": (
+        lambda: sdp_jax.plan_cut(GROUPS, PARAMS, sparsity=0.5),
+        "belong",
+    ),
+    "scores alone": (lambda: plan(), "belong together"),
+    "sparsity of one": (lambda: plan(sparsity=1.0), r"\[0, 1\); got 1.0"),
+    "another target": (lambda: plan(sparsity=0.5, target="size"), "'size'"),
+    "another ranking": (lambda: plan(sparsity=0.5, ranking="layer"), "'layer'"),
+    "flops of nothing": (lambda: plan(sparsity=0.5, target="flops"), "needs fn="),
+    "a function for nothing": (
+        lambda: plan(sparsity=0.5, fn=toy.mlp_apply),
+        "has no use for fn=",
+    ),
+    "scores that lack a dimension": (
+        lambda: sdp_jax.plan_cut(GROUPS, PARAMS, scores={"hidden0": [0]}, sparsity=0.5),
+        r"lacks \['hidden1'\]",
+    ),
+    "scores of another size": (
+        lambda: plan(scores=SCORES | {"hidden1": np.ones(7)}, sparsity=0.5),
+        r"shape \(7,\); expected \(8,\)",
+    ),
+    "scores that are not numbers": (
+        lambda: plan(scores=SCORES | {"hidden1": np.full(8, np.nan)}, sparsity=0.5),
+        "contain NaN",
+    ),
+    "floors in the way": (lambda: plan(sparsity=0.8, floor=4), "let only 12 go"),
+    "floors in the way of parameters": (
+        lambda: plan(sparsity=0.9, target="params", floor=6),
+        "cannot be met: with floors, limits and rounding",
+    ),
+    "limits of nothing": (
+        lambda: plan(sparsity=0.5, limits={"x*": 0.5}),
+        "matches none",
+    ),
+    "limits above one": (
+        lambda: plan(sparsity=0.5, limits={"*": 2}),
+        "between 0 and 1",
+    ),
+    "rounding to zero": (lambda: plan(sparsity=0.5, round_to=0), "round_to must be"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_refused(case):
+    act, message = BAD[case]
+    with pytest.raises(ValueError, match=message):
+        act()
+
+
+def test_cuts_go_to_json_and_back():
+    cut = plan(sparsity=0.5)
+    assert sdp_jax.Cut.from_json(cut.to_json()) == cut
+    for text in ("{}", "[", cut.to_json().replace("[[", "[[99, ", 1)):
+        with pytest.raises(ValueError, match="not a"):
+            sdp_jax.Cut.from_json(text)
+
+
+def test_fill_is_the_inverse_of_take():
+    cut = plan(sparsity=0.5)
+    small = cut.take(PARAMS)
+    full = cut.fill(small)
+    assert jax.tree.map(jnp.shape, full) == jax.tree.map(jnp.shape, PARAMS)
+    for a, b in zip(
+        jax.tree.leaves(cut.take(full)), jax.tree.leaves(small), strict=True
+    ):
+        np.testing.assert_array_equal(a, b)
+    kept = sum(np.count_nonzero(x) for x in jax.tree.leaves(small))
+    assert sum(np.count_nonzero(x) for x in jax.tree.leaves(full)) == kept
+    with pytest.raises(ValueError, match="not the parameters of the cut"):
+        cut.fill(PARAMS)

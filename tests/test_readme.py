@@ -1,0 +1,45 @@
+"""The example of the README runs as it stands."""
+
+import pathlib
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import sdp_jax
+from tests import toy
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def test_example():
+    blocks = re.findall(
+        r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL
+    )
+    params = toy.mlp_params(widths=(4, 20, 3))
+    x, _ = toy.batch()
+    names = {"params": params, "loss": toy.loss, "apply": toy.mlp_apply, "x": x}
+    names["batches"] = [toy.batch(seed=i % 7) for i in range(700)]
+    exec(blocks[0], names)
+    dense, small, cut = names["params"], names["small"], names["cut"]
+    assert cut.widths == {"layer0": 20 - round(0.7 * 20)}
+    np.testing.assert_allclose(
+        names["small_apply"](small, x), toy.mlp_apply(dense, x), rtol=1e-4, atol=1e-6
+    )
+    start = toy.loss(params, toy.batch())
+    assert float(toy.loss(small, toy.batch())) < float(start)
+    assert isinstance(names["groups"], sdp_jax.Groups)
+    assert all(jnp.isfinite(p).all() for p in jax.tree.leaves(small))
+    exec(blocks[1], names)
+    assert names["cut"].widths["layer0"] < 20
+
+
+def test_what_it_names_is_there():
+    text = (ROOT / "README.md").read_text()
+    for path in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (ROOT / path).exists(), path
+    for name in re.findall(r"sdp_jax\.(\w+)", text):
+        assert hasattr(sdp_jax, name), name
+    for target in re.findall(r"`make (\w+)`", text):
+        assert f"\n{target}:" in (ROOT / "Makefile").read_text(), target

@@ -1,0 +1,524 @@
+"""Groups found in functions, and functions narrowed by them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import sdp_jax
+from sdp_jax.tracing.atoms import Atoms, Reason, common_sizes
+from tests import promise, toy
+
+X = np.random.default_rng(0).normal(size=(3, 4, 5))
+
+
+def shapes(**sizes):
+    return {k: jax.ShapeDtypeStruct(s, jnp.float64) for k, s in sizes.items()}
+
+
+def check(fn, sizes, *inputs, **kwargs):
+    params = promise.randomise(shapes(**sizes))
+    inputs = tuple(map(jnp.asarray, inputs or (X,)))
+    return promise.check(fn, params, inputs, **kwargs)
+
+
+@jax.custom_vjp
+def clipped(x):
+    return x
+
+
+clipped.defvjp(
+    lambda x: (x, None),
+    lambda _, g: (g / (1 + jnp.linalg.norm(g, axis=-1, keepdims=True)),),
+)
+
+
+@jax.custom_jvp
+def centred(x):
+    return x
+
+
+centred.defjvp(lambda p, t: (p[0], t[0] - t[0].mean(-1, keepdims=True)))
+
+
+def depthwise(x, kernel):
+    return jax.lax.conv_general_dilated(
+        x,
+        kernel,
+        (1,),
+        "SAME",
+        dimension_numbers=("NHC", "HIO", "NHC"),
+        feature_group_count=x.shape[-1],
+    )
+
+
+def looked_at(p, x):
+    x = jnp.tanh(x @ p["a"])
+    jax.debug.callback(lambda x: None, x)
+    return x @ p["b"]
+
+
+# name: function, parameters, sizes of the dimensions that must be found
+MLP = {"a": (5, 8), "b": (8, 3)}
+PROGRAMS = {
+    "tanh": (lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], MLP, {"a": 8}),
+    # The consumer of a channel that does not become zero is zeroed instead.
+    "sigmoid": (lambda p, x: jax.nn.sigmoid(x @ p["a"]) @ p["b"], MLP, {"a": 8}),
+    "softmax over channels": (
+        lambda p, x: jax.nn.softmax(x @ p["a"]) @ p["b"],
+        MLP,
+        {},
+    ),
+    "mean over channels": (
+        lambda p, x: (x @ p["a"]).mean(-1) * p["b"].sum(),
+        MLP,
+        {"a": 8, "b": 8, "b[1]": 3},
+    ),
+    "variance in two passes": (
+        lambda p, x: jnp.var(x @ p["a"], axis=-1) + p["b"].sum(),
+        MLP,
+        {"b": 8, "b[1]": 3},
+    ),
+    "log of a channel": (lambda p, x: jnp.log(jnp.abs(x @ p["a"])) @ p["b"], MLP, {}),
+    "division by a channel": (
+        lambda p, x: (x @ p["c"] / (x @ p["a"])) @ p["b"],
+        MLP | {"c": (5, 8)},
+        {},
+    ),
+    "dropout": (
+        lambda p, x: (
+            jnp.where(
+                jax.random.bernoulli(jax.random.key(0), 0.5, (3, 4, 8)), x @ p["a"], 0
+            )
+            @ p["b"]
+        ),
+        MLP,
+        {"a": 8},
+    ),
+    "padded shortcut": (
+        lambda p, x: (
+            (jnp.pad(x @ p["a"], ((0, 0), (0, 0), (2, 3))) + x @ p["c"]) @ p["d"]
+        ),
+        {"a": (5, 8), "c": (5, 13), "d": (13, 3)},
+        {"c": 8, "c[1]": 2, "c[1]#2": 3},
+    ),
+    "low-rank update": (
+        lambda p, x: jnp.tanh(x @ (p["a"] + p["u"] @ p["v"])) @ p["b"],
+        MLP | {"u": (5, 4), "v": (4, 8)},
+        {"a": 8, "u": 4},
+    ),
+    "embedding": (
+        lambda p, x: jnp.tanh(p["e"][jnp.array([1, 0, 2])] @ p["a"]) @ p["b"],
+        {"e": (6, 5), "a": (5, 8), "b": (8, 3)},
+        {"e": 5, "a": 8},
+    ),
+    "branches": (
+        lambda p, x: (
+            jax.lax.cond(x[0, 0, 0] > 0, jnp.tanh, jax.checkpoint(jnp.sin), x @ p["a"])
+            @ p["b"]
+        ),
+        MLP,
+        {"a": 8},
+    ),
+    "loop": (
+        lambda p, x: (
+            jax.lax.fori_loop(0, 3, lambda i, h: jnp.tanh(h @ p["w"]), x @ p["a"])
+            @ p["b"]
+        ),
+        MLP | {"w": (8, 8)},
+        {"w": 8},
+    ),
+    "write in place": (
+        lambda p, x: jnp.zeros((6, 4, 8)).at[1:4].set(x @ p["a"]) @ p["b"],
+        MLP,
+        {"a": 8},
+    ),
+    "sort of the rest": (
+        lambda p, x: jnp.sort(x @ p["a"], axis=1) @ p["b"],
+        MLP,
+        {"a": 8},
+    ),
+    "transform of the rest": (
+        lambda p, x: jnp.fft.fft(x.swapaxes(1, 2) @ p["a"], axis=1).real @ p["b"],
+        {"a": (4, 8), "b": (8, 3)},
+        {"a": 8},
+    ),
+    "features written in turns": (
+        lambda p, x: (
+            jnp.zeros((3, 4, 16))
+            .at[..., ::2]
+            .set(jnp.sin(x @ p["a"]))
+            .at[..., 1::2]
+            .set(jnp.cos(x @ p["a"]))
+            @ p["d"]
+        ),
+        {"a": (5, 8), "d": (16, 3)},
+        None,
+    ),
+    "rows written by index": (
+        lambda p, x: (
+            jnp.ones((3, 4, 9)).at[..., jnp.arange(8)].set(jnp.tanh(x @ p["a"]))
+            @ p["d"]
+        ),
+        {"a": (5, 8), "d": (9, 3)},
+        None,
+    ),
+    "rows multiplied by index": (
+        lambda p, x: (
+            jnp.ones((3, 4, 3))
+            .at[..., jnp.arange(8) % 3]
+            .multiply(jnp.tanh(x @ p["a"]))
+        ),
+        {"a": (5, 8)},
+        None,
+    ),
+    "segments of channels": (
+        lambda p, x: jax.ops.segment_sum(
+            jnp.exp(x @ p["a"]).mean((0, 1)), jnp.arange(8) % 3, 3
+        ),
+        {"a": (5, 8)},
+        None,
+    ),
+    "angles": (
+        lambda p, x: jnp.arctan2(jnp.tanh(x @ p["a"]), -jnp.ones(8)) @ p["b"],
+        MLP,
+        {"a": 8},
+    ),
+    "running logsumexp": (
+        lambda p, x: jax.lax.cumlogsumexp(x @ p["a"], axis=1) @ p["b"],
+        MLP,
+        {"a": 8},
+    ),
+    "lookups outside": (
+        lambda p, x: (
+            jnp.tanh(p["a"]).at[jnp.array([7, 1])].get(mode="fill", fill_value=1.0)
+            @ p["b"]
+        ),
+        MLP,
+        {"b": 8},
+    ),
+    "parameter carried by a loop": (
+        lambda p, x: (lambda c: jnp.exp(x @ p["a"] + c) @ p["b"] + c.sum())(
+            jax.lax.scan(lambda c, _: (p["w"], None), jnp.zeros(8), None, length=3)[0]
+        ),
+        MLP | {"w": (8,)},
+        None,
+    ),
+    "power of two": (lambda p, x: jnp.power(2.0, x @ p["a"]) @ p["b"], MLP, {"a": 8}),
+    "tile and stack": (
+        lambda p, x: (
+            jnp.stack(
+                [
+                    jnp.tile(jnp.tanh(x @ p["a"]), (1, 1, 2)),
+                    jnp.tile(x[:, :, :1], (1, 1, 16)),
+                ]
+            )
+            @ p["d"]
+        ),
+        {"a": (5, 8), "d": (16, 3)},
+        {"d": 8},
+    ),
+    "clipped gradient": (
+        lambda p, x: clipped(jnp.tanh(x @ p["a"])) @ p["b"],
+        MLP,
+        {},
+    ),
+    "centred tangent": (
+        lambda p, x: centred(jnp.tanh(x @ p["a"])) @ p["b"],
+        MLP,
+        None,
+    ),
+    "halves, one of which may go": (
+        lambda p, x: (
+            jnp.concatenate(
+                [
+                    depthwise(x @ p["a"][:, :4], p["k"][..., :4]),
+                    depthwise(x @ p["a"][:, 4:], p["k"][..., 4:]),
+                ],
+                -1,
+            )
+            @ p["b"]
+        ),
+        MLP | {"k": (3, 1, 8)},
+        None,
+    ),
+    "a look inside": (looked_at, MLP, {"a": 8}),
+    "running sum": (lambda p, x: jnp.cumsum(x @ p["a"], -1) @ p["b"], MLP, {"a": 8}),
+}
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_programs_keep_the_promise(name, x64):
+    fn, sizes, expected = PROGRAMS[name]
+    groups = check(
+        fn,
+        sizes,
+        shares=(0.5, 0.99),
+        grads="loop" not in name and "multiplied" not in name,
+    )
+    if expected is not None:
+        assert groups.sizes == expected
+
+
+def test_running_statistics_of_one_name_do_not_tie_layers_together(x64):
+    def fn(p, x):
+        out, new = x @ p["in"], {}
+        for name in ("norm1", "norm2"):
+            y = jnp.tanh(out @ p[name]["kernel"])
+            new[name] = {"mean": y.mean((0, 1))}
+            out = (y - new[name]["mean"]) * p[name]["scale"]
+        return out @ p["out"], new
+
+    layer = {"kernel": (8, 8), "scale": (8,), "mean": (8,)}
+    tree = {"in": (5, 8), "norm1": layer, "norm2": layer, "out": (8, 2)}
+    params = promise.randomise(
+        jax.tree.map(
+            lambda size: jax.ShapeDtypeStruct(size, jnp.float64),
+            tree,
+            is_leaf=lambda x: isinstance(x, tuple),
+        )
+    )
+    groups = sdp_jax.find_groups(fn, params, X)
+    assert sorted(groups.sizes.values()) == [8, 8, 8]
+
+
+def test_frozen_axes_say_why_and_where(x64):
+    def fn(params, x):
+        x = jnp.tanh(x @ params["a"])
+        return jax.nn.softmax(x) @ params["b"]
+
+    groups = sdp_jax.find_groups(fn, shapes(**MLP), X)
+    told = {(f.path, f.axis): f for f in groups.frozen}
+    reason = " ".join(told["a", 1].reasons)
+    assert "reduce_max: compares all channels" in reason
+    assert f"{__file__}:" in reason
+    assert told["b", 1].reasons == ("output: is an output of the function",)
+    assert reason in groups.summary() or told["a", 1].reasons[0] in groups.summary()
+
+
+def test_unknown_primitives_freeze_what_they_touch(x64):
+    def fn(p, x):
+        return jnp.linalg.qr(jnp.tanh(x @ p["a"]) @ p["b"])[1] @ p["c"]
+
+    groups = check(fn, MLP | {"c": (3, 2)})
+    assert groups.sizes == {"a": 8}
+    told = {(f.path, f.axis): f.reasons for f in groups.frozen}
+    assert any("no rule for this primitive" in r for r in told["b", 1])
+
+
+def test_ignored_leaves_stay_whole():
+    fn, sizes, _ = PROGRAMS["tanh"]
+    groups = sdp_jax.find_groups(fn, shapes(**sizes), X, ignore=["b*"])
+    assert not len(groups)
+    assert any("asked to stay whole" in r for f in groups.frozen for r in f.reasons)
+
+
+def test_inputs_and_outputs_can_be_pruned_on_demand(x64):
+    fn, sizes, _ = PROGRAMS["tanh"]
+    params = promise.randomise(shapes(**sizes))
+    groups = sdp_jax.find_groups(fn, params, X, prune_inputs=True, prune_outputs=True)
+    assert groups.sizes == {"a": 5, "a[1]": 8, "b": 3}
+    cut = sdp_jax.Cut(groups, ((0, 2), (1, 2, 7), (0, 2)))
+    dense = promise.zeroed(cut, params)
+    small = sdp_jax.narrow(fn, cut)(cut.take(dense), X)
+    promise.close(small, fn(dense, X)[..., [0, 2]], 1e-12)
+
+
+def test_training_with_found_groups_prunes_heads_and_their_dimensions():
+    class Attention(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.Dense(8)(x)
+            return nn.Dense(2)((x + nn.MultiHeadDotProductAttention(4)(x, x)).mean(1))
+
+    net, x = Attention(), jnp.asarray(X, jnp.float32)
+    params = net.init(jax.random.key(0), x)
+    groups = sdp_jax.find_groups(net.apply, params, x)
+    heads = [d for d in groups if len([m for m in d.members if m.axis == 1]) >= 3]
+    assert heads
+    tx = sdp_jax.altsdp(0.1, groups, strength=sdp_jax.target_sparsity(0.5, 0, 20))
+    state = tx.init(params)
+
+    @jax.jit
+    def step(params, state):
+        grads = jax.grad(lambda p: jnp.mean((net.apply(p, x) - 1) ** 2))(params)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    for _ in range(25):
+        params, state = step(params, state)
+    cut = sdp_jax.plan_cut(groups, params)
+    assert sum(cut.widths.values()) <= round(0.5 * groups.num_channels)
+    small = sdp_jax.narrow(net.apply, cut)(cut.take(params), x)
+    np.testing.assert_allclose(small, net.apply(params, x), atol=1e-5)
+
+
+BAD = {
+    "functions that do not trace": (
+        lambda: sdp_jax.find_groups(
+            lambda p, x: p["w"][int(x)], {"w": jnp.ones(3)}, 1.0
+        ),
+        jax.errors.ConcretizationTypeError,
+        "concrete",
+    ),
+    "inputs of the wrong rank": (
+        lambda: sdp_jax.find_groups(
+            PROGRAMS["tanh"][0], shapes(**MLP), jnp.ones((4, 6))
+        ),
+        TypeError,
+        "dot_general",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_refused(case, x64):
+    act, error, message = BAD[case]
+    with pytest.raises(error, match=message):
+        act()
+
+
+# --- random programs ----------------------------------------------------------
+
+OPS = st.sampled_from(
+    "tanh relu sigmoid scale add concat slice reshape transpose pad mean where flip "
+    "matmul heads broadcast".split()
+)
+
+
+@settings(max_examples=25, deadline=None)
+@given(ops=st.lists(OPS, min_size=1, max_size=6), seed=st.integers(0, 5))
+def test_random_programs_keep_the_promise(ops, seed):
+    sizes = {"first": (5, 12)}
+    for i, op in enumerate(ops):
+        if op == "matmul":
+            sizes[f"w{i}"] = (12, 12)
+        elif op in ("scale", "add"):
+            sizes[f"w{i}"] = (12,)
+    sizes["last"] = (12, 3)
+
+    def fn(p, x):
+        x = x @ p["first"]
+        for i, op in enumerate(ops):
+            w = p.get(f"w{i}")
+            if op in ("tanh", "relu", "sigmoid"):
+                x = {"tanh": jnp.tanh, "relu": jax.nn.relu, "sigmoid": jax.nn.sigmoid}[
+                    op
+                ](x)
+            elif op in ("scale", "add"):
+                x = x * w if op == "scale" else x + w
+            elif op == "matmul":
+                x = x + jnp.tanh(x @ w)
+            elif op == "concat":
+                x = jnp.concatenate([x[..., 6:], x[..., :6]], -1)
+            elif op == "slice":
+                x = x[..., ::2].repeat(2, axis=-1)
+            elif op == "reshape":
+                x = x.reshape(3, 4, 3, 4).swapaxes(2, 3).reshape(3, 4, 12)
+            elif op == "transpose":
+                x = x.swapaxes(0, 1)[:, ::-1].swapaxes(0, 1)
+            elif op == "pad":
+                x = jnp.pad(x[..., 2:], ((0, 0), (0, 0), (1, 1)))
+            elif op == "mean":
+                x = x - x.mean(1, keepdims=True)
+            elif op == "where":
+                x = jnp.where(x > 0, x, 0.1 * x)
+            elif op == "flip":
+                x = x + x[..., ::-1]
+            elif op == "heads":
+                h = x.reshape(3, 4, 2, 6)
+                a = jax.nn.softmax(jnp.einsum("bnhd,bmhd->bhnm", h, h))
+                x = jnp.einsum("bhnm,bmhd->bnhd", a, h).reshape(3, 4, 12)
+            elif op == "broadcast":
+                x = x * jnp.arange(12.0) + jnp.ones((3, 4, 1))
+        return x @ p["last"]
+
+    with jax.enable_x64(True):
+        check(fn, sizes, shares=(0.5,), seeds=(seed,), grads=False)
+
+
+# --- atoms --------------------------------------------------------------------
+
+
+def classes(atoms, *groups):
+    label = atoms.solve().label
+    return [label[g].tolist() for g in groups]
+
+
+def test_two_factorisations_are_refined():
+    atoms = Atoms()
+    z = atoms.fresh(24)
+    a, b = atoms.fresh(2), atoms.fresh(12)
+    c, d = atoms.fresh(6), atoms.fresh(4)
+    atoms.conjoin(z, [a, b])
+    atoms.conjoin(z, [c, d])
+    solution = atoms.solve()
+    # 24 = 2 · 3 · 4: the last factor of both is one of 4, the first one of 2.
+    base = {int(x) for x in np.unique(solution.operands[solution.label[z]]) if x}
+    assert len(base) == 2 + 3 + 4
+    assert len(set(solution.label[d].tolist())) == 4
+
+
+def test_factorisations_that_do_not_fit_become_one_channel():
+    atoms = Atoms()
+    z = atoms.fresh(12)
+    atoms.conjoin(z, [atoms.fresh(3), atoms.fresh(4)])
+    atoms.conjoin(z, [atoms.fresh(4), atoms.fresh(3)])
+    assert len(set(classes(atoms, z)[0])) == 1
+
+
+def test_a_frozen_grid_freezes_its_factors():
+    atoms = Atoms()
+    z, a, b = atoms.fresh(6), atoms.fresh(2), atoms.fresh(3)
+    atoms.conjoin(z, [a, b])
+    atoms.freeze(z[:3], Reason("test", "asked to"))
+    assert classes(atoms, a[:1], b) == [[0], [0, 0, 0]]
+    label = atoms.solve().label
+    assert label[a[1]] != 0 and label[a[1]] == label[z[3]]
+
+
+def test_a_class_defined_through_itself_is_one():
+    atoms = Atoms()
+    z, x, y = atoms.fresh(4), atoms.fresh(2), atoms.fresh(2)
+    atoms.conjoin(z, [x, y])
+    atoms.equate(x, z[:2])
+    # x[0] = x[0] ∧ y[0] holds only for y[0] = x[0] or coarser.
+    solution = atoms.solve()
+    assert solution.is_base(solution.label[x]).all()
+    assert solution.label[x[0]] == solution.label[y[0]]
+
+
+@given(
+    a=st.lists(st.integers(2, 5), min_size=1, max_size=3),
+    b=st.lists(st.integers(2, 5), min_size=1, max_size=3),
+)
+def test_common_sizes_refine_both(a, b):
+    if np.prod(a) != np.prod(b):
+        a = b
+    common = common_sizes(a, b)
+    if common is None:
+        return
+    assert np.prod(common) == np.prod(a)
+    ends = set(np.cumprod(common[::-1]).tolist())
+    assert set(np.cumprod(a[::-1]).tolist()) <= ends
+    assert set(np.cumprod(b[::-1]).tolist()) <= ends
+
+
+def test_toy_groups_found_are_those_written_by_hand():
+    params = toy.mlp_params()
+    x, _ = toy.batch()
+    found = sdp_jax.find_groups(toy.mlp_apply, params, x)
+
+    def members(groups):
+        return {
+            frozenset(
+                (m.path, m.axis, m.role, m.outer, m.inner, m.offset) for m in d.members
+            )
+            for d in groups
+        }
+
+    assert members(found) == members(toy.mlp_groups(params))

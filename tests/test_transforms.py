@@ -1,0 +1,473 @@
+"""The contract that every transformation keeps, and the pieces of the chain."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import sdp_jax
+from sdp_jax.groups import leaf_table
+from tests import toy
+
+VALLEY = sdp_jax.valley_strength(c=4.0, mu=0.6, learning_rate=0.1)
+TARGET = sdp_jax.target_sparsity(0.5, 1, 4)
+
+FINAL = {
+    "group_soft_threshold": lambda g: optax.chain(
+        optax.sgd(0.1), sdp_jax.group_soft_threshold(g, VALLEY)
+    ),
+    "soft_threshold": lambda g: optax.chain(
+        optax.sgd(0.1), sdp_jax.soft_threshold(VALLEY)
+    ),
+    "altsdp": lambda g: sdp_jax.altsdp(0.1, g, strength=VALLEY),
+    "altsdp_momentum_cost": lambda g: sdp_jax.altsdp(
+        0.1,
+        g,
+        strength=sdp_jax.valley_strength(c=0.7, mu=0.6),
+        momentum=0.9,
+        nesterov=True,
+        norm="cost",
+        floor=2,
+    ),
+    "altsdp_target": lambda g: sdp_jax.altsdp(0.1, g, strength=TARGET),
+    "altsdp_adamw": lambda g: sdp_jax.altsdp(
+        optax.adamw(0.1, eps=1e-4), g, strength=TARGET
+    ),
+    "altsdp_lion": lambda g: sdp_jax.altsdp(optax.lion(0.01), g, strength=VALLEY),
+    "altsdp_radial": lambda g: sdp_jax.altsdp(0.1, g, strength=VALLEY, dual="radial"),
+    "altsdp_valley": lambda g: sdp_jax.altsdp(
+        0.1, g, strength=VALLEY, valley={"rank": 2, "decay": 0.9}
+    ),
+    "prox_sgd": lambda g: sdp_jax.prox_sgd(0.1, g, strength=2.0),
+    "grda": lambda g: sdp_jax.grda(0.1, c=1.0, mu=0.6),
+}
+GROUPED = [name for name in FINAL if name not in ("soft_threshold", "grda")]
+final = pytest.mark.parametrize("name", FINAL)
+grouped = pytest.mark.parametrize("name", GROUPED)
+
+
+def make_step(tx):
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return step
+
+
+def train(tx, params, steps=6, jit=True):
+    step = jax.jit(make_step(tx)) if jit else make_step(tx)
+    state = tx.init(params)
+    for i in range(steps):
+        params, state = step(params, state, toy.mlp_grads(params, seed=i))
+    return params, state
+
+
+@final
+def test_same_with_and_without_jit(name):
+    params = toy.mlp_params()
+    tx = FINAL[name](toy.mlp_groups(params))
+    a = train(tx, params)
+    with jax.disable_jit():
+        b = train(tx, params, jit=False)
+    chex.assert_trees_all_close(a, b, rtol=2e-5, atol=1e-6)
+
+
+@final
+def test_state_is_stable_and_compiles_once(name):
+    params = toy.mlp_params()
+    tx = FINAL[name](toy.mlp_groups(params))
+    abstract = jax.eval_shape(tx.init, params)
+    traces = 0
+
+    def counted(params, state, grads):
+        nonlocal traces
+        traces += 1
+        return make_step(tx)(params, state, grads)
+
+    step = jax.jit(counted)
+    state = tx.init(params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, abstract)
+    weak = [jax.typeof(x).weak_type for x in jax.tree.leaves(state)]
+    for i in range(3):
+        params, state = step(params, state, toy.mlp_grads(params, seed=i))
+        chex.assert_trees_all_equal_shapes_and_dtypes(state, abstract)
+        assert [jax.typeof(x).weak_type for x in jax.tree.leaves(state)] == weak
+    assert traces == 1
+
+
+@final
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+def test_no_dtype_is_promoted(name, dtype):
+    params = toy.mlp_params(dtype=dtype)
+    tx = FINAL[name](toy.mlp_groups(params))
+    state = tx.init(params)
+    updates, state = tx.update(toy.mlp_grads(params), state, params)
+    chex.assert_trees_all_equal_dtypes(updates, params)
+    for node in jax.tree.leaves(
+        state, is_leaf=lambda x: isinstance(x, sdp_jax.DualAveragingState)
+    ):
+        if isinstance(node, sdp_jax.DualAveragingState):
+            chex.assert_trees_all_equal_dtypes(
+                node.dual, jax.tree.map(lambda p: p.astype(jnp.float32), params)
+            )
+
+
+@final
+def test_float64(name, x64):
+    params = toy.mlp_params(dtype=jnp.float64)
+    tx = FINAL[name](toy.mlp_groups(params))
+    new, state = train(tx, params)
+    assert all(x.dtype == jnp.float64 for x in jax.tree.leaves(new))
+    chex.assert_tree_all_finite((new, state.__class__(state[:2])))
+
+
+@grouped
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+def test_zero_channels_are_exactly_zero(name, dtype):
+    params = toy.mlp_params(dtype=dtype)
+    groups = toy.mlp_groups(params)
+    params, state = train(FINAL[name](groups), params)
+    alive = sdp_jax.channels_alive(groups, params)
+    told = np.asarray(state[-1].alive.per_channel)
+    flat = np.concatenate([np.asarray(a) for a in alive.values()])
+    np.testing.assert_array_equal(flat, told)
+    assert 0 < flat.sum() < flat.size
+    for i in range(2):
+        dead = ~np.asarray(alive[f"hidden{i}"])
+        layer = params[f"layer{i}"]
+        assert (np.asarray(layer["kernel"], np.float32)[:, dead] == 0).all()
+        assert (np.asarray(layer["bias"], np.float32)[dead] == 0).all()
+        assert not np.signbit(np.asarray(layer["kernel"], np.float32)[:, dead]).any()
+
+
+@grouped
+def test_vmap_over_an_ensemble(name):
+    groups = toy.mlp_groups()
+    tx = FINAL[name](groups)
+    members = [toy.mlp_params(seed=s) for s in range(3)]
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *members)
+    state = jax.vmap(tx.init)(stacked)
+    step = jax.jit(jax.vmap(make_step(tx)))
+    for i in range(4):
+        grads = jax.tree.map(
+            lambda *x: jnp.stack(x), *[toy.mlp_grads(m, seed=i) for m in members]
+        )
+        stacked, state = step(stacked, state, grads)
+    for k, member in enumerate(members):
+        alone, _ = train(tx, member, steps=4)
+        one = jax.tree.map(lambda x, k=k: x[k], stacked)
+        chex.assert_trees_all_close(one, alone, rtol=1e-4, atol=1e-5)
+
+
+@final
+def test_donated_buffers(name):
+    params = toy.mlp_params()
+    tx = FINAL[name](toy.mlp_groups(params))
+    expected, _ = train(tx, params)
+    step = jax.jit(make_step(tx), donate_argnums=(0, 1))
+    params = jax.tree.map(jnp.copy, params)
+    state = jax.jit(tx.init)(params)
+    for i in range(6):
+        params, state = step(params, state, toy.mlp_grads(expected, seed=i))
+    chex.assert_trees_all_close(params, expected, rtol=1e-5, atol=1e-6)
+
+
+@final
+def test_donating_what_init_returned_without_jit(name):
+    params = toy.mlp_params()
+    tx = FINAL[name](toy.mlp_groups(params))
+    step = jax.jit(make_step(tx), donate_argnums=(0, 1))
+    params, state = step(params, tx.init(params), toy.mlp_grads(params))
+    chex.assert_tree_all_finite(params)
+
+
+@grouped
+def test_sharded_parameters(name):
+    assert len(jax.devices()) == 8
+    mesh = jax.make_mesh((8,), ("model",), (jax.sharding.AxisType.Auto,))
+    params = toy.mlp_params(widths=(4, 16, 8, 3))
+    tx = FINAL[name](toy.mlp_groups(params))
+    expected, _ = train(tx, params)
+
+    def place(x):
+        spec = ["model" if n % 8 == 0 else None for n in x.shape]
+        if spec.count("model") > 1:
+            spec = [None, "model"]
+        sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+        return jax.device_put(x, sharding)
+
+    sharded = jax.tree.map(place, params)
+    new, _ = train(tx, sharded)
+    chex.assert_trees_all_close(new, expected, rtol=1e-4, atol=1e-5)
+    kernel = new["layer0"]["kernel"]
+    assert len(kernel.sharding.device_set) == 8
+
+
+@final
+def test_params_are_required(name):
+    params = toy.mlp_params()
+    tx = FINAL[name](toy.mlp_groups(params))
+    with pytest.raises(ValueError, match=r"needs the current parameters|params"):
+        tx.update(toy.mlp_grads(params), tx.init(params))
+
+
+@final
+def test_map_params_finds_the_parameter_shaped_state(name):
+    params = toy.mlp_params()
+    tx = FINAL[name](toy.mlp_groups(params))
+    state = tx.init(params)
+    doubled = optax.tree.map_params(tx, lambda x: 2 * x, state)
+    assert jax.tree.structure(doubled) == jax.tree.structure(state)
+    # Every leaf that is shaped like its parameter is found, and no other.
+    shapes = {path: leaf.shape for path, leaf in leaf_table(params).items()}
+    old, new = leaf_table(state), leaf_table(doubled)
+    for path, leaf in old.items():
+        owner = "/".join(path.split("/")[-2:])
+        mapped = shapes.get(owner) == leaf.shape
+        np.testing.assert_array_equal(new[path], 2 * leaf if mapped else leaf)
+
+
+@final
+def test_extra_arguments_are_accepted(name):
+    params = toy.mlp_params()
+    tx = FINAL[name](toy.mlp_groups(params))
+    grads, state = toy.mlp_grads(params), tx.init(params)
+    plain = tx.update(grads, state, params)
+    chex.assert_trees_all_equal(
+        tx.update(grads, state, params, value=1.0, grad=None), plain
+    )
+
+
+def test_dual_averaging_alone_changes_nothing():
+    params = toy.mlp_params()
+    plain = optax.sgd(0.1, momentum=0.9)
+    dual = optax.chain(optax.sgd(0.1, momentum=0.9), sdp_jax.dual_averaging())
+    a, _ = train(plain, params)
+    b, _ = train(dual, params)
+    chex.assert_trees_all_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+def numpy_radial(v, w, u):
+    """The docstring's formula for one living channel, as a vector."""
+    y = w + u
+    follow = max(0.0, y @ v / (np.linalg.norm(y) * np.linalg.norm(v)))
+    direction = follow * y / np.linalg.norm(y) + (1 - follow) * v / np.linalg.norm(v)
+    return y + (np.linalg.norm(v) - np.linalg.norm(w)) * direction
+
+
+def test_radial_dual_averaging_follows_its_formula(x64):
+    rng = np.random.default_rng(0)
+    v = rng.normal(size=(3, 4))
+    factor = np.array([0.3, 1.0, 0.0, 0.7])
+    w = v * factor
+    # The last step reverses its channel, the first three do not.
+    u = np.stack([*(0.1 * rng.normal(size=(3, 3))), -1.2 * w[:, 3]], axis=1)
+    params = {"w": jnp.asarray(w), "free": jnp.ones(2)}
+    groups = sdp_jax.groups_from_axes(params, {"d": [sdp_jax.producer("w", 1)]})
+    tx = sdp_jax.radial_dual_averaging(groups)
+    state = sdp_jax.DualAveragingState({"w": jnp.asarray(v), "free": jnp.ones(2)})
+    steps = {"w": jnp.asarray(u), "free": jnp.array([0.5, -0.5])}
+    updates, state = tx.update(steps, state, params)
+    expected = np.stack(
+        [
+            numpy_radial(v[:, 0], w[:, 0], u[:, 0]),
+            v[:, 1] + u[:, 1],
+            v[:, 2] + u[:, 2],  # a zero channel: plain dual averaging
+            # Reversed: the shrinkage stays where it was.
+            w[:, 3] + u[:, 3] + v[:, 3] - w[:, 3],
+        ],
+        axis=1,
+    )
+    np.testing.assert_allclose(state.dual["w"], expected, rtol=1e-12)
+    np.testing.assert_allclose(updates["w"], expected - w, rtol=1e-12)
+    np.testing.assert_array_equal(state.dual["free"], [1.5, 0.5])
+
+
+def test_radial_channels_turn_at_the_full_rate(x64):
+    # A channel shrunk to 3 of 10, and a step of 0.01 across it.
+    params = {"w": jnp.array([[3.0], [0.0]])}
+    groups = sdp_jax.groups_from_axes(params, {"d": [sdp_jax.producer("w", 1)]})
+    step = {"w": jnp.array([[0.0], [0.01]])}
+    angles = {}
+    for dual in ("full", "radial"):
+        tx = sdp_jax.altsdp(optax.identity(), groups, strength=7.0, dual=dual)
+        state = tx.init(params)
+        state = (state[0], state[1]._replace(dual={"w": jnp.array([[10.0], [0.0]])}))
+        state = (*state, tx.init(params)[2])
+        updates, _ = tx.update(step, state, params)
+        w = optax.apply_updates(params, updates)["w"][:, 0]
+        np.testing.assert_allclose(jnp.linalg.norm(w), 3.0, rtol=1e-4)
+        angles[dual] = np.arctan2(w[1], w[0])
+    np.testing.assert_allclose(angles["full"], 0.01 / 10, rtol=1e-3)
+    np.testing.assert_allclose(angles["radial"], 0.01 / 3, rtol=1e-3)
+
+
+def test_altsdp_is_the_chain_of_its_pieces(x64):
+    params = toy.mlp_params(dtype=jnp.float64)
+    groups = toy.mlp_groups(params)
+    keywords = {"floor": 2, "norm": "size"}
+    for valley in (None, {"rank": 3}):
+        pieces = [optax.sgd(0.1, momentum=0.9), sdp_jax.dual_averaging()]
+        strength = sdp_jax.valley_strength(4.0, 0.6, 0.1, momentum=0.9)
+        if valley:
+            pieces.append(
+                sdp_jax.project_onto_valley(groups, strength, **valley, **keywords)
+            )
+        pieces.append(sdp_jax.group_soft_threshold(groups, strength, **keywords))
+        whole = sdp_jax.altsdp(
+            0.1, groups, strength=VALLEY, momentum=0.9, valley=valley, **keywords
+        )
+        a, state_a = train(optax.chain(*pieces), params)
+        b, state_b = train(whole, params)
+        chex.assert_trees_all_close((a, state_a), (b, state_b), rtol=1e-9, atol=1e-12)
+        alive_a, alive_b = state_a[-1].alive.per_channel, state_b[-1].alive.per_channel
+        np.testing.assert_array_equal(alive_a, alive_b)
+
+
+def test_half_precision_dual_remembers_small_steps():
+    params = {"w": jnp.ones((2, 2), jnp.bfloat16)}
+    groups = sdp_jax.groups_from_axes(params, {"d": [sdp_jax.producer("w", 1)]})
+    tx = sdp_jax.altsdp(1e-4, groups, strength=0.0)
+    state = tx.init(params)
+    grads = {"w": jnp.ones((2, 2), jnp.bfloat16)}
+    step = jax.jit(make_step(tx))
+    for _ in range(1000):
+        params, state = step(params, state, grads)
+    # In bfloat16 alone 1 - 1e-4 rounds to 1 and nothing would ever move.
+    np.testing.assert_allclose(np.asarray(params["w"], np.float32), 0.9, rtol=0.01)
+
+
+def test_valley_estimate_finds_the_directions_of_the_stream(x64):
+    rng = np.random.default_rng(0)
+    basis, _ = np.linalg.qr(rng.normal(size=(12, 2)))
+    params = {"w": jnp.zeros((3, 4))}
+    groups = sdp_jax.groups_from_axes(params, {"d": [sdp_jax.producer("w", 1)]})
+    tx = sdp_jax.project_onto_valley(groups, 0.1, rank=3, decay=0.9)
+    state = tx.init(params)
+    for _ in range(30):
+        step = {"w": jnp.asarray((basis @ rng.normal(size=2)).reshape(3, 4))}
+        updates, state = tx.update(step, state, params)
+        params = optax.apply_updates(params, updates)
+    found = np.asarray(state.basis["w"]).reshape(3, 12)
+    strong = found[np.asarray(state.energy) > 1e-6]
+    assert strong.shape[0] == 2
+    np.testing.assert_allclose(strong @ strong.T, np.eye(2), atol=1e-10)
+    np.testing.assert_allclose(
+        strong @ basis @ (strong @ basis).T, np.eye(2), atol=1e-8
+    )
+    before = state.basis
+    for bad in (0.0, np.nan, np.inf):
+        # The dual arrives by way of params + step: a zero, a NaN and an infinite step.
+        point = jax.tree.map(lambda v, p, b=bad: v - p + b, state.dual, params)
+        _, after = tx.update(point, state, params)
+        chex.assert_trees_all_equal(after.basis, before)
+
+
+@pytest.mark.parametrize("decay", [0.5, 0.9, 1.0])
+def test_valley_energy_is_the_decayed_count_of_steps(decay, x64):
+    # Every step counts as a unit vector, the earlier ones for decay, decay², ...
+    params = {"w": jnp.zeros((3, 4))}
+    groups = sdp_jax.groups_from_axes(params, {"d": [sdp_jax.producer("w", 1)]})
+    tx = sdp_jax.project_onto_valley(groups, 0.0, rank=2, decay=decay)
+    state = tx.init(params)
+    direction = np.random.default_rng(0).normal(size=(3, 4))
+    for n in range(8):
+        step = {"w": jnp.asarray((n + 1) * direction)}
+        updates, state = tx.update(step, state, params)
+        params = optax.apply_updates(params, updates)
+    count = sum(decay**n for n in range(8))
+    np.testing.assert_allclose(state.energy, [count, 0], atol=1e-12)
+
+
+def test_valley_basis_stays_orthonormal_in_float32():
+    rng = np.random.default_rng(0)
+    params = {"w": jnp.zeros((8, 16))}
+    groups = sdp_jax.groups_from_axes(params, {"d": [sdp_jax.producer("w", 1)]})
+    tx = sdp_jax.project_onto_valley(groups, 0.01, rank=4, decay=0.99)
+
+    @jax.jit
+    def update(step, state):
+        return tx.update(step, state, params)[1]
+
+    state = tx.init(params)
+    mixing = rng.normal(size=(6, 128)) * np.geomspace(1, 1e-4, 6)[:, None]
+    point = np.zeros(128)
+    for _ in range(1500):
+        point = point + rng.normal(size=6) @ mixing
+        state = update({"w": jnp.asarray(point.reshape(8, 16), jnp.float32)}, state)
+    basis = np.asarray(state.basis["w"]).reshape(4, 128)
+    np.testing.assert_allclose(basis @ basis.T, np.eye(4), atol=1e-4)
+
+
+def test_check_zeros_detects_what_comes_after_the_threshold():
+    params = toy.mlp_params()
+    groups = toy.mlp_groups(params)
+    good = sdp_jax.altsdp(0.1, groups, strength=VALLEY)
+    _, state = train(good, params)
+    sdp_jax.check_zeros(state)
+    for bad in (
+        optax.chain(good, optax.scale(0.5)),
+        optax.chain(good, optax.add_decayed_weights(0.1), optax.scale(0.9)),
+        optax.chain(good, optax.clip(0.01)),
+    ):
+        _, state = train(bad, params)
+        with pytest.raises(ValueError, match="Make it the last piece"):
+            sdp_jax.check_zeros({"opt_state": state})
+    with pytest.raises(ValueError, match="no state of group_soft_threshold"):
+        sdp_jax.check_zeros(optax.sgd(0.1).init(params))
+
+
+def test_nan_gradients_with_and_without_apply_if_finite():
+    params = toy.mlp_params()
+    groups = toy.mlp_groups(params)
+    bad = jax.tree.map(lambda p: jnp.full_like(p, jnp.nan), params)
+    plain = sdp_jax.altsdp(0.1, groups, strength=VALLEY)
+    updates, _ = plain.update(bad, plain.init(params), params)
+    # As in optax.sgd the NaN is visible, not hidden as a pruned channel.
+    assert all(np.isnan(u).all() for u in jax.tree.leaves(updates))
+    guarded = optax.apply_if_finite(plain, 3)
+    state = guarded.init(params)
+    updates, state = guarded.update(bad, state, params)
+    chex.assert_trees_all_equal(optax.apply_updates(params, updates), params)
+    inner = plain.init(params)
+    chex.assert_trees_all_equal(state.inner_state, inner)
+
+
+@pytest.mark.parametrize(
+    "strength",
+    [0.5, 100.0, sdp_jax.target_sparsity(0.3, 0, 1)],
+    ids=["weak", "strong", "target"],
+)
+@pytest.mark.parametrize("floor", [1, 2])
+def test_one_nan_channel_does_not_spread(strength, floor):
+    params = toy.mlp_params()
+    groups = toy.mlp_groups(params)
+    tx = sdp_jax.altsdp(0.1, groups, strength=strength, floor=floor)
+    grads = jax.tree.map(jnp.zeros_like, params)
+    grads["layer0"]["kernel"] = grads["layer0"]["kernel"].at[0, 2].set(jnp.nan)
+    updates, state = tx.update(grads, tx.init(params), params)
+    bad = np.isnan(np.asarray(updates["layer0"]["kernel"])).any(axis=0)
+    assert bad.tolist() == [False, False, True, False, False, False]
+    assert np.isfinite(updates["layer1"]["kernel"]).all()
+    params = optax.apply_updates(params, updates)
+    alive = np.asarray(sdp_jax.channels_alive(groups, params)["hidden0"])
+    assert alive[[0, 1, 3, 4, 5]].sum() >= floor
+    # Nobody destroyed the zeros: the NaN is not taken for that.
+    zero = jax.tree.map(jnp.zeros_like, params)
+    _, state = tx.update(zero, state, params)
+    sdp_jax.check_zeros(state)
+
+
+def test_channels_whose_squares_underflow_are_no_violation():
+    params = {"w": jnp.full((2, 3), 1e-25).at[:, 0].set(1.0)}
+    groups = sdp_jax.groups_from_axes(params, {"d": [sdp_jax.producer("w", 1)]})
+    for strength in (0.0, sdp_jax.target_sparsity(0.34, 0, 1)):
+        tx = sdp_jax.altsdp(0.1, groups, strength=strength)
+        state = tx.init(params)
+        p = params
+        for _ in range(3):
+            updates, state = tx.update(jax.tree.map(jnp.zeros_like, p), state, p)
+            p = optax.apply_updates(p, updates)
+        sdp_jax.check_zeros(state)

@@ -1,0 +1,473 @@
+"""Small models of many architectures, for the promise."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax import nnx
+
+IMAGE = np.random.default_rng(0).normal(size=(2, 8, 8, 3))
+TOKENS = np.random.default_rng(1).normal(size=(2, 6, 5))
+WORDS = np.random.default_rng(2).integers(0, 11, (2, 6))
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A function, shapes of its parameters, its inputs, and how much can be cut.
+
+    Attributes:
+      fn: ``fn(params, *inputs)``.
+      shapes: shapes of the parameters.
+      inputs: the other arguments.
+      share: share of the parameters that is gone when every dimension is down to one
+        channel.
+    """
+
+    fn: Callable[..., Any]
+    shapes: Any
+    inputs: tuple[Any, ...]
+    share: float
+
+
+def norm(train=False, **kwargs):
+    return nn.BatchNorm(use_running_average=not train, **kwargs)
+
+
+def linen(module, *inputs, share, **kwargs):
+    inputs = tuple(jnp.asarray(x) for x in inputs)
+    shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), *inputs, **kwargs))
+    return Model(lambda v, *x: module.apply(v, *x, **kwargs), shapes, inputs, share)
+
+
+class Vgg(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=False):
+        for width in (8, "pool", 12, "pool"):
+            if width == "pool":
+                x = nn.max_pool(x, (2, 2), (2, 2))
+            else:
+                x = nn.relu(norm(train)(nn.Conv(width, (3, 3))(x)))
+        x = nn.relu(nn.Dense(16)(x.reshape(x.shape[0], -1)))
+        return nn.Dense(10)(x)
+
+
+class ResNet(nn.Module):
+    bottleneck: bool = False
+    norm: Callable[[], nn.Module] = norm
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(self.norm()(nn.Conv(8, (3, 3))(x)))
+        for width, first in ((8, 1), (12, 2)):
+            for stride in (first, 1):
+                y = x
+                if self.bottleneck:
+                    y = nn.relu(self.norm()(nn.Conv(width // 2, (1, 1))(y)))
+                y = nn.Conv(width // (1 + self.bottleneck), (3, 3), (stride, stride))(y)
+                y = nn.relu(self.norm()(y))
+                y = self.norm()(nn.Conv(width, (1, 1))(y))
+                if x.shape != y.shape:
+                    x = self.norm()(nn.Conv(width, (1, 1), (stride, stride))(x))
+                x = nn.relu(x + y)
+        return nn.Dense(10)(x.mean((1, 2)))
+
+
+class WideResNet(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(8, (3, 3))(x)
+        for width, stride in ((8, 1), (12, 2)):
+            y = nn.relu(norm()(x))
+            z = nn.Conv(width, (3, 3), (stride, stride))(y)
+            z = nn.Conv(width, (3, 3))(nn.relu(norm()(z)))
+            if x.shape != z.shape:
+                x = nn.Conv(width, (1, 1), (stride, stride))(y)
+            x = x + z
+        return nn.Dense(10)(nn.relu(norm()(x)).mean((1, 2)))
+
+
+class ResNeXt(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(8, (3, 3))(x)
+        for _ in range(2):
+            y = nn.relu(norm()(nn.Conv(12, (1, 1))(x)))
+            y = nn.relu(norm()(nn.Conv(12, (3, 3), feature_group_count=4)(y)))
+            x = nn.relu(x + norm()(nn.Conv(8, (1, 1))(y)))
+        return nn.Dense(10)(x.mean((1, 2)))
+
+
+class MobileNet(nn.Module):
+    squeeze: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu6(norm()(nn.Conv(6, (3, 3))(x)))
+        for _ in range(2):
+            y = nn.relu6(norm()(nn.Conv(12, (1, 1))(x)))
+            y = nn.relu6(norm()(nn.Conv(12, (3, 3), feature_group_count=12)(y)))
+            if self.squeeze:
+                z = nn.silu(nn.Conv(3, (1, 1))(y.mean((1, 2), keepdims=True)))
+                y = y * nn.sigmoid(nn.Conv(12, (1, 1))(z))
+            x = x + norm()(nn.Conv(6, (1, 1))(y))
+        return nn.Dense(10)(x.mean((1, 2)))
+
+
+class DenseNet(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(6, (3, 3))(x)
+        for _ in range(2):
+            for _ in range(2):
+                y = nn.Conv(8, (1, 1))(nn.relu(norm()(x)))
+                y = nn.Conv(4, (3, 3))(nn.relu(norm()(y)))
+                x = jnp.concatenate([x, y], -1)
+            x = nn.avg_pool(nn.Conv(6, (1, 1))(nn.relu(norm()(x))), (2, 2), (2, 2))
+        return nn.Dense(10)(x.reshape(x.shape[0], -1))
+
+
+class ShuffleNet(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(8, (3, 3))(x)
+        for _ in range(2):
+            y = nn.relu(norm()(nn.Conv(8, (1, 1), feature_group_count=2)(x)))
+            b, h, w, c = y.shape
+            y = y.reshape(b, h, w, 2, c // 2).swapaxes(3, 4).reshape(b, h, w, c)
+            y = norm()(nn.Conv(8, (3, 3), feature_group_count=8)(y))
+            x = nn.relu(x + norm()(nn.Conv(8, (1, 1))(y)))
+        return nn.Dense(10)(x.mean((1, 2)))
+
+
+class UNet(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        a = nn.relu(nn.Conv(6, (3, 3))(x))
+        b = nn.relu(nn.Conv(8, (3, 3), (2, 2))(a))
+        c = nn.relu(nn.Conv(10, (3, 3), (2, 2))(b))
+        up = nn.relu(nn.ConvTranspose(8, (2, 2), (2, 2))(c))
+        up = nn.relu(nn.Conv(8, (3, 3))(jnp.concatenate([up, b], -1)))
+        up = jax.image.resize(up, (*a.shape[:3], 8), "nearest")
+        return nn.Conv(2, (3, 3))(jnp.concatenate([up, a], -1))
+
+
+class ConvNeXt(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.LayerNorm()(nn.Conv(8, (2, 2), (2, 2))(x))
+        for i in range(2):
+            y = nn.LayerNorm()(nn.Conv(8, (3, 3), feature_group_count=8)(x))
+            y = nn.Dense(8)(nn.gelu(nn.Dense(16)(y)))
+            x = x + y * self.param(f"scale{i}", nn.initializers.ones, (8,))
+        return nn.Dense(10)(nn.LayerNorm()(x.mean((1, 2))))
+
+
+class ViT(nn.Module):
+    fused: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(12, (2, 2), (2, 2))(x)
+        x = x.reshape(x.shape[0], -1, 12)
+        first = self.param("cls", nn.initializers.ones, (1, 1, 12))
+        x = jnp.concatenate([jnp.broadcast_to(first, (x.shape[0], 1, 12)), x], 1)
+        x = x + self.param("pos", nn.initializers.ones, (1, x.shape[1], 12))
+        for _ in range(2):
+            y = nn.LayerNorm()(x)
+            x = x + (
+                self.attend(y) if self.fused else nn.MultiHeadDotProductAttention(3)(y)
+            )
+            y = nn.Dense(20)(nn.LayerNorm()(x))
+            x = x + nn.Dense(12)(nn.gelu(y))
+        return nn.Dense(10)(nn.LayerNorm()(x)[:, 0])
+
+    def attend(self, x):
+        b, n, c = x.shape
+        q, k, v = jnp.moveaxis(nn.Dense(3 * c)(x).reshape(b, n, 3, 3, c // 3), 2, 0)
+        a = nn.softmax(jnp.einsum("bnhd,bmhd->bhnm", q, k) / (c // 3) ** 0.5)
+        y = jnp.einsum("bhnm,bmhd->bnhd", a, v).reshape(b, n, c)
+        return nn.Dense(c)(y)
+
+
+class Swin(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(8, (2, 2), (2, 2))(x)
+        for shift in (0, 1):
+            b, h, w, c = x.shape
+            y = jnp.roll(nn.LayerNorm()(x), (-shift, -shift), (1, 2))
+            y = y.reshape(b, h // 2, 2, w // 2, 2, c).transpose(0, 1, 3, 2, 4, 5)
+            q, k, v = jnp.split(nn.Dense(3 * c)(y.reshape(-1, 4, c)), 3, -1)
+            q, k, v = (z.reshape(-1, 4, 2, c // 2) for z in (q, k, v))
+            a = jnp.einsum("bnhd,bmhd->bhnm", q, k)
+            a = a + self.param(f"bias{shift}", nn.initializers.ones, (2, 4, 4))
+            y = jnp.einsum("bhnm,bmhd->bnhd", nn.softmax(a), v).reshape(-1, 4, c)
+            y = nn.Dense(c)(y).reshape(b, h // 2, w // 2, 2, 2, c)
+            y = y.transpose(0, 1, 3, 2, 4, 5).reshape(b, h, w, c)
+            x = x + jnp.roll(y, (shift, shift), (1, 2))
+            x = x + nn.Dense(c)(nn.gelu(nn.Dense(12)(nn.LayerNorm()(x))))
+        return nn.Dense(10)(x.mean((1, 2)))
+
+
+class Mixer(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(12)(x)
+        y = nn.LayerNorm()(x).swapaxes(1, 2)
+        x = x + nn.Dense(6)(nn.gelu(nn.Dense(7)(y))).swapaxes(1, 2)
+        x = x + nn.Dense(12)(nn.gelu(nn.Dense(20)(nn.LayerNorm()(x))))
+        return nn.Dense(3)(x.mean(1))
+
+
+class EncoderDecoder(nn.Module):
+    @nn.compact
+    def __call__(self, words, targets):
+        embed = nn.Embed(11, 12)
+        x, y = embed(words), embed(targets)
+        x = nn.LayerNorm()(x + nn.MultiHeadDotProductAttention(2)(x))
+        x = nn.LayerNorm()(x + nn.Dense(12)(nn.relu(nn.Dense(16)(x))))
+        mask = nn.make_causal_mask(targets)
+        y = nn.LayerNorm()(y + nn.MultiHeadDotProductAttention(2)(y, mask=mask))
+        y = nn.LayerNorm()(y + nn.MultiHeadDotProductAttention(3)(y, x))
+        y = nn.LayerNorm()(y + nn.Dense(12)(nn.relu(nn.Dense(16)(y))))
+        return nn.Dense(11)(y)
+
+
+class Decoder(nn.Module):
+    @nn.compact
+    def __call__(self, words):
+        embed = nn.Embed(11, 16)
+        x = embed(words)
+        n = x.shape[1]
+        angle = jnp.arange(n)[:, None] * 10.0 ** (-jnp.arange(2) / 2)
+        cos, sin = jnp.cos(angle)[:, None], jnp.sin(angle)[:, None]
+
+        def rotate(z):
+            a, b = jnp.split(z, 2, -1)
+            return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
+
+        for _ in range(2):
+            y = nn.RMSNorm()(x)
+            q = rotate(nn.DenseGeneral((4, 4), use_bias=False)(y))
+            k = rotate(nn.DenseGeneral((2, 4), use_bias=False)(y))
+            v = nn.DenseGeneral((2, 4), use_bias=False)(y)
+            k, v = jnp.repeat(k, 2, axis=2), jnp.repeat(v, 2, axis=2)
+            a = jnp.einsum("bnhd,bmhd->bhnm", q, k) / 2
+            a = jnp.where(jnp.tril(jnp.ones((n, n), bool)), a, -1e9)
+            y = jnp.einsum("bhnm,bmhd->bnhd", nn.softmax(a), v)
+            x = x + nn.DenseGeneral(16, axis=(-2, -1), use_bias=False)(y)
+            y = nn.RMSNorm()(x)
+            x = x + nn.Dense(16)(nn.silu(nn.Dense(24)(y)) * nn.Dense(24)(y))
+        return embed.attend(nn.RMSNorm()(x))
+
+
+class Recurrent(nn.Module):
+    cell: Any
+
+    @nn.compact
+    def __call__(self, x):
+        for _ in range(2):
+            x = nn.RNN(self.cell(8, param_dtype=jnp.float64))(x)
+        return nn.Dense(3)(x[:, -1])
+
+
+class Vae(nn.Module):
+    @nn.compact
+    def __call__(self, x, key):
+        h = nn.relu(nn.Dense(12)(x))
+        mean, log_variance = nn.Dense(4)(h), nn.Dense(4)(h)
+        noise = jax.random.normal(key, mean.shape, mean.dtype)
+        z = mean + jnp.exp(log_variance / 2) * noise
+        kl = jnp.mean(mean**2 + jnp.exp(log_variance) - 1 - log_variance, axis=-1)
+        return nn.Dense(5)(nn.relu(nn.Dense(12)(z))), kl
+
+
+class ActorCritic(nn.Module):
+    @nn.compact
+    def __call__(self, x, goal):
+        trunk = nn.tanh(nn.Dense(12)(x) + nn.Dense(12)(goal))
+        trunk = nn.tanh(nn.Dense(12)(trunk))
+        policy = nn.log_softmax(nn.Dense(4)(nn.relu(nn.Dense(8)(trunk))))
+        return {"policy": policy, "value": nn.Dense(1)(trunk)[..., 0]}
+
+
+class Experts(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(8)(x)
+        gate = nn.softmax(nn.Dense(4)(x))
+        init = nn.initializers.ones
+        up, down = (
+            self.param("up", init, (4, 8, 12)),
+            self.param("down", init, (4, 12, 8)),
+        )
+        y = nn.relu(jnp.einsum("bnd,edh->bneh", x, up))
+        y = jnp.einsum("bne,bneh,eho->bno", gate, y, down)
+        return nn.Dense(3)(x + y)
+
+
+class Remat(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(8)(x)
+        for _ in range(2):
+            x = x + nn.Dense(8)(nn.tanh(nn.remat(nn.Dense)(12)(x)))
+        return nn.Dense(3)(x)
+
+
+class NnxVgg(nnx.Module):
+    def __init__(self, rngs):
+        self.conv = nnx.Conv(3, 8, (3, 3), rngs=rngs)
+        self.norm = nnx.BatchNorm(8, rngs=rngs, use_running_average=True)
+        self.dense = nnx.Linear(8 * 16, 12, rngs=rngs)
+        self.out = nnx.Linear(12, 10, rngs=rngs)
+
+    def __call__(self, x):
+        x = nnx.max_pool(nnx.relu(self.norm(self.conv(x))), (2, 2), (2, 2))
+        return self.out(nnx.relu(self.dense(x.reshape(x.shape[0], -1))))
+
+
+class NnxTransformer(nnx.Module):
+    def __init__(self, rngs):
+        self.inside = nnx.Linear(5, 12, rngs=rngs)
+        self.norm = nnx.LayerNorm(12, rngs=rngs)
+        self.attention = nnx.MultiHeadAttention(
+            3, 12, decode=False, deterministic=True, rngs=rngs
+        )
+        self.up = nnx.Linear(12, 20, rngs=rngs)
+        self.down = nnx.Linear(20, 12, rngs=rngs)
+        self.out = nnx.Linear(12, 3, rngs=rngs)
+
+    def __call__(self, x):
+        x = self.inside(x)
+        x = x + self.attention(self.norm(x))
+        x = x + self.down(nnx.gelu(self.up(x)))
+        return self.out(x.mean(1))
+
+
+def from_nnx(kind, x, share):
+    graph, state = nnx.split(nnx.eval_shape(lambda: kind(nnx.Rngs(0))))
+    params, rest = nnx.split_state(state, (nnx.Param, nnx.BatchStat), ...)
+    rest = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), rest)
+    assert not jax.tree.leaves(rest)
+    return Model(lambda p, x: nnx.merge(graph, p)(x), params, (jnp.asarray(x),), share)
+
+
+def from_equinox():
+    model = eqx.nn.MLP(5, 3, 12, 2, key=jax.random.key(0))
+    arrays, static = eqx.partition(model, eqx.is_array)
+    shapes = jax.eval_shape(lambda: arrays)
+    x = jnp.asarray(TOKENS[0])
+    return Model(lambda p, x: jax.vmap(eqx.combine(p, static))(x), shapes, (x,), 0.8)
+
+
+def from_haiku():
+    def net(x, train=False):
+        x = jax.nn.relu(hk.Conv2D(8, 3)(x))
+        x = hk.BatchNorm(True, True, 0.9)(x, is_training=train)
+        return hk.nets.MLP([12, 10])(hk.Flatten()(x))
+
+    pure = hk.without_apply_rng(hk.transform_with_state(net))
+    x = jnp.asarray(IMAGE)
+    params, state = jax.eval_shape(lambda: pure.init(jax.random.key(0), x, train=True))
+    variables = {"params": params, "state": state}
+    return Model(
+        lambda v, x: pure.apply(v["params"], v["state"], x)[0], variables, (x,), 0.9
+    )
+
+
+def plain(fn, shapes, *inputs, share):
+    leaves = {k: jax.ShapeDtypeStruct(s, jnp.float64) for k, s in shapes.items()}
+    return Model(fn, leaves, tuple(map(jnp.asarray, inputs)), share)
+
+
+def stacked(p, x):
+    def block(x, layer):
+        return x + jnp.tanh(x @ layer["up"]) @ layer["down"], None
+
+    layers = {k: p[k] for k in ("up", "down")}
+    return jax.lax.scan(block, x @ p["in"], layers)[0] @ p["out"]
+
+
+@jax.custom_vjp
+def scaled(x, s):
+    return jnp.tanh(x) * s
+
+
+scaled.defvjp(
+    lambda x, s: (scaled(x, s), (s, jnp.tanh(x))),
+    lambda r, c: (2.0 * c * r[0], c * r[1]),
+)
+
+
+@jax.custom_jvp
+def gate(x):
+    return x * jnp.cos(x)
+
+
+gate.defjvp(lambda p, t: (gate(p[0]), 3.0 * t[0]))
+
+
+def unknown(p, x):
+    x = jnp.tanh(x @ p["a"]) @ p["b"]
+    x = jnp.linalg.qr(x)[1] @ p["c"]
+    return jnp.tanh(x) @ p["d"]
+
+
+ZOO: dict[str, Callable[[], Model]] = {
+    "vgg": lambda: linen(Vgg(), IMAGE, share=0.9),
+    "resnet18": lambda: linen(ResNet(), IMAGE, share=0.9),
+    "resnet50": lambda: linen(ResNet(True), IMAGE, share=0.9),
+    "groupnorm": lambda: linen(ResNet(norm=lambda: nn.GroupNorm(2)), IMAGE, share=0.8),
+    "wideresnet": lambda: linen(WideResNet(), IMAGE, share=0.9),
+    "resnext": lambda: linen(ResNeXt(), IMAGE, share=0.8),
+    "mobilenet": lambda: linen(MobileNet(), IMAGE, share=0.8),
+    "efficientnet": lambda: linen(MobileNet(squeeze=True), IMAGE, share=0.8),
+    "densenet": lambda: linen(DenseNet(), IMAGE, share=0.9),
+    "shufflenet": lambda: linen(ShuffleNet(), IMAGE, share=0.5),
+    "unet": lambda: linen(UNet(), IMAGE, share=0.9),
+    "convnext": lambda: linen(ConvNeXt(), IMAGE, share=0.8),
+    "vit": lambda: linen(ViT(), IMAGE, share=0.9),
+    "vit_fused": lambda: linen(ViT(True), IMAGE, share=0.9),
+    "swin": lambda: linen(Swin(), IMAGE, share=0.8),
+    "mixer": lambda: linen(Mixer(), TOKENS, share=0.7),
+    "encoder_decoder": lambda: linen(EncoderDecoder(), WORDS, WORDS, share=0.9),
+    "decoder": lambda: linen(Decoder(), WORDS, share=0.9),
+    "lstm": lambda: linen(Recurrent(nn.OptimizedLSTMCell), TOKENS, share=0.9),
+    "gru": lambda: linen(Recurrent(nn.GRUCell), TOKENS, share=0.9),
+    "vae": lambda: linen(Vae(), TOKENS, jax.random.key(1), share=0.5),
+    "actor_critic": lambda: linen(ActorCritic(), TOKENS, TOKENS, share=0.8),
+    "experts": lambda: linen(Experts(), TOKENS, share=0.9),
+    "remat": lambda: linen(Remat(), TOKENS, share=0.9),
+    "nnx_vgg": lambda: from_nnx(NnxVgg, IMAGE, 0.9),
+    "nnx_transformer": lambda: from_nnx(NnxTransformer, TOKENS, 0.9),
+    "equinox": from_equinox,
+    "haiku": from_haiku,
+    "stacked": lambda: plain(
+        stacked,
+        {"in": (5, 8), "up": (3, 8, 12), "down": (3, 12, 8), "out": (8, 2)},
+        TOKENS,
+        share=0.9,
+    ),
+    "custom_vjp": lambda: plain(
+        lambda p, x: scaled(x @ p["a"], p["s"]) @ p["b"],
+        {"a": (5, 8), "s": (2, 6, 8), "b": (8, 3)},
+        TOKENS,
+        share=0.8,
+    ),
+    "custom_jvp": lambda: plain(
+        lambda p, x: gate(x @ p["a"]) @ p["b"],
+        {"a": (5, 8), "b": (8, 3)},
+        TOKENS,
+        share=0.8,
+    ),
+    "unknown": lambda: plain(
+        unknown, {"a": (5, 8), "b": (8, 4), "c": (4, 6), "d": (6, 2)}, TOKENS, share=0.6
+    ),
+}
