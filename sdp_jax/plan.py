@@ -54,7 +54,8 @@ def plan_cut(
       scores: for each dimension name an array ``(size,)``; the lowest goes first.
       sparsity: share of the target that goes, in [0, 1).
       target: what the share is of: ``"channels"``, ``"params"``, ``"flops"`` or
-        ``"latency"`` (measured: it compiles and times, and is as noisy as that).
+        ``"latency"`` (measured: it compiles and times both functions in turns, and is
+        as noisy as that).
       fn: the function, for ``"flops"`` and ``"latency"``.
       inputs: its arguments after the parameters, likewise.
       ranking: compare scores over all channels (``"global"``), within each dimension,
@@ -140,7 +141,7 @@ def plan_cut(
                     f"floors and limits let only {len(order)} go; lower one of them"
                 )
         return Cut(groups, kept_after(counts))
-    measured = _measure(groups, params, target, fn, inputs)
+    share_left = _measure(groups, params, target, fn, inputs)
     # One sequence of steps: all blocks lose the same share, the largest step first.
     shares = sorted(
         ((k + 1) / len(order), j)
@@ -153,20 +154,20 @@ def plan_cut(
         counts = np.bincount(steps[:step], minlength=len(blocks))
         return Cut(groups, kept_after(counts.tolist()))
 
-    dense = measured(cut_after(0))
-    goal = (1 - sparsity) * dense
-    known: dict[int, float] = {}
+    known = {0: 1.0}  # Share of the target that is left after so many steps.
 
     def enough(step: int) -> bool:
-        known[step] = measured(cut_after(step))
-        return known[step] <= goal * (1 + 1e-12)
+        if step not in known:
+            known[step] = share_left(cut_after(step))
+        return known[step] <= (1 - sparsity) * (1 + 1e-12)
 
-    step = bisect.bisect_left(range(len(steps) + 1), True, key=enough)
-    if step > len(steps):
-        least = min(known.values(), default=dense)
+    bisect.bisect_left(range(len(steps) + 1), True, key=enough)
+    # A measured time need not fall at every step: the first that was enough counts.
+    step = min((s for s in known if enough(s)), default=None)
+    if step is None:
         raise ValueError(
             f"sparsity {sparsity} of {target} cannot be met: with floors, limits and "
-            f"rounding {least / max(dense, 1e-300):.1%} are left when all other "
+            f"rounding {min(known.values()):.1%} are left when all other "
             "channels are gone, and what is frozen stays; see groups.summary()"
         )
     return cut_after(step)
@@ -277,20 +278,32 @@ def _measure(
     fn: Callable[..., Any] | None,
     inputs: Sequence[Any],
 ) -> Callable[[Cut], float]:
-    """A function that says what a cut leaves of the target."""
+    """A function that says which share of the target a cut leaves."""
     shapes = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(np.shape(x), leaf_dtype(x)), params
     )
+    dense = Cut(groups, tuple(tuple(range(d.size)) for d in groups))
+
+    def time_left(cut: Cut) -> float:
+        assert fn is not None
+        # In turns with the uncut one, which also goes through narrow.
+        dense_time, small_time = latency(
+            narrow(fn, dense),
+            narrow(fn, cut),
+            args=[(params, *inputs), (cut.take(params), *inputs)],
+        )
+        return small_time / dense_time
 
     def count(cut: Cut) -> float:
         if target == "params":
             return float(sum(math.prod(shape) for shape in cut.small_shapes.values()))
         assert fn is not None
-        if target == "flops":
-            return float(cost(narrow(fn, cut), cut.take(shapes), *inputs).flops)
-        return latency(narrow(fn, cut), args=[(cut.take(params), *inputs)])[0]
+        return float(cost(narrow(fn, cut), cut.take(shapes), *inputs).flops)
 
-    return count
+    if target == "latency":
+        return time_left
+    total = max(count(dense), 1.0)
+    return lambda cut: count(cut) / total
 
 
 def _cut_zeros(groups: Groups, params: PyTree, floor: int, round_to: int) -> Cut:

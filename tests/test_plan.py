@@ -78,8 +78,37 @@ def test_shares_of_flops_are_met_to_a_channel(sparsity):
 
 
 def test_latency_is_a_target_too():
-    cut = plan(sparsity=0.0, target="latency", fn=toy.mlp_apply, inputs=(X,))
-    assert sum(cut.widths.values()) <= 20
+    inputs = dict(target="latency", fn=toy.mlp_apply, inputs=(X,))
+    assert plan(sparsity=0.0, **inputs).widths == GROUPS.sizes
+    # No network is a million times as fast for the loss of a few channels.
+    with pytest.raises(ValueError, match="of latency cannot be met"):
+        plan(sparsity=1 - 1e-6, **inputs)
+
+
+def test_latency_is_searched_in_the_ratio_of_two_timings(monkeypatch):
+    sizes = []
+
+    def timed(dense, small, *, args):
+        """A machine whose speed drifts and on which a call takes FLOPs."""
+        sizes.append(sum(jax.tree.leaves(jax.tree.map(np.size, args[1][0]))))
+        drift = 1.0 + len(sizes)
+        return [
+            drift * sdp_jax.cost(fn, *given).flops
+            for fn, given in zip((dense, small), args, strict=True)
+        ]
+
+    monkeypatch.setattr("sdp_jax.plan.latency", timed)
+    inputs = dict(sparsity=0.5, fn=toy.mlp_apply, inputs=(X,))
+    assert plan(target="latency", **inputs) == plan(target="flops", **inputs)
+    assert len(sizes) <= 6
+
+
+def test_a_latency_met_once_is_taken(monkeypatch):
+    """Timings that are no function of the width do not make the search fail."""
+    left = iter([0.4, 0.9, 0.9, 0.9, 0.9, 0.9])
+    monkeypatch.setattr("sdp_jax.plan.latency", lambda *_, args: [1.0, next(left)])
+    cut = plan(sparsity=0.5, target="latency", fn=toy.mlp_apply, inputs=(X,))
+    assert sum(cut.widths.values()) < 20
 
 
 def test_floors_limits_and_rounding():
