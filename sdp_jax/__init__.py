@@ -9,6 +9,7 @@ Groups: :func:`find_groups`, :func:`groups_from_axes`, :class:`Groups`. Training
 # Training
 from sdp_jax.altsdp import altsdp, grda, prox_sgd
 from sdp_jax.cut import Cut
+from sdp_jax.export import export_stablehlo
 from sdp_jax.files import load, save
 from sdp_jax.groups import (
     Dimension,
@@ -79,6 +80,7 @@ __all__ = [
     "consumer",
     "cost",
     "dual_averaging",
+    "export_stablehlo",
     "find_groups",
     "grda",
     "group_soft_threshold",

@@ -18,7 +18,7 @@ _FREE = frozenset(
     "broadcast_in_dim reshape transpose squeeze slice split rev concatenate pad copy "
     "dynamic_slice dynamic_update_slice gather iota convert_element_type select_n name "
     "bitcast_convert_type stop_gradient copy_p random_seed random_wrap random_unwrap "
-    "optimization_barrier device_put".split()
+    "optimization_barrier device_put dim_as_value".split()
 )
 
 

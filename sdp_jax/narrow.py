@@ -72,7 +72,12 @@ def narrow(fn: Callable[..., Any], cut: Cut) -> Callable[..., Any]:
             prune_outputs=cut.dense.prune_outputs,
         )
         _check_producers(found, cut)
-        evaluator = Evaluator(found.solution, _kept_classes(found, cut), REBUILD)
+        evaluator = Evaluator(
+            found.solution,
+            _kept_classes(found, cut),
+            REBUILD,
+            found.trace.sizes.symbolic,
+        )
         moving = [x for x in jax.tree.leaves((args, kwargs)) if not is_static(x)]
         inputs = found.body.ins[len(table) :]
         moving = map(evaluator.take, moving, inputs)

@@ -20,12 +20,13 @@ ALLOWED = {
     "cut": {"groups"},
     "narrow": {"groups", "tracing", "cut"},
     "files": {"groups", "cut"},
+    "export": {"groups", "tracing"},
     "measure": {"groups", "tracing"},
     "plan": {"groups", "cut", "narrow", "measure"},
 }
 # Inside tracing, in the order in which they may import one another.
 TRACING = (
-    ["source", "atoms", "values", "trace"]
+    ["source", "atoms", "sizes", "values", "trace"]
     + ["rules_elementwise", "rules_shape", "rules_contract", "rules_control"]
     + ["rules", "evaluate", "analyse", "members", "find"]
 )

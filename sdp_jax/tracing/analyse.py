@@ -94,6 +94,8 @@ def analyse(
     closed, out_shape = jax.make_jaxpr(function, return_shape=True)(params, moving)
     trace = Trace(ANALYSE, derivatives=derivatives)
     space = trace.space
+    ins = (*closed.jaxpr.invars, *closed.jaxpr.constvars)
+    trace.sizes.start(n for v in ins for n in getattr(v.aval, "shape", ()))
     axes: list[ParameterAxis] = []
     values: list[Value] = []
     for path, leaf in leaf_table(params).items():
@@ -111,7 +113,7 @@ def analyse(
     for var in closed.jaxpr.invars[len(values) :]:
         shape = getattr(var.aval, "shape", ())
         make = space.fresh_value if prune_inputs else space.plain_value
-        values.append(make(shape, data=True))
+        values.append(make(trace.sizes.shape(shape), data=True))
     body = trace.run(closed.jaxpr, closed.consts, values)
     states = {axis.path for axis in axes if axis.state}
     leaves = dict(zip(leaf_table(params), values, strict=False))

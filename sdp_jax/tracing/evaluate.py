@@ -1,7 +1,7 @@
 """Evaluates a trace on the small arrays."""
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import jax
@@ -11,7 +11,7 @@ from jax.extend.core import Literal
 
 from sdp_jax.tracing.atoms import Solution
 from sdp_jax.tracing.trace import Body, Record
-from sdp_jax.tracing.values import Axis, Value
+from sdp_jax.tracing.values import Axis, Value, length
 
 _NOTHING = contextlib.nullcontext()
 
@@ -20,7 +20,11 @@ class Evaluator:
     """Runs traced bodies with what is kept of every array."""
 
     def __init__(
-        self, solution: Solution, keep: np.ndarray, rebuild: Mapping[str, Any]
+        self,
+        solution: Solution,
+        keep: np.ndarray,
+        rebuild: Mapping[str, Any],
+        symbolic: Set[int] = frozenset(),
     ) -> None:
         """Prepares an evaluation.
 
@@ -28,7 +32,9 @@ class Evaluator:
           solution: the classes of atoms.
           keep: for each class whether it is kept.
           rebuild: rules of primitives whose parameters depend on shapes.
+          symbolic: numbers that stand for symbolic sizes.
         """
+        self._symbolic = symbolic
         self._label = solution.label
         self._keep = keep
         self._rebuild = rebuild
@@ -38,9 +44,19 @@ class Evaluator:
         found = self._masks.get(id(atoms))
         if found is None:
             mask = self._keep[self._label[atoms]]
+            if not mask.all():
+                self._check_fixed(len(atoms))
             # The atoms are kept alive, so that their identity stays theirs.
             found = self._masks[id(atoms)] = (atoms, mask, bool(mask.all()))
         return found[1], found[2]
+
+    def _check_fixed(self, size: int) -> None:
+        if size in self._symbolic:
+            raise ValueError(
+                "channels are cut along an axis whose length is symbolic, here in a way "
+                "that depends on it; make that size a number, or a multiple of the "
+                "symbol, or find the groups with fewer channels along that axis"
+            )
 
     def is_cut(self, axis: Axis) -> bool:
         """Whether positions of an axis are gone."""
@@ -48,21 +64,34 @@ class Evaluator:
 
     def mask(self, axis: Axis) -> np.ndarray:
         """Which positions of an axis are kept."""
+        self._check_fixed(length(axis))
         mask = np.ones(1, bool)
         for f in axis:
             mask = np.logical_and.outer(mask, self._factor(f.atoms)[0]).reshape(-1)
         return mask
 
-    def size(self, axis: Axis) -> int:
-        """Length of what is kept of an axis."""
-        size = 1
-        for f in axis:
-            size *= int(self._factor(f.atoms)[0].sum())
-        return size
+    def size(self, axis: Axis, dense: Any) -> Any:
+        """Length of what is kept of an axis.
 
-    def shape(self, value: Value) -> tuple[int, ...]:
-        """Shape of what is kept of an array."""
-        return tuple(self.size(axis) for axis in value.axes)
+        Args:
+          axis: the axis.
+          dense: its length in the dense function, which may be symbolic.
+
+        Returns:
+          The length, symbolic if that is.
+        """
+        whole, left = 1, 1
+        for f in axis:
+            mask, full = self._factor(f.atoms)
+            if not full:
+                whole, left = whole * f.size, left * int(mask.sum())
+        return dense if whole == left else dense // whole * left
+
+    def shape(self, record: Record, result: int = 0) -> tuple[Any, ...]:
+        """Shape of what is kept of a result of an equation."""
+        dense = record.eqn.outvars[result].aval.shape
+        axes = record.outs[result].axes
+        return tuple(self.size(a, n) for a, n in zip(axes, dense, strict=True))
 
     def take(self, array: Any, value: Value) -> Any:
         """What is kept of a dense array."""
@@ -97,11 +126,11 @@ class Evaluator:
 
     def _evaluate(self, record: Record, args: list[Any]) -> Sequence[Any]:
         # Also where a cut has emptied a part: a group of which no channel is left.
-        nothing = record.outs and all(0 in self.shape(v) for v in record.outs)
+        nothing = record.outs and all(map(self._is_empty, record.outs))
         if nothing and not record.eqn.effects:
             return [
-                jnp.zeros(self.shape(value), var.aval.dtype)
-                for value, var in zip(record.outs, record.eqn.outvars, strict=True)
+                jnp.zeros(self.shape(record, k), var.aval.dtype)
+                for k, var in enumerate(record.eqn.outvars)
             ]
         cut = any(
             self.is_cut(axis)
@@ -110,6 +139,13 @@ class Evaluator:
         )
         rule = self._rebuild.get(record.eqn.primitive.name) if cut else None
         return self.rebind(record, args) if rule is None else rule(self, record, args)
+
+    def _is_empty(self, value: Value) -> bool:
+        return any(
+            not f.size or not self._factor(f.atoms)[0].any()
+            for axis in value.axes
+            for f in axis
+        )
 
     def rebind(self, record: Record, args: Sequence[Any], **changed: Any) -> list[Any]:
         """Binds the primitive of an equation to other operands.

@@ -10,6 +10,7 @@ import numpy as np
 from jax import lax
 
 from sdp_jax.tracing import rules_elementwise
+from sdp_jax.tracing.sizes import original
 from sdp_jax.tracing.trace import (
     Body,
     Nested,
@@ -271,19 +272,20 @@ def _custom_vjp(t: Trace, eqn: Any, ins: list[Value]) -> Nested:
         count, sources = _residuals(eqn)
         _equate(t, eqn, outs, first.outs[count:])
         produced = iter(zip(first.outs[:count], forward.outvars[:count], strict=True))
+        operands, results = original(eqn).invars, original(eqn).outvars
         residuals, avals = [], []
         for source in sources:
             value, var = (
-                next(produced) if source is None else (ins[source], eqn.invars[source])
+                next(produced) if source is None else (ins[source], operands[source])
             )
             residuals.append(value)
             avals.append(jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype))
-        avals += [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.outvars]
+        avals += [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in results]
         # What comes back for an absent channel is whatever its readers weigh it with.
         unknown = [
             Value(tuple(refill(a, None) for a in v.axes), data=True) for v in outs
         ]
-        backward = jax.make_jaxpr(lambda *a: _instantiate(eqn, a))(*avals)
+        backward = jax.make_jaxpr(lambda *a: _instantiate(original(eqn), a))(*avals)
         second = t.run_closed(backward, [*residuals, *unknown])
     _equate(t, eqn, ins, second.outs)
     return outs, (*bodies, first, second)

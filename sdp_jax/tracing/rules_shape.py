@@ -1,5 +1,6 @@
 """Primitives that move entries: reshape, transpose, concatenate, slice, gather."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,13 +29,19 @@ def _broadcast(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
 
 def _rebuild_broadcast(n: Any, record: Record, args: list[Any]) -> list[Any]:
     where = record.eqn.params["broadcast_dimensions"]
-    return [lax.broadcast_in_dim(args[0], n.shape(record.outs[0]), where)]
+    return [lax.broadcast_in_dim(args[0], n.shape(record), where)]
 
 
 def _blocks(
     a: Sequence[int], b: Sequence[int]
 ) -> list[tuple[tuple[int, int], tuple[int, int]]]:
     """The finest pairs of runs of two shapes that hold the same number of entries."""
+    if math.prod(a) != math.prod(b):
+        raise ValueError(
+            f"a reshape needs a symbolic size to be a multiple of a number ({tuple(a)} "
+            f"to {tuple(b)} at a stand-in); ask for a multiple, as in "
+            'jax.export.symbolic_shape("8*batch")'
+        )
     blocks, i, j = [], 0, 0
     while i < len(a) or j < len(b):
         start, other = i, j
@@ -65,7 +72,7 @@ def _reshape(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
 
 
 def _rebuild_reshape(n: Any, record: Record, args: list[Any]) -> list[Any]:
-    return [lax.reshape(args[0], n.shape(record.outs[0]))]
+    return [lax.reshape(args[0], n.shape(record))]
 
 
 def _transpose(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
@@ -124,10 +131,17 @@ def _slice(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
 
 def _rebuild_slice(n: Any, record: Record, args: list[Any]) -> list[Any]:
     x = args[0]
-    for d, where in enumerate(_slices(record.eqn)):
+    p = record.eqn.params
+    for d, where in enumerate(_slices(record.view)):
         axis = record.ins[0].axes[d]
-        if len(where) != length(axis):
+        if len(where) == length(axis):
+            continue
+        if n.is_cut(axis):
             x = take_positions(n, x, axis, d, where)
+        else:
+            stride = p["strides"][d] if p["strides"] else 1
+            first, last = p["start_indices"][d], p["limit_indices"][d]
+            x = lax.slice_in_dim(x, first, last, stride, axis=d)
     return [x]
 
 
@@ -145,6 +159,8 @@ def _split(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
 def _rebuild_split(n: Any, record: Record, args: list[Any]) -> list[Any]:
     d = record.eqn.params["axis"]
     axis = record.ins[0].axes[d]
+    if not n.is_cut(axis):
+        return n.rebind(record, args)
     ends = np.cumsum(record.eqn.params["sizes"])
     return [
         take_positions(n, args[0], axis, d, np.arange(end - size, end))
@@ -264,10 +280,11 @@ def _pad(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
 def _rebuild_pad(n: Any, record: Record, args: list[Any]) -> list[Any]:
     x, value = args
     configs = []
-    for d, config in enumerate(record.eqn.params["padding_config"]):
+    original = record.eqn.params["padding_config"]
+    for d, config in enumerate(record.view.params["padding_config"]):
         axis, out = record.ins[0].axes[d], record.outs[0].axes[d]
         if tuple(config) == (0, 0, 0) or not (n.is_cut(axis) or n.is_cut(out)):
-            configs.append(tuple(config))
+            configs.append(tuple(original[d]))
             continue
         configs.append((0, 0, 0))
         where = _pad_positions(axis, config)[n.mask(out)]
@@ -306,7 +323,7 @@ def _dynamic_slice(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
 
 
 def _rebuild_dynamic_slice(n: Any, record: Record, args: list[Any]) -> list[Any]:
-    return [lax.dynamic_slice(args[0], args[1:], n.shape(record.outs[0]))]
+    return [lax.dynamic_slice(args[0], args[1:], n.shape(record))]
 
 
 def _dynamic_update_slice(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
@@ -357,8 +374,13 @@ def _gather(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
 def _rebuild_gather(n: Any, record: Record, args: list[Any]) -> list[Any]:
     x = record.ins[0]
     sizes = tuple(
-        n.size(axis) if size == length(axis) and size > 1 else size
-        for axis, size in zip(x.axes, record.eqn.params["slice_sizes"], strict=True)
+        n.size(axis, size) if number == length(axis) and number > 1 else size
+        for axis, number, size in zip(
+            x.axes,
+            record.view.params["slice_sizes"],
+            record.eqn.params["slice_sizes"],
+            strict=True,
+        )
     )
     return n.rebind(record, args, slice_sizes=sizes)
 
@@ -400,7 +422,7 @@ def _scatter(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
 
 SCATTERS = "scatter scatter_add scatter-add scatter_sub scatter_mul scatter-mul \
 scatter_min scatter-min scatter_max scatter-max".split()
-GENERATORS = "iota random_bits rng_bit_generator rng_uniform".split()
+GENERATORS = "iota random_bits rng_bit_generator rng_uniform dim_as_value".split()
 
 RULES: dict[str, Any] = {
     "broadcast_in_dim": _broadcast,

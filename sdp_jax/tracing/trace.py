@@ -12,6 +12,7 @@ import numpy as np
 from jax.extend.core import Literal
 
 from sdp_jax.tracing.atoms import Reason
+from sdp_jax.tracing.sizes import Sizes
 from sdp_jax.tracing.values import ZERO, Axis, Factor, Fill, Space, Value
 
 INEXACT = "sums over channels that do not become zero"
@@ -19,9 +20,18 @@ INEXACT = "sums over channels that do not become zero"
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Record:
-    """An equation with the values around it and the traces of what it calls."""
+    """An equation with the values around it and the traces of what it calls.
+
+    Attributes:
+      eqn: the equation.
+      view: the same with numbers for symbolic sizes.
+      ins: values of its operands.
+      outs: values of its results.
+      bodies: traces of the functions that it calls.
+    """
 
     eqn: Any
+    view: Any
     ins: list[Value]
     outs: list[Value]
     bodies: tuple["Body", ...] = ()
@@ -49,6 +59,7 @@ class Trace:
 
     Attributes:
       space: makes and equates axes.
+      sizes: numbers for symbolic sizes.
       producers: numbers of the parameter axes whose zeros the fills rely on.
       derivatives: whether to follow derivative rules of element-wise functions.
       depth: how many rules of derivatives deep the walk is.
@@ -66,6 +77,7 @@ class Trace:
         """
         self.derivatives = derivatives
         self.space = Space()
+        self.sizes = Sizes()
         self.producers: set[int] = set()
         self.depth = 0
         self._rules = rules
@@ -104,12 +116,13 @@ class Trace:
         for eqn in jaxpr.eqns:
             values = [read(v) for v in eqn.invars]
             rule = self._rules.get(eqn.primitive.name, freeze_all)
-            if eqn.outvars and all(map(is_empty, eqn.outvars)):
+            view = self.sizes.view(eqn)
+            if view.outvars and all(map(is_empty, view.outvars)):
                 rule = _nothing
-            outcome = rule(self, eqn, values)
+            outcome = rule(self, view, values)
             outs, bodies = outcome if isinstance(outcome, tuple) else (outcome, ())
             outs = [self.settled(v) for v in outs]
-            records.append(Record(eqn, values, outs, bodies))
+            records.append(Record(eqn, view, values, outs, bodies))
             env.update(zip(eqn.outvars, outs, strict=True))
         outs = [read(v) for v in jaxpr.outvars]
         return Body(jaxpr, consts, const_values, list(ins), records, outs)
@@ -120,7 +133,7 @@ class Trace:
 
     def constant(self, array: Any) -> Value:
         """A constant: any part of it can be taken."""
-        shape = np.shape(array)
+        shape = self.sizes.shape(np.shape(array))
         dtype = getattr(array, "dtype", None)
         if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.extended):
             return self.space.plain_value(shape, data=False)
