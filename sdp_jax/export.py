@@ -128,8 +128,8 @@ def _with_symbol(inputs: Sequence[Any], in_axes: Any) -> list[Any]:
         if axis is not None:
             if not -len(shape) <= axis < len(shape):
                 raise ValueError(
-                    f"an input of shape {tuple(shape)} has no batch axis {axis}; say in "
-                    "in_axes which inputs have none"
+                    f"an input of shape {tuple(shape)} has no batch axis {axis}; say "
+                    "in in_axes which inputs have none"
                 )
             lengths.add(shape[axis])
             shape[axis] = batch

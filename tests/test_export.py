@@ -56,7 +56,7 @@ def test_a_symbolic_sequence_length_too(x64):
         y = jnp.tanh(x @ params["a"])
         flat = y.reshape(-1, 8) @ params["b"]
         y = flat.reshape(x.shape[0], -1, 2, 6)
-        y = jnp.concatenate([y[:, :, 0], y[:, ::-1, 1]], axis=-1)
+        y = jnp.concatenate([y[:, :, 0], jnp.flip(y[:, :, 1], 1)], axis=-1)
         y = jnp.pad(y, ((0, 0), (1, 0), (2, 0)))[:, : x.shape[1] // 2, 1:]
         where = jnp.arange(y.shape[1])[:, None] + jnp.zeros((y.shape[-1],))
         return (y + where * params["d"]).mean(1) @ params["c"]
@@ -144,7 +144,7 @@ def test_what_cannot_be_exported_says_so(tmp_path, params):
     shapes = jax.eval_shape(lambda: params)
     with pytest.raises(ValueError, match="needs parameters with values"):
         sdp_jax.export_stablehlo(apply, shapes, X, embed_params=True)
-    assert sdp_jax.export_stablehlo(apply, shapes, X).in_avals[0].shape == (12,)
+    assert sdp_jax.export_stablehlo(apply, shapes, X).in_avals[-1].shape[1] == 4
 
     graph, state = nnx.split(nnx.Linear(4, 3, rngs=nnx.Rngs(0)))
     path = tmp_path / "model"
@@ -163,12 +163,12 @@ def test_files_need_flatbuffers(tmp_path, params, monkeypatch):
 
 def test_sizes_that_do_not_fit_say_so(params):
     def halves(params, x):
-        return toy.mlp_apply(params, x.reshape(-1, 2, 4).sum(1))
+        return toy.mlp_apply(params, x.reshape(x.shape[0] // 2, 2, 4).sum(1))
 
     cut, small, zeroed = half(halves, params, X[:4])
     (size,) = export.symbolic_shape("b", constraints=["mod(b, 2) == 0"])
     shape = jax.ShapeDtypeStruct((size, 4), jnp.float32)
-    with pytest.raises(ValueError, match="symbolic"):
+    with pytest.raises(ValueError, match="a multiple of a number"):
         export.export(jax.jit(small))(cut.take(zeroed), shape)
 
 

@@ -137,6 +137,47 @@ PROGRAMS = {
         MLP,
         {"a": 8},
     ),
+    "shuffled by index": (
+        lambda p, x: (x @ p["a"])[..., np.arange(8).reshape(2, 4).T.ravel()] @ p["b"],
+        MLP,
+        {},
+    ),
+    "some of them twice": (
+        lambda p, x: (
+            jnp.take((x @ p["a"]), jnp.array([-2, -1, 0, 1, 0, 1]), -1) @ p["d"]
+        ),
+        {"a": (5, 8), "d": (6, 3)},
+        {"a": 2, "a[1]": 4, "a[1]#2": 2},
+    ),
+    "a table of channels": (
+        lambda p, x: (
+            jnp.tanh(x @ p["a"])[..., jnp.arange(8).reshape(2, 4)].sum(-2) @ p["d"]
+        ),
+        {"a": (5, 8), "d": (4, 3)},
+        {"a": 4, "a[1]": 2},
+    ),
+    "a slice at a known number": (
+        lambda p, x: (
+            jax.lax.dynamic_slice_in_dim(x @ p["a"], 1 + jnp.int32(1), 4, -1) @ p["d"]
+        ),
+        {"a": (5, 8), "d": (4, 3)},
+        {"a": 2, "a[1]": 4, "a[1]#2": 2},
+    ),
+    "a window by index": (
+        lambda p, x: (
+            jax.vmap(lambda i, x: jax.lax.dynamic_slice_in_dim(x, i, 4, -1), (None, 0))(
+                jnp.int32(3), x @ p["a"]
+            )
+            @ p["d"]
+        ),
+        {"a": (5, 8), "d": (4, 3)},
+        {"a": 3, "a[1]": 4},
+    ),
+    "mirrored padding": (
+        lambda p, x: jnp.pad(x @ p["a"], ((0, 0),) * 2 + ((2, 2),), "reflect") @ p["d"],
+        {"a": (5, 8), "d": (12, 3)},
+        {},
+    ),
     "sort of the rest": (
         lambda p, x: jnp.sort(x @ p["a"], axis=1) @ p["b"],
         MLP,

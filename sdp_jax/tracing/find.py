@@ -23,6 +23,13 @@ STATE = (
 )
 
 
+_UNEVEN = (
+    "belong to single channels, or to channels that sit at uneven places of some "
+    "parameter (after a permutation, a strided slice); dimensions are two channels or "
+    "more, side by side"
+)
+
+
 def find_groups(
     fn: Callable[..., Any],
     params: PyTree,
@@ -114,6 +121,6 @@ def _frozen(found: Analysis, groups: Groups) -> tuple[Frozen, ...]:
         why: dict[str, None] = {}
         for one in np.unique(label[axis.atoms[~free]]).tolist():
             why.update((str(reason), None) for reason in reasons.get(one, ()))
-        told = tuple(why) or ("its positions are no set of interchangeable channels",)
+        told = tuple(why) or (_UNEVEN,)
         out.append(Frozen(axis.path, axis.axis, int((~free).sum()), told[:4]))
     return tuple(out)

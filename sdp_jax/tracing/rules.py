@@ -16,6 +16,12 @@ ANALYSE: dict[str, Any] = {
     **rules_control.RULES,
 }
 
+# Whose results are functions of their operands alone: random numbers, callbacks and
+# what depends on the platform are not.
+KNOWN = (
+    set(rules_elementwise.RULES) | set(rules_shape.RULES) | set(rules_contract.RULES)
+) - {"random_bits", "rng_bit_generator", "rng_uniform", "debug_callback", "debug_print"}
+
 REBUILD: dict[str, Any] = {
     **rules_shape.REBUILD,
     **rules_contract.REBUILD,

@@ -51,7 +51,7 @@ def _rebuild_checkpoint(n: Any, record: Record, args: list[Any]) -> list[Any]:
 
 def _inner(value: Value) -> Value:
     """A slice along the first axis."""
-    return dataclasses.replace(value, axes=value.axes[1:])
+    return dataclasses.replace(value, axes=value.axes[1:], known=None)
 
 
 def _repeat(
@@ -61,7 +61,10 @@ def _repeat(
     run: Callable[[list[Value]], tuple[Body, list[Value]]],
 ) -> tuple[Body, list[Value]]:
     """Traces a loop until the fills of what it carries hold all the time."""
-    now = [t.settled(dataclasses.replace(v, data=True, zero=False)) for v in carry]
+    now = [
+        t.settled(dataclasses.replace(v, data=True, zero=False, known=None))
+        for v in carry
+    ]
     while True:
         body, outs = run(now)
         outs = [t.settled(dataclasses.replace(v, data=True)) for v in outs]
@@ -97,7 +100,7 @@ def _scan(t: Trace, eqn: Any, ins: list[Value]) -> Nested:
 
     body, now = _repeat(t, eqn, carry, run)
     stacked = [
-        dataclasses.replace(v, axes=(t.space.plain(p["length"]), *v.axes))
+        dataclasses.replace(v, axes=(t.space.plain(p["length"]), *v.axes), known=None)
         for v in body.outs[p["num_carry"] :]
     ]
     return [*now, *stacked], (body,)

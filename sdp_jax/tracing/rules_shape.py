@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from sdp_jax.tracing.sizes import Equation
 from sdp_jax.tracing.trace import Record, Trace, need_zero
 from sdp_jax.tracing.values import ZERO, Axis, Factor, Fill, Value, length, refill
 
@@ -311,11 +312,29 @@ def _rebuild_generate(n: Any, record: Record, args: list[Any]) -> list[Any]:
     return [n.take(x, v) for x, v in zip(outs, record.outs, strict=True)]
 
 
+def _starts(eqn: Any, ins: Sequence[Value]) -> list[np.ndarray | None]:
+    """The positions that a dynamic slice takes along each axis, where known."""
+    out: list[np.ndarray | None] = []
+    for axis, start, size in zip(
+        ins[0].axes, ins[1:], eqn.params["slice_sizes"], strict=True
+    ):
+        if start.known is None:
+            out.append(None)
+            continue
+        first = min(max(int(start.known), 0), length(axis) - size)
+        out.append(np.arange(first, first + size))
+    return out
+
+
 def _dynamic_slice(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
     x = ins[0]
     axes = []
-    for axis, size in zip(x.axes, eqn.params["slice_sizes"], strict=True):
-        if size != length(axis):
+    for axis, where, size in zip(
+        x.axes, _starts(eqn, ins), eqn.params["slice_sizes"], strict=True
+    ):
+        if size != length(axis) and where is not None:
+            axis = pick(t, eqn, axis, where)
+        elif size != length(axis):
             t.freeze(eqn, axis, "slices at a place that is known only at run time")
             axis = t.space.plain(size)
         axes.append(axis)
@@ -323,7 +342,13 @@ def _dynamic_slice(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
 
 
 def _rebuild_dynamic_slice(n: Any, record: Record, args: list[Any]) -> list[Any]:
-    return [lax.dynamic_slice(args[0], args[1:], n.shape(record))]
+    x, starts, sizes = args[0], args[1:], list(n.shape(record))
+    for d, where in enumerate(_starts(record.view, record.ins)):
+        axis = record.ins[0].axes[d]
+        if where is not None and len(where) != length(axis) and n.is_cut(axis):
+            x = take_positions(n, x, axis, d, where)
+            sizes[d] = x.shape[d]
+    return [lax.dynamic_slice(x, starts, sizes)]
 
 
 def _dynamic_update_slice(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
@@ -341,9 +366,111 @@ def _dynamic_update_slice(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
     return [Value(tuple(axes), any(v.data for v in ins), zero)]
 
 
+def _window(eqn: Any, ins: Sequence[Value]) -> list[np.ndarray | None] | None:
+    """Along each axis the positions of a gather of one block at a known place.
+
+    ``None`` stands for all of them, and for the list if it is no such gather.
+    """
+    x, indices = ins
+    dims, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
+    if indices.known is None or indices.known.ndim != 1 or not _has_channels(eqn, ins):
+        return None
+    starts = dict(zip(dims.start_index_map, indices.known.tolist(), strict=True))
+    out: list[np.ndarray | None] = []
+    for d, (axis, size) in enumerate(zip(x.axes, sizes, strict=True)):
+        first = starts.get(d, 0)
+        if not 0 <= first <= length(axis) - size:
+            return None
+        whole = size == length(axis)
+        out.append(None if whole else np.arange(first, first + size))
+    return out
+
+
+def _lookup(eqn: Any, ins: Sequence[Value]) -> tuple[int, np.ndarray] | None:
+    """The axis and the positions of a gather that takes known ones along an axis."""
+    x, indices = ins
+    dims, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
+    if indices.known is None or indices.known.ndim < 2 or not _has_channels(eqn, ins):
+        return None
+    d, where = dims.start_index_map[0], indices.known[..., 0]
+    inside = np.all((where >= 0) & (where < length(x.axes[d])))
+    whole = all(
+        size == (1 if k == d else length(axis))
+        for k, (axis, size) in enumerate(zip(x.axes, sizes, strict=True))
+    )
+    single = dims.start_index_map == dims.collapsed_slice_dims == (d,)
+    return (d, where) if single and whole and inside and where.size else None
+
+
+def _has_channels(eqn: Any, ins: Sequence[Value]) -> bool:
+    """Whether a gather indexes an axis that could be cut."""
+    dims, mode = eqn.params["dimension_numbers"], eqn.params["mode"]
+    if dims.operand_batching_dims:
+        return False
+    symbolic = isinstance(eqn, Equation)
+    if symbolic and mode != lax.GatherScatterMode.PROMISE_IN_BOUNDS:
+        return False
+    return any(f.atoms.any() for d in dims.start_index_map for f in ins[0].axes[d])
+
+
+def _static_gather(
+    t: Trace, eqn: Any, x: Value, d: int, where: np.ndarray
+) -> list[Value]:
+    line = pick(t, eqn, x.axes[d], where.reshape(-1))
+    rows = t.space.regroup([line], where.shape)
+    if rows is None:
+        t.freeze(eqn, line, "regroups positions across channels")
+        rows = [t.space.plain(n) for n in where.shape]
+    window = [axis for k, axis in enumerate(x.axes) if k != d]
+    offsets = eqn.params["dimension_numbers"].offset_dims
+    out = [
+        window.pop(0) if k in offsets else rows.pop(0)
+        for k in range(len(eqn.outvars[0].aval.shape))
+    ]
+    return [Value(tuple(out), x.data, x.zero)]
+
+
+def _rebuild_static_gather(
+    n: Any, record: Record, x: Any, d: int, where: np.ndarray
+) -> list[Any]:
+    x = take_positions(n, x, record.ins[0].axes[d], d, where.reshape(-1))
+    shape = n.shape(record)
+    offsets = record.eqn.params["dimension_numbers"].offset_dims
+    places = [k for k in range(len(shape)) if k not in offsets]
+    sizes = [shape[k] for k in places]
+    x = lax.reshape(x, [*x.shape[:d], *sizes, *x.shape[d + 1 :]])
+    return [jnp.moveaxis(x, range(d, d + len(places)), places)]
+
+
+def _rebuild_window(
+    n: Any, record: Record, x: Any, window: list[np.ndarray | None]
+) -> list[Any]:
+    p = record.eqn.params
+    for d, where in enumerate(window):
+        axis = record.ins[0].axes[d]
+        if where is not None and n.is_cut(axis):
+            x = take_positions(n, x, axis, d, where)
+        elif where is not None:
+            first = int(where[0])
+            x = lax.slice_in_dim(x, first, first + p["slice_sizes"][d], axis=d)
+    return [lax.squeeze(x, p["dimension_numbers"].collapsed_slice_dims)]
+
+
 def _gather(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
     x, indices = ins
+    known = _lookup(eqn, ins)
+    if known is not None:
+        return _static_gather(t, eqn, x, *known)
     dims = eqn.params["dimension_numbers"]
+    place = _window(eqn, ins)
+    if place is not None:
+        axes = [
+            axis if where is None else pick(t, eqn, axis, where)
+            for axis, where in zip(x.axes, place, strict=True)
+        ]
+        gone = dims.collapsed_slice_dims
+        axes = tuple(axis for d, axis in enumerate(axes) if d not in gone)
+        return [Value(axes, x.data, x.zero)]
     sizes = eqn.params["slice_sizes"]
     rows = list(indices.axes[:-1])
     t.freeze(eqn, indices.axes[-1], "holds indices")
@@ -372,6 +499,12 @@ def _gather(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
 
 
 def _rebuild_gather(n: Any, record: Record, args: list[Any]) -> list[Any]:
+    known = _lookup(record.view, record.ins)
+    if known is not None:
+        return _rebuild_static_gather(n, record, args[0], *known)
+    window = _window(record.view, record.ins)
+    if window is not None:
+        return _rebuild_window(n, record, args[0], window)
     x = record.ins[0]
     sizes = tuple(
         n.size(axis, size) if number == length(axis) and number > 1 else size

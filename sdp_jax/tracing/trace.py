@@ -2,7 +2,8 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from typing import Any, TypeAlias
 
 import jax
@@ -12,9 +13,10 @@ import numpy as np
 from jax.extend.core import Literal
 
 from sdp_jax.tracing.atoms import Reason
-from sdp_jax.tracing.sizes import Sizes
+from sdp_jax.tracing.sizes import Equation, Sizes
 from sdp_jax.tracing.values import ZERO, Axis, Factor, Fill, Space, Value
 
+_SMALL = 65536
 INEXACT = "sums over channels that do not become zero"
 
 
@@ -66,12 +68,18 @@ class Trace:
     """
 
     def __init__(
-        self, rules: Mapping[str, Analyse], *, derivatives: bool = True
+        self,
+        rules: Mapping[str, Analyse],
+        *,
+        known: Set[str] = frozenset(),
+        derivatives: bool = True,
     ) -> None:
         """Starts a walk.
 
         Args:
           rules: what to do with each primitive.
+          known: primitives whose integer results are computed where their operands
+            are known: indices, most often.
           derivatives: whether to follow the derivative rules of element-wise
             functions, too; they ask for nothing new, but evaluation needs them.
         """
@@ -81,6 +89,7 @@ class Trace:
         self.producers: set[int] = set()
         self.depth = 0
         self._rules = rules
+        self._known = known
 
     @contextlib.contextmanager
     def deeper(self) -> Iterator[None]:
@@ -113,7 +122,7 @@ class Trace:
             return env[var]
 
         records = []
-        for eqn in jaxpr.eqns:
+        for eqn in _live(jaxpr):
             values = [read(v) for v in eqn.invars]
             rule = self._rules.get(eqn.primitive.name, freeze_all)
             view = self.sizes.view(eqn)
@@ -121,7 +130,7 @@ class Trace:
                 rule = _nothing
             outcome = rule(self, view, values)
             outs, bodies = outcome if isinstance(outcome, tuple) else (outcome, ())
-            outs = [self.settled(v) for v in outs]
+            outs = self._compute(view, values, [self.settled(v) for v in outs])
             records.append(Record(eqn, view, values, outs, bodies))
             env.update(zip(eqn.outvars, outs, strict=True))
         outs = [read(v) for v in jaxpr.outvars]
@@ -139,7 +148,29 @@ class Trace:
             return self.space.plain_value(shape, data=False)
         known = not isinstance(array, jax.core.Tracer) and np.size(array) <= 4096
         zero = known and not np.any(np.asarray(array))
-        return self.space.fresh_value(shape, data=False, zero=bool(zero))
+        value = self.space.fresh_value(shape, data=False, zero=bool(zero))
+        if known and dtype is not None and _is_small_integer(shape, dtype):
+            return dataclasses.replace(value, known=np.asarray(array))
+        return value
+
+    def _compute(self, eqn: Any, ins: list[Value], outs: list[Value]) -> list[Value]:
+        """Adds the entries of results that are known."""
+        if (
+            eqn.primitive.name not in self._known
+            or any(v.known is None for v in ins)
+            or isinstance(eqn, Equation)
+            or not all(
+                _is_small_integer(v.aval.shape, v.aval.dtype) for v in eqn.outvars
+            )
+        ):
+            return outs
+        with jax.ensure_compile_time_eval():
+            found = eqn.primitive.bind(*(v.known for v in ins), **eqn.params)
+            entries = map(np.asarray, jax.tree.leaves(found))
+        return [
+            dataclasses.replace(v, known=x, zero=not x.any())
+            for v, x in zip(outs, entries, strict=True)
+        ]
 
     def settle(self, fill: Fill) -> Fill:
         """Makes a fill unconditional: its parameter axes become producers."""
@@ -182,6 +213,22 @@ def need_zero(t: Trace, eqn: Any, axis: Axis) -> None:
             t.freeze(eqn, (f,), INEXACT)
         else:
             t.settle(f.fill)
+
+
+def _live(jaxpr: Any) -> list[Any]:
+    """The equations on which results depend."""
+    needed = {v for v in jaxpr.outvars if not isinstance(v, Literal)}
+    live = []
+    for eqn in reversed(jaxpr.eqns):
+        if eqn.effects or not needed.isdisjoint(eqn.outvars):
+            live.append(eqn)
+            needed.update(v for v in eqn.invars if not isinstance(v, Literal))
+    return live[::-1]
+
+
+def _is_small_integer(shape: Sequence[int], dtype: Any) -> bool:
+    whole = jnp.issubdtype(dtype, jnp.integer) or jnp.issubdtype(dtype, jnp.bool_)
+    return whole and math.prod(shape) <= _SMALL
 
 
 def is_empty(var: Any) -> bool:

@@ -44,11 +44,13 @@ class Value:
       axes: the factors of each axis.
       data: whether it depends on the inputs (an activation), not on parameters alone.
       zero: whether it is zero everywhere.
+      known: the entries, of small integer arrays that depend on nothing.
     """
 
     axes: tuple[Axis, ...]
     data: bool
     zero: bool = False
+    known: np.ndarray | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
