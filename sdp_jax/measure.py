@@ -159,7 +159,7 @@ def _walk(jaxpr: Any, repeats: int) -> list[EquationCost]:
                 EquationCost(
                     name,
                     user_line(eqn.source_info),
-                    _flops(eqn),
+                    int(flops(eqn, _shapes(eqn.invars), _shapes(eqn.outvars))),
                     _bytes(eqn.outvars),
                     repeats,
                 )
@@ -188,14 +188,22 @@ def _bytes(variables: Sequence[Any]) -> int:
     )
 
 
-def _flops(eqn: Any) -> int:
+def _shapes(variables: Sequence[Any]) -> list[tuple[int, ...]]:
+    return [tuple(getattr(v.aval, "shape", ())) for v in variables]
+
+
+def flops(eqn: Any, shapes: Sequence[Any], outs: Sequence[Any]) -> Any:
+    """Operations of an equation that calls no other.
+
+    Args:
+      eqn: the equation.
+      shapes: shapes of its operands, of numbers or of polynomials in the widths.
+      outs: shapes of its results, likewise.
+
+    Returns:
+      A number, or a polynomial.
+    """
     name = eqn.primitive.name
-    shapes: list[tuple[int, ...]] = [
-        tuple(getattr(v.aval, "shape", ())) for v in eqn.invars
-    ]
-    outs: list[tuple[int, ...]] = [
-        tuple(getattr(v.aval, "shape", ())) for v in eqn.outvars
-    ]
     size = math.prod(outs[0]) if outs else 0
     if name == "dot_general":
         (left, _), _ = eqn.params["dimension_numbers"]
@@ -205,11 +213,11 @@ def _flops(eqn: Any) -> int:
         window = math.prod(shapes[1][d] for d in spec[1:])
         # Zeros that only spread a transposed convolution's input do not count.
         spread = math.prod(eqn.params["lhs_dilation"])
-        return 2 * size * window // (eqn.params["batch_group_count"] * spread)
+        return 2 * size * window * (1 / (eqn.params["batch_group_count"] * spread))
     if name in _FREE:
         return 0
     if name.startswith(("reduce_window", "select_and_")):
         return size * math.prod(eqn.params["window_dimensions"])
     if name.startswith(("reduce_", "arg")):
         return math.prod(shapes[0])
-    return int(size)
+    return size

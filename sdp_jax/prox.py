@@ -99,13 +99,21 @@ def largest(norms: jax.Array, count: int | jax.Array) -> jax.Array:
     Returns:
       A Boolean vector ``(size,)`` with exactly ``count`` true entries.
     """
-    order = jnp.argsort(-norms, stable=True)
-    rank = (
-        jnp.zeros(norms.shape, jnp.int32)
-        .at[order]
-        .set(jnp.arange(norms.shape[0], dtype=jnp.int32))
-    )
-    return rank < count
+    return ranks(-norms) < count
+
+
+def ranks(values: jax.Array) -> jax.Array:
+    """The place of each entry among all in ascending order; the earlier wins a tie.
+
+    Args:
+      values: a vector ``(size,)``.
+
+    Returns:
+      An integer vector ``(size,)``, a permutation of ``0 … size − 1``.
+    """
+    order = jnp.argsort(values, stable=True)
+    places = jnp.arange(values.shape[0], dtype=jnp.int32)
+    return jnp.zeros(values.shape, jnp.int32).at[order].set(places)
 
 
 def resolve_floors(

@@ -6,8 +6,8 @@ units of the parameters (divided by the channel weight ``k``).
 """
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import chex
 import jax
@@ -16,11 +16,14 @@ import numpy as np
 import optax
 
 from sdp_jax import prox
-from sdp_jax.groups import PerChannel, join_channels, split_channels
+from sdp_jax.counts import Polynomial, flop_counts, parameter_counts
+from sdp_jax.groups import Groups, PerChannel, PyTree, join_channels, split_channels
 
 Sizes: TypeAlias = Mapping[str, int]
 Norms: TypeAlias = Mapping[str, jax.Array]
 Thresholds: TypeAlias = dict[str, jax.Array]
+# The share that is left of a target when this many channels of each dimension are.
+ShareLeft: TypeAlias = Callable[[jax.Array], jax.Array]
 
 
 # The norms of a layer often lie close together, far from zero. Over this part of its
@@ -290,24 +293,37 @@ def target_sparsity(
     begin_step: int,
     end_step: int,
     *,
+    target: Literal["channels", "params", "flops"] = "channels",
+    groups: Groups | None = None,
+    fn: Callable[..., Any] | None = None,
+    params: PyTree = None,
+    inputs: Sequence[Any] = (),
     per_dimension: bool = False,
     power: float = 3.0,
 ) -> Strength:
-    """Prunes exactly the asked-for share of channels by a given step.
+    """Prunes exactly the asked-for share of channels, parameters or FLOPs.
 
-    At step ``n`` the threshold is the norm below which the share
-    ``fraction · (1 − (1 − (n − begin) / (end − begin))^power)`` of all channels lies;
-    over the first 30 % of the ramp it rises to there from zero, linearly. Until
+    At step ``n`` the threshold is the norm below which those channels lie that make up
+    the share ``fraction · (1 − (1 − (n − begin) / (end − begin))^power)`` of the
+    target; over the first 30 % of the ramp it rises to there from zero, linearly. Until
     ``end_step`` channels may return; after it the set stays fixed and the thresholds
-    too, while training goes on. ``fraction`` is rounded to whole channels.
+    too, while training goes on. A share of channels is rounded to whole channels; of
+    parameters or FLOPs goes at least the share, and less than one channel more.
 
     Args:
-      fraction: share of channels that are zero from ``end_step`` on, in [0, 1). After
+      fraction: share of the target that is gone from ``end_step`` on, in [0, 1). After
         a cut it counts the channels of the small model: 0 prunes no further.
       begin_step: last step without pruning.
       end_step: number of updates after which the share is reached.
+      target: what the share is of: ``"channels"``; ``"params"``, all entries of all
+        leaves of the groups; ``"flops"`` of ``fn(params, *inputs)``, counted as
+        :func:`sdp_jax.cost` counts those of the narrowed function.
+      groups: the groups that are pruned, for ``"params"`` and ``"flops"``.
+      fn: the function, for ``"flops"``.
+      params: its parameters, arrays or ``jax.ShapeDtypeStruct``, likewise.
+      inputs: its other arguments, likewise.
       per_dimension: rank the channels within each dimension (every layer loses the
-        same share) instead of all together.
+        same share of its channels) instead of all together.
       power: exponent of the rise; 3 is the cubic ramp of Zhu and Gupta 2017.
 
     Returns:
@@ -316,8 +332,8 @@ def target_sparsity(
       where they forbid the share, they win.
 
     Raises:
-      ValueError: if ``fraction`` is outside [0, 1), ``power`` not positive or the steps
-        are not in order.
+      ValueError: if ``fraction`` is outside [0, 1), ``power`` not positive, the steps
+        are not in order, or the target lacks what it is counted on.
       TypeError: if ``fraction`` or ``power`` is not a number or a step not an integer.
 
     References:
@@ -337,24 +353,14 @@ def target_sparsity(
         raise ValueError(f"fraction must be a number in [0, 1); got {fraction!r}")
     check_number("power", power, low=1e-6, rule="a positive number")
     _check_steps(begin_step, end_step)
-
-    def wanted(size: int) -> int:
-        return round(fraction * size)
+    counts = _count_target(target, groups, fn, params, inputs)
 
     def init(sizes: Sizes, floors: prox.Floors) -> TargetState:
-        blocks = [[name] for name in sizes] if per_dimension else [list(sizes)]
-        for names in blocks:
-            size = sum(sizes[name] for name in names)
-            held = [floors.get(name, 0) for name in names]
-            if any(isinstance(f, jax.Array) for f in held):
-                continue
-            if size - wanted(size) < sum(held):
-                what = f"dimension {names[0]!r}" if per_dimension else "the model"
-                raise ValueError(
-                    f"target_sparsity({fraction}) wants {wanted(size)} of the {size} "
-                    f"channels of {what} to be zero, but the floors keep {sum(held)}; "
-                    "lower the fraction or the floor"
-                )
+        if counts is None:
+            _check_channels(fraction, sizes, floors, per_dimension)
+        else:
+            assert groups is not None
+            _check_counts(fraction, target, groups, counts, sizes, floors)
         zeros = jnp.zeros((sum(sizes.values()),), jnp.result_type(float))
         return TargetState(jnp.zeros((), jnp.int32), PerChannel(zeros))
 
@@ -371,11 +377,27 @@ def target_sparsity(
 
         def ranked() -> jax.Array:
             blocks = [[name] for name in norms] if per_dimension else [list(norms)]
+            sizes = [sum(norms[name].shape[0] for name in names) for names in blocks]
+            if counts is None:
+                wanted = [share * round(fraction * size) for size in sizes]
+            else:
+                assert groups is not None
+                left = counts.share(list(groups.sizes.values()))
+                goal = (1 - share * fraction) * (1 + 1e-6)  # rounding
+                # Dictionaries that pass through jit come back in another order.
+                order = np.asarray([list(norms).index(name) for name in groups.sizes])
+                wanted = _wanted(
+                    norms,
+                    floors,
+                    lambda widths: left(widths[order]),
+                    goal,
+                    final,
+                    per_dimension,
+                )
             found: Thresholds = {}
-            for names in blocks:
-                size = sum(norms[name].shape[0] for name in names)
+            for names, number in zip(blocks, wanted, strict=True):
                 block = {name: norms[name] for name in names}
-                found |= _rank_block(block, floors, share * wanted(size), rise)
+                found |= _rank_block(block, floors, number, rise)
             return join_channels(found).astype(old.dtype)
 
         fixed = jax.lax.cond(count > end_step, lambda: old, ranked)
@@ -386,6 +408,133 @@ def target_sparsity(
         return thresholds, TargetState(count, PerChannel(fixed))
 
     return Strength(init, update)
+
+
+def _count_target(
+    target: str,
+    groups: Groups | None,
+    fn: Callable[..., Any] | None,
+    params: PyTree,
+    inputs: Sequence[Any],
+) -> Polynomial | None:
+    """What a target counts, in the widths; ``None`` for channels."""
+    given = {
+        name
+        for name, value in (("groups", groups), ("fn", fn), ("params", params))
+        if value is not None
+    }
+    needs = {
+        "channels": set(),
+        "params": {"groups"},
+        "flops": {"groups", "fn", "params"},
+    }
+    if target not in needs:
+        raise ValueError(f"target is {target!r}; use 'channels', 'params' or 'flops'")
+    if given != needs[target] or (len(inputs) > 0 and target != "flops"):
+        raise ValueError(
+            f"target={target!r} needs {sorted(needs[target]) or 'nothing more'}"
+            f"{' and inputs' if target == 'flops' else ''}; got {sorted(given)}"
+            f"{' and inputs' if len(inputs) > 0 else ''}"
+        )
+    if groups is None:
+        return None
+    if fn is None:
+        return parameter_counts(groups)
+    return flop_counts(groups, fn, params, *inputs)
+
+
+def _check_channels(
+    fraction: float, sizes: Sizes, floors: prox.Floors, per_dimension: bool
+) -> None:
+    for names in [[name] for name in sizes] if per_dimension else [list(sizes)]:
+        size = sum(sizes[name] for name in names)
+        held = [floors.get(name, 0) for name in names]
+        wanted = round(fraction * size)
+        if any(isinstance(f, jax.Array) for f in held) or size - wanted >= sum(held):
+            continue
+        what = f"dimension {names[0]!r}" if per_dimension else "the model"
+        raise ValueError(
+            f"target_sparsity({fraction}) wants {wanted} of the {size} channels of "
+            f"{what} to be zero, but the floors keep {sum(held)}; lower the fraction "
+            "or the floor"
+        )
+
+
+def _check_counts(
+    fraction: float,
+    target: str,
+    groups: Groups,
+    counts: Polynomial,
+    sizes: Sizes,
+    floors: prox.Floors,
+) -> None:
+    if dict(sizes) != groups.sizes:
+        raise ValueError(
+            f"the groups of target_sparsity have the dimensions {groups.sizes}, those "
+            f"of the optimizer {dict(sizes)}; give both the same"
+        )
+    held = [floors.get(name, 0) for name in sizes]
+    if any(isinstance(f, jax.Array) for f in held):
+        return
+    dense = counts.at(list(sizes.values()))
+    least = counts.at([int(f) for f in held]) / max(dense, 1e-300)
+    if least > 1 - fraction:
+        raise ValueError(
+            f"target_sparsity({fraction}, target={target!r}) cannot be met: where only "
+            f"the floors are left, so are {least:.1%}; lower the fraction or the floor"
+        )
+
+
+def _wanted(
+    norms: Norms,
+    floors: prox.Floors,
+    share_left: ShareLeft,
+    goal: jax.Array,
+    final: jax.Array,
+    per_dimension: bool,
+) -> list[jax.Array]:
+    """How many channels of each block must go until ``goal`` of a count is left.
+
+    Channels go in the order of their norms, or of their ranks within their dimensions
+    as shares of these. While the target rises a part of a channel counts.
+    """
+    keys = []
+    for name, v in norms.items():
+        free = jnp.where(prox.largest(v, floors.get(name, 0)), jnp.inf, v)
+        if per_dimension:
+            rank = prox.ranks(free)
+            share = (rank + 1) / jnp.maximum(jnp.isfinite(free).sum(), 1)
+            free = jnp.where(jnp.isinf(free), jnp.inf, share)
+        keys.append(free)
+    sizes = [len(key) for key in keys]
+    flat = jnp.concatenate(keys)
+    place = prox.ranks(flat)
+    owner = np.repeat(np.arange(len(sizes)), sizes)
+    most = jnp.isfinite(flat).sum()
+
+    def gone(number: jax.Array) -> jax.Array:
+        """Channels of each dimension among the first ``number``, parts included."""
+        part = jnp.clip(number - place, 0, 1)
+        return jax.ops.segment_sum(part, owner, len(sizes), indices_are_sorted=True)
+
+    def left(number: jax.Array) -> jax.Array:
+        widths = np.asarray(sizes) - gone(number.astype(flat.dtype))
+        return share_left(widths)
+
+    def halve(_: int, between: tuple[jax.Array, jax.Array]) -> Any:
+        low, high = between
+        middle = (low + high) // 2
+        enough = left(middle) <= goal
+        return jnp.where(enough, low, middle + 1), jnp.where(enough, middle, high)
+
+    start = (jnp.zeros((), most.dtype), most)
+    number, _ = jax.lax.fori_loop(0, len(flat).bit_length(), halve, start)
+    before = left(jnp.maximum(number - 1, 0))
+    part = (before - goal) / jnp.maximum(before - left(number), 1e-30)
+    exact = jnp.where(number > 0, number - 1 + jnp.clip(part, 0, 1), 0)
+    amount = jnp.where(final, number, exact)
+    shares = gone(amount)
+    return list(shares) if per_dimension else [amount]
 
 
 def _rank_block(
@@ -399,12 +548,11 @@ def _rank_block(
     free = jnp.concatenate(
         [jnp.where(protected[k], jnp.inf, v) for k, v in norms.items()]
     )
-    order = jnp.argsort(free, stable=True)
     size = free.shape[0]
-    rank = jnp.zeros(size, jnp.int32).at[order].set(jnp.arange(size, dtype=jnp.int32))
+    rank = prox.ranks(free)
     # float32 may put a whole number a hair below itself.
     count = jnp.floor(wanted + 1e-3).astype(jnp.int32)
-    ascending = free[order]
+    ascending = jnp.sort(free)
     below = jnp.where(count > 0, ascending[jnp.maximum(count - 1, 0)], 0)
     above = ascending[jnp.minimum(count, size - 1)]
     part = jnp.clip(wanted - count, 0, 1)

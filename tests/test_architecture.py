@@ -13,7 +13,8 @@ ROOT = PACKAGE.parent
 ALLOWED = {
     "groups": set(),
     "prox": {"groups"},
-    "strength": {"groups", "prox"},
+    "counts": {"groups", "tracing", "measure"},
+    "strength": {"groups", "prox", "counts"},
     "transforms": {"groups", "prox", "strength"},
     "altsdp": {"groups", "strength", "transforms"},
     "tracing": {"groups"},

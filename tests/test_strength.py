@@ -214,3 +214,125 @@ def test_momentum_counts_also_beside_a_given_rate():
         totals.append(float(state[-1].strength.total))
     # g(1, 1) = c at the effective rate 0.1 / (1 - 0.9).
     np.testing.assert_allclose(totals, 0.1, rtol=1e-5)
+
+
+ATTENTION = {n: (6, 32) for n in "qkv"} | {"o": (32, 20), "p": (20, 3)}
+
+
+def attention(p, x):
+    q, k, v = ((x @ p[n]).reshape(5, 4, 8).swapaxes(0, 1) for n in "qkv")
+    out = jax.nn.softmax(q @ k.swapaxes(1, 2)) @ v
+    return jnp.tanh(out.swapaxes(0, 1).reshape(5, 32) @ p["o"]) @ p["p"]
+
+
+@pytest.mark.parametrize("target", ["params", "flops"])
+@pytest.mark.parametrize("per_dimension", [False, True])
+@pytest.mark.parametrize("fraction", [0.0, 0.3, 0.75])
+def test_target_counts_parameters_or_flops(target, per_dimension, fraction):
+    rng = np.random.default_rng(0)
+    params = {
+        k: jnp.asarray(rng.normal(size=s), jnp.float32) for k, s in ATTENTION.items()
+    }
+    x = jnp.ones((5, 6))
+    groups = sdp_jax.find_groups(attention, params, x)
+    assert sorted(groups.sizes.values()) == [4, 8, 8, 20]
+    more = {"fn": attention, "params": params, "inputs": (x,)}
+    strength = sdp_jax.target_sparsity(
+        fraction,
+        1,
+        5,
+        target=target,
+        groups=groups,
+        per_dimension=per_dimension,
+        **(more if target == "flops" else {}),
+    )
+    norms = {
+        k: jnp.asarray(rng.uniform(1, 2, n), jnp.float32)
+        for k, n in groups.sizes.items()
+    }
+    floors = dict.fromkeys(groups.sizes, 1)
+    thresholds, _ = run(strength, 8, norms, floors)
+
+    def left(kept):
+        cut = sdp_jax.Cut(groups, tuple(kept[d.name] for d in groups))
+        small = cut.take(params)
+        count = sdp_jax.cost(sdp_jax.narrow(attention, cut), small, x)
+        return count.parameters if target == "params" else count.flops
+
+    # The oracle removes one channel after the other and counts the small function.
+    order = []
+    for name, v in norms.items():
+        ranked = np.argsort(v)[:-1].tolist()
+        for place, i in enumerate(ranked):
+            key = (place + 1) / len(ranked) if per_dimension else float(v[i])
+            order.append((key, name, i))
+    kept = {k: tuple(range(n)) for k, n in groups.sizes.items()}
+    goal = (1 - fraction) * left(kept) * (1 + 1e-6)
+    for _, name, i in sorted(order, key=lambda item: item[0]):
+        if left(kept) <= goal:
+            break
+        kept[name] = tuple(j for j in kept[name] if j != i)
+    assert left(kept) <= goal
+    found = {
+        k: tuple(np.flatnonzero(np.asarray(norms[k]) > t).tolist())
+        for k, t in thresholds[4].items()
+    }
+    assert found == kept
+    assert all(
+        np.array_equal(thresholds[-1][k] > norms[k], thresholds[4][k] > norms[k])
+        for k in norms
+    )
+    # It rises: no more is gone earlier.
+    for earlier, later in zip(thresholds[:4], thresholds[1:5], strict=True):
+        for k in norms:
+            assert (earlier[k] <= later[k] * (1 + 1e-6)).all()
+
+
+def test_training_ends_at_the_share_of_flops():
+    params = toy.mlp_params(widths=(4, 32, 24, 3))
+    x, y = toy.batch(size=32)
+    groups = sdp_jax.find_groups(toy.mlp_apply, params, x)
+    strength = sdp_jax.target_sparsity(
+        0.6, 5, 40, target="flops", groups=groups, fn=toy.mlp_apply, params=params,
+        inputs=(x,),
+    )  # fmt: skip
+    tx = sdp_jax.altsdp(0.05, groups, strength=strength)
+    state = tx.init(params)
+
+    @jax.jit
+    def step(params, state):
+        grads = jax.grad(toy.loss)(params, (x, y))
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    dense = sdp_jax.cost(toy.mlp_apply, params, x).flops
+    for _ in range(50):
+        params, state = step(params, state)
+    cut = sdp_jax.plan_cut(groups, params)
+    small = sdp_jax.cost(sdp_jax.narrow(toy.mlp_apply, cut), cut.take(params), x).flops
+    one_channel = 2 * 32 * (32 + 24 + 4 + 3 + 2)
+    assert 0.4 * dense - one_channel < small <= 0.4 * dense
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"target": "bytes"}, "use 'channels', 'params' or 'flops'"),
+        ({"target": "params"}, r"needs \['groups'\]; got \[\]"),
+        ({"target": "flops", "groups": 1}, r"needs \['fn', 'groups', 'params'\]"),
+        ({"groups": 1}, "'channels' needs nothing more"),
+        ({"inputs": (1,)}, "got .* and inputs"),
+    ],
+)
+def test_targets_say_what_they_need(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        sdp_jax.target_sparsity(0.5, 0, 10, **kwargs)
+
+
+def test_targets_that_cannot_be_met_say_so():
+    groups = toy.mlp_groups()
+    strength = sdp_jax.target_sparsity(0.9, 0, 9, target="params", groups=groups)
+    with pytest.raises(ValueError, match=r"floors are left, so are \d\d\.\d%"):
+        strength.init(groups.sizes, dict.fromkeys(groups.sizes, 4))
+    with pytest.raises(ValueError, match="give both the same"):
+        strength.init({"other": 3}, {"other": 1})

@@ -53,8 +53,8 @@ class Evaluator:
     def _check_fixed(self, size: int) -> None:
         if size in self._symbolic:
             raise ValueError(
-                "channels are cut along an axis whose length is symbolic, in a way that "
-                "depends on it; make that size a number, or a multiple of the "
+                "channels are cut along an axis whose length is symbolic, in a way "
+                "that depends on it; make that size a number, or a multiple of the "
                 "symbol, or find the groups with fewer channels along that axis"
             )
 
