@@ -28,6 +28,7 @@ from sdp_jax.groups import (
     leaf_table,
     missing_path_message,
 )
+from sdp_jax.measure import Cost
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,18 +266,45 @@ class Cut:
             )
         return cls(dense, kept)
 
-    def summary(self) -> str:
-        """A table of widths and parameters before and after."""
-        width = max([len(name) for name in self.widths] + [9])
-        lines = [f"{'dimension':<{width}}  before   after"]
-        for d, kept in zip(self.dense.dimensions, self.kept, strict=True):
-            lines.append(f"{d.name:<{width}}  {d.size:6d}  {len(kept):6d}")
+    def summary(self, dense: Cost | None = None, small: Cost | None = None) -> str:
+        """A table of what there was before and is after the cut.
+
+        Args:
+          dense: what ``sdp_jax.cost`` says of the dense function, for the rows of FLOPs
+            and bytes.
+          small: what it says of the narrowed function.
+
+        Returns:
+          Widths and entries; with the costs also FLOPs and bytes of one call.
+
+        Raises:
+          ValueError: if one of the costs is given without the other.
+        """
+        if (dense is None) != (small is None):
+            raise ValueError(
+                "summary takes the costs of both functions or neither: "
+                "sdp_jax.cost(fn, params, x) and "
+                "sdp_jax.cost(sdp_jax.narrow(fn, cut), cut.take(params), x)"
+            )
+        rows = [
+            (d.name, d.size, len(kept))
+            for d, kept in zip(self.dense.dimensions, self.kept, strict=True)
+        ]
         before = sum(math.prod(s) for s in self.dense.shapes.values())
         after = sum(math.prod(s) for s in self.small_shapes.values())
-        lines.append(
-            f"{'entries':<{width}}  {before:6d}  {after:6d}  "
-            f"({after / max(before, 1):.1%})"
-        )
+        rows.append(("entries", before, after))
+        if dense is not None and small is not None:
+            rows += [
+                ("bytes", dense.parameter_bytes, small.parameter_bytes),
+                ("FLOPs", dense.flops, small.flops),
+                ("activation bytes", dense.activation_bytes, small.activation_bytes),
+            ]
+        first = max([len(row[0]) for row in rows] + [9])
+        second = max([len(f"{row[1]:,}") for row in rows] + [6])
+        lines = [f"{'dimension':<{first}}  {'before':>{second}}  {'after':>{second}}"]
+        for name, a, b in rows:
+            share = f"{b / max(a, 1):7.1%}"
+            lines.append(f"{name:<{first}}  {a:{second},}  {b:{second},}  {share}")
         return "\n".join(lines)
 
     def __str__(self) -> str:

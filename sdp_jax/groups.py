@@ -255,6 +255,25 @@ class Groups:
                 total += m.outer * m.inner * math.prod(shape) // shape[m.axis]
         return total
 
+    @functools.cached_property
+    def prunable_entries(self) -> int:
+        """Number of entries that belong to a channel of some dimension."""
+        rest: dict[str, dict[int, np.ndarray]] = {}
+        for d in self.dimensions:
+            for m in d.members:
+                length = self.shapes[m.path][m.axis]
+                axes = rest.setdefault(m.path, {})
+                mask = axes.setdefault(m.axis, np.ones(length, bool))
+                mask[m.positions(d.size)] = False
+        total = 0
+        for path, axes in rest.items():
+            shape = self.shapes[path]
+            fixed = [
+                int(axes[k].sum()) if k in axes else n for k, n in enumerate(shape)
+            ]
+            total += math.prod(shape) - math.prod(fixed)
+        return total
+
     def at(self, prefix: str) -> "Groups":
         """The same groups as seen from a subtree, for example ``"params"``.
 
@@ -378,9 +397,11 @@ class Groups:
             lines.append(
                 f"{d.name:<{name_width}}  {d.size:8d}  {entries:15d}  {members}"
             )
+        total = sum(math.prod(shape) for shape in self.shapes.values())
+        share = self.prunable_entries / max(total, 1)
         lines.append(
-            f"{len(self)} dimensions, {self.num_channels} channels, "
-            f"{len(self.leaves)} leaves"
+            f"{len(self)} dimensions, {self.num_channels} channels; they hold "
+            f"{self.prunable_entries:,} of {total:,} entries ({share:.1%})"
         )
         if self.frozen:
             lines.append("cannot be cut:")

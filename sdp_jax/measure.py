@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from sdp_jax.groups import PyTree
+from sdp_jax.groups import PyTree, leaf_dtype
 from sdp_jax.tracing.source import user_line
 
 # Primitives that only move or view entries.
@@ -47,6 +47,7 @@ class Cost:
 
     Attributes:
       parameters: number of entries of the parameters.
+      parameter_bytes: their size.
       flops: floating-point operations of one call.
       activation_bytes: size of all intermediate results, as the trace has them (a
         compiler that fuses stores fewer).
@@ -54,6 +55,7 @@ class Cost:
     """
 
     parameters: int
+    parameter_bytes: int
     flops: int
     activation_bytes: int
     equations: tuple[EquationCost, ...]
@@ -61,8 +63,8 @@ class Cost:
     def summary(self, rows: int = 10) -> str:
         """The totals, and the most expensive equations."""
         lines = [
-            f"{self.parameters:,} parameters, {self.flops:,} FLOPs, "
-            f"{self.activation_bytes:,} bytes of activations"
+            f"{self.parameters:,} parameters ({self.parameter_bytes:,} bytes), "
+            f"{self.flops:,} FLOPs, {self.activation_bytes:,} bytes of activations"
         ]
         ranked = sorted(self.equations, key=lambda e: -e.flops * e.repeats)
         for e in ranked[:rows]:
@@ -100,8 +102,10 @@ def cost(fn: Callable[..., Any], params: PyTree, *inputs: Any) -> Cost:
     """
     closed = jax.make_jaxpr(fn)(params, *inputs)
     equations = tuple(_walk(closed.jaxpr, 1))
+    leaves = jax.tree.leaves(params)
     return Cost(
-        sum(math.prod(np.shape(x)) for x in jax.tree.leaves(params)),
+        sum(math.prod(np.shape(x)) for x in leaves),
+        sum(math.prod(np.shape(x)) * leaf_dtype(x).itemsize for x in leaves),
         sum(e.flops * e.repeats for e in equations),
         sum(e.bytes * e.repeats for e in equations),
         equations,

@@ -18,7 +18,7 @@ ALLOWED = {
     "transforms": {"groups", "prox", "strength"},
     "altsdp": {"groups", "strength", "transforms"},
     "tracing": {"groups"},
-    "cut": {"groups"},
+    "cut": {"groups", "measure"},
     "narrow": {"groups", "tracing", "cut"},
     "files": {"groups", "cut"},
     "export": {"groups", "tracing"},

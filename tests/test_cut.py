@@ -330,6 +330,30 @@ def test_nothing_to_cut_is_the_identity():
     assert "100.0%" in cut.summary()
 
 
+def test_summary_shows_what_is_left():
+    params = toy.mlp_params()
+    groups = toy.mlp_groups(params)
+    cut = sdp_jax.Cut(groups, ((0, 1, 2), tuple(range(5))))
+    x, _ = toy.batch()
+    dense = sdp_jax.cost(toy.mlp_apply, params, x)
+    small = sdp_jax.cost(sdp_jax.narrow(toy.mlp_apply, cut), cut.take(params), x)
+    lines = cut.summary(dense, small).splitlines()
+    assert lines[1].split() == ["hidden0", "6", "3", "50.0%"]
+    entries = (4 * 6 + 6 + 6 * 5 + 5 + 5 * 3 + 3, 4 * 3 + 3 + 3 * 5 + 5 + 5 * 3 + 3)
+    assert lines[3].split() == ["entries", "83", "53", f"{entries[1] / entries[0]:.1%}"]
+    assert lines[4].split()[:3] == ["bytes", "332", "212"]
+    assert lines[5].split()[1:3] == [f"{dense.flops:,}", f"{small.flops:,}"]
+    assert lines[6].startswith("activation bytes")
+    with pytest.raises(ValueError, match="both functions or neither"):
+        cut.summary(dense)
+
+
+def test_summary_says_what_share_belongs_to_channels():
+    groups = toy.mlp_groups(hidden=2)
+    assert groups.prunable_entries == 83 - 3
+    assert "80 of 83 entries (96.4%)" in groups.summary()
+
+
 def test_factored_state_is_refused():
     params = {"a": jnp.ones((256, 300)), "b": jnp.ones((300, 256))}
     groups = sdp_jax.groups_from_axes(

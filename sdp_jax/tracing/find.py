@@ -78,7 +78,7 @@ def find_groups(
       ... # doctest: +ELLIPSIS
       dimension  channels  entries/channel  members
       in                8                7  in[1], out[0] (consumer)
-      1 dimensions, 8 channels, 2 leaves
+      1 dimensions, 8 channels; they hold 56 of 56 entries (100.0%)
       cannot be cut:
         in[0], 4 positions: dot_general: meets an axis that is always kept (...)
         out[1], 3 positions: output: is an output of the function
