@@ -58,7 +58,9 @@ def close(a, b, rtol):
     np.testing.assert_allclose(a, b, rtol=0, atol=rtol * scale)
 
 
-def check(fn, params, inputs, *, shares=(0.5,), seeds=(0,), rtol=1e-9, grads=True):
+def check(
+    fn, params, inputs, *, shares=(0.5,), seeds=(0,), rtol=1e-9, grads=True, join=None
+):
     """Checks the promise; returns the groups.
 
     Args:
@@ -69,6 +71,8 @@ def check(fn, params, inputs, *, shares=(0.5,), seeds=(0,), rtol=1e-9, grads=Tru
       seeds: seeds of the choice.
       rtol: tolerance relative to the largest entry.
       grads: whether to compare gradients as well, at the first share.
+      join: if the function returns ``(result, state)``: what puts the state into the
+        parameters, so that it can be cut like them.
     """
     groups = sdp_jax.find_groups(fn, params, *inputs)
     assert sdp_jax.Groups.from_json(groups.to_json()) == groups
@@ -90,6 +94,9 @@ def check(fn, params, inputs, *, shares=(0.5,), seeds=(0,), rtol=1e-9, grads=Tru
             narrowed = sdp_jax.narrow(fn, cut)
             expected = jax.jit(fn)(dense, *inputs)
             found = jax.jit(narrowed)(small, *inputs)
+            if join is not None:
+                expected = expected[0], cut.take(join(dense, expected[1]))
+                found = found[0], join(small, found[1])
             assert jax.tree.structure(found) == jax.tree.structure(expected)
             for a, b in zip(
                 jax.tree.leaves(found), jax.tree.leaves(expected), strict=True

@@ -27,32 +27,48 @@ class Model:
       inputs: the other arguments.
       share: share of the parameters that is gone when every dimension is down to one
         channel.
+      train: in training mode, ``(result, new running statistics)``, if that differs.
+      join: puts new running statistics into the parameters.
     """
 
     fn: Callable[..., Any]
     shapes: Any
     inputs: tuple[Any, ...]
     share: float
+    train: Callable[..., Any] | None = None
+    join: Callable[[Any, Any], Any] | None = None
 
 
-def norm(train=False, **kwargs):
-    return nn.BatchNorm(use_running_average=not train, **kwargs)
+class norm(nn.Module):
+    """Batch normalisation that trains where its statistics can be changed."""
+
+    @nn.compact
+    def __call__(self, x):
+        fixed = self.is_initializing() or not self.is_mutable_collection("batch_stats")
+        return nn.BatchNorm(use_running_average=fixed)(x)
 
 
 def linen(module, *inputs, share, **kwargs):
     inputs = tuple(jnp.asarray(x) for x in inputs)
     shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), *inputs, **kwargs))
-    return Model(lambda v, *x: module.apply(v, *x, **kwargs), shapes, inputs, share)
+    model = Model(lambda v, *x: module.apply(v, *x, **kwargs), shapes, inputs, share)
+    if "batch_stats" not in shapes:
+        return model
+    return dataclasses.replace(
+        model,
+        train=lambda v, *x: module.apply(v, *x, **kwargs, mutable=["batch_stats"]),
+        join=lambda v, stats: v | stats,
+    )
 
 
 class Vgg(nn.Module):
     @nn.compact
-    def __call__(self, x, train=False):
+    def __call__(self, x):
         for width in (8, "pool", 12, "pool"):
             if width == "pool":
                 x = nn.max_pool(x, (2, 2), (2, 2))
             else:
-                x = nn.relu(norm(train)(nn.Conv(width, (3, 3))(x)))
+                x = nn.relu(norm()(nn.Conv(width, (3, 3))(x)))
         x = nn.relu(nn.Dense(16)(x.reshape(x.shape[0], -1)))
         return nn.Dense(10)(x)
 
@@ -356,7 +372,17 @@ def from_nnx(kind, x, share):
     params, rest = nnx.split_state(state, (nnx.Param, nnx.BatchStat), ...)
     rest = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), rest)
     assert not jax.tree.leaves(rest)
-    return Model(lambda p, x: nnx.merge(graph, p)(x), params, (jnp.asarray(x),), share)
+    model = Model(lambda p, x: nnx.merge(graph, p)(x), params, (jnp.asarray(x),), share)
+    if not jax.tree.leaves(nnx.split_state(state, nnx.BatchStat, ...)[0]):
+        return model
+
+    def train(p, x):
+        module = nnx.merge(graph, p)
+        module.train()
+        out = module(x)
+        return out, nnx.state(module, nnx.BatchStat)
+
+    return dataclasses.replace(model, train=train, join=nnx.merge_state)
 
 
 def from_equinox():
@@ -378,7 +404,12 @@ def from_haiku():
     params, state = jax.eval_shape(lambda: pure.init(jax.random.key(0), x, train=True))
     variables = {"params": params, "state": state}
     return Model(
-        lambda v, x: pure.apply(v["params"], v["state"], x)[0], variables, (x,), 0.9
+        lambda v, x: pure.apply(v["params"], v["state"], x)[0],
+        variables,
+        (x,),
+        0.9,
+        lambda v, x: pure.apply(v["params"], v["state"], x, train=True),
+        lambda v, state: v | {"state": state},
     )
 
 

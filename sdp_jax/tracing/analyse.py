@@ -134,11 +134,12 @@ def _owner(
 ) -> Value | None:
     """The running state of which an output is the new value, by path and shape."""
     found: dict[int, Value] = {}
+    keys = "/".join(keys).split("/")  # Haiku has slashes in its keys.
     for path, owner in states.items():
         parts = path.split("/")
         # Without its first key only if that leaves more than a name like "mean".
         for tail in (parts, parts[1:] if len(parts) > 2 else []):
-            if tail and list(keys[-len(tail) :]) == tail and owner.shape == value.shape:
+            if tail and keys[-len(tail) :] == tail and owner.shape == value.shape:
                 found.setdefault(len(tail), owner)
     return found[max(found)] if found else None
 
