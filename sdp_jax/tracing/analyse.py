@@ -12,7 +12,7 @@ import numpy as np
 
 from sdp_jax.groups import PyTree, leaf_dtype, leaf_keys, leaf_table
 from sdp_jax.tracing.atoms import Reason, Solution
-from sdp_jax.tracing.rules import ANALYSE, KNOWN
+from sdp_jax.tracing.rules import ANALYSE, EVEN, KNOWN
 from sdp_jax.tracing.trace import Body, Trace
 from sdp_jax.tracing.values import Value
 
@@ -92,7 +92,7 @@ def analyse(
 
     moving = [leaves[i] for i in dynamic]
     closed, out_shape = jax.make_jaxpr(function, return_shape=True)(params, moving)
-    trace = Trace(ANALYSE, known=KNOWN, derivatives=derivatives)
+    trace = Trace(ANALYSE, known=KNOWN, even=EVEN, derivatives=derivatives)
     space = trace.space
     ins = (*closed.jaxpr.invars, *closed.jaxpr.constvars)
     trace.sizes.start(n for v in ins for n in getattr(v.aval, "shape", ()))

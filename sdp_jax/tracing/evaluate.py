@@ -1,17 +1,35 @@
 """Evaluates a trace on the small arrays."""
 
 import contextlib
+import dataclasses
 from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.extend.core import Literal
 
 from sdp_jax.tracing.atoms import Solution
 from sdp_jax.tracing.trace import Body, Record
-from sdp_jax.tracing.values import Axis, Value, length
+from sdp_jax.tracing.values import ZERO, Axis, Value, length
+
+
+@dataclasses.dataclass
+class _Frame:
+    """What a body that runs has computed.
+
+    Attributes:
+      env: the arrays.
+      makers: the equation that made each array.
+      absent: what absent positions hold, by array and axis.
+    """
+
+    env: dict[Any, Any]
+    makers: dict[Any, Record] = dataclasses.field(default_factory=dict)
+    absent: dict[tuple[Any, int], Any] = dataclasses.field(default_factory=dict)
+
 
 _NOTHING = contextlib.nullcontext()
 
@@ -35,6 +53,7 @@ class Evaluator:
           symbolic: numbers that stand for symbolic sizes.
         """
         self._symbolic = symbolic
+        self._frames: list[_Frame] = []
         self._label = solution.label
         self._keep = keep
         self._rebuild = rebuild
@@ -111,6 +130,15 @@ class Evaluator:
           The small arrays that come out.
         """
         env: dict[Any, Any] = {}
+        frame = _Frame(env)
+        self._frames.append(frame)
+        try:
+            return self._run(body, args, frame)
+        finally:
+            self._frames.pop()
+
+    def _run(self, body: Body, args: Sequence[Any], frame: "_Frame") -> list[Any]:
+        env = frame.env
         consts = map(self.take, body.consts, body.const_values)
         env.update(zip(body.jaxpr.constvars, consts, strict=True))
         env.update(zip(body.jaxpr.invars, args, strict=True))
@@ -122,7 +150,52 @@ class Evaluator:
             with jax.named_scope(name_stack) if name_stack else _NOTHING:
                 outs = self._evaluate(record, small)
             env.update(zip(record.eqn.outvars, outs, strict=True))
+            frame.makers.update((v, record) for v in record.eqn.outvars)
         return [v.val if isinstance(v, Literal) else env[v] for v in body.jaxpr.outvars]
+
+    def background(self, record: Record, dimension: int) -> Any:
+        """What the absent positions of the operand of a reduction hold.
+
+        Args:
+          record: the reduction, of the body that runs.
+          dimension: an axis of its operand along which all of them hold the same.
+
+        Returns:
+          The operand with length 1 along that axis.
+        """
+        return self._absent(record.eqn.invars[0], record.ins[0], dimension)
+
+    def _absent(self, var: Any, value: Value, dimension: int) -> Any:
+        if isinstance(var, Literal):
+            return var.val
+        frame = self._frames[-1]
+        array = frame.env[var]
+        if not value.axes or not value.axes[dimension]:
+            return array  # A scalar, or length 1.
+        key = (var, dimension)
+        if key not in frame.absent:
+            shape = [1 if d == dimension else n for d, n in enumerate(array.shape)]
+            if value.zero or all(f.fill == ZERO for f in value.axes[dimension]):
+                frame.absent[key] = jnp.zeros(shape, array.dtype)
+            else:
+                maker = frame.makers[var]
+                frame.absent[key] = self._repeat(maker, dimension, shape)
+        return frame.absent[key]
+
+    def _repeat(self, record: Record, dimension: int, shape: Sequence[Any]) -> Any:
+        """An equation again, on what absent positions hold."""
+        if record.eqn.primitive.name != "broadcast_in_dim":
+            operands = zip(record.eqn.invars, record.ins, strict=True)
+            return self.rebind(
+                record, [self._absent(var, value, dimension) for var, value in operands]
+            )[0]
+        var, value = record.eqn.invars[0], record.ins[0]
+        where = list(record.eqn.params["broadcast_dimensions"])
+        if dimension in where:
+            small = self._absent(var, value, where.index(dimension))
+        else:
+            small = var.val if isinstance(var, Literal) else self._frames[-1].env[var]
+        return lax.broadcast_in_dim(small, shape, where)
 
     def _evaluate(self, record: Record, args: list[Any]) -> Sequence[Any]:
         # Also where a cut has emptied a part: a group of which no channel is left.

@@ -22,6 +22,14 @@ KNOWN = (
     set(rules_elementwise.RULES) | set(rules_shape.RULES) | set(rules_contract.RULES)
 ) - {"random_bits", "rng_bit_generator", "rng_uniform", "debug_callback", "debug_print"}
 
+# What evaluation can repeat on what absent positions hold.
+EVEN = {"broadcast_in_dim", *rules_elementwise.RULES} - {
+    "optimization_barrier",
+    "bitcast_convert_type",
+    "debug_callback",
+    "debug_print",
+}
+
 REBUILD: dict[str, Any] = {
     **rules_shape.REBUILD,
     **rules_contract.REBUILD,

@@ -1,10 +1,14 @@
 """Contractions and reductions: where absent terms must be zero."""
 
+from collections.abc import Sequence
 from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
 
 from sdp_jax.tracing.rules_elementwise import joint_fill
 from sdp_jax.tracing.trace import INEXACT, Record, Trace, need_zero
-from sdp_jax.tracing.values import ZERO, Axis, Factor, Value, refill
+from sdp_jax.tracing.values import ZERO, Axis, Factor, Value, length, refill
 
 
 def _contract(
@@ -94,9 +98,48 @@ def _rebuild_conv(n: Any, record: Record, args: list[Any]) -> list[Any]:
 
 def _sum(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
     x = ins[0]
-    for d in eqn.params["axes"]:
-        need_zero(t, eqn, x.axes[d])
+    _even_out(t, eqn, x, eqn.params["axes"])
     return [_drop(x, eqn.params["axes"])]
+
+
+def _even_out(t: Trace, eqn: Any, x: Value, dimensions: Sequence[int]) -> None:
+    """Reduces over axes whose absent entries are zero, or the same along one axis."""
+    live = {d: [f for f in x.axes[d] if not t.space.is_plain(f)] for d in dimensions}
+    lost = [d for d in dimensions if any(f.fill is None for f in live[d])]
+    for d in dimensions:
+        if lost != [d] or len(live[d]) != 1 or not live[d][0].even:
+            need_zero(t, eqn, x.axes[d])
+
+
+def _rebuild_sum(n: Any, record: Record, args: list[Any]) -> list[Any]:
+    (out,) = n.rebind(record, args)
+    for d in record.eqn.params["axes"]:
+        axis = record.ins[0].axes[d]
+        if n.is_cut(axis) and any(f.fill is None for f in axis):
+            absent = length(axis) - n.size(axis, length(axis))
+            (rest,) = n.rebind(record, [n.background(record, d)])
+            out = out + rest * jnp.asarray(absent, out.dtype)
+    return [out]
+
+
+def _extreme(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
+    _even_out(t, eqn, ins[0], eqn.params["axes"])
+    return [_drop(ins[0], eqn.params["axes"])]
+
+
+def _rebuild_extreme(n: Any, record: Record, args: list[Any]) -> list[Any]:
+    join = lax.max if record.eqn.primitive.name == "reduce_max" else lax.min
+    (out,) = n.rebind(record, args)
+    for d in record.eqn.params["axes"]:
+        if n.is_cut(record.ins[0].axes[d]):
+            out = join(out, n.rebind(record, [n.background(record, d)])[0])
+    return [out]
+
+
+def _bits(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
+    for d in eqn.params["axes"]:
+        need_zero(t, eqn, ins[0].axes[d])
+    return [_drop(ins[0], eqn.params["axes"])]
 
 
 def _drop(x: Value, axes: Any) -> Value:
@@ -207,9 +250,9 @@ RULES: dict[str, Any] = {
     "dot_general": _dot,
     "conv_general_dilated": _conv,
     "reduce_sum": _sum,
-    "reduce_or": _sum,
-    "reduce_xor": _sum,
-    **dict.fromkeys(("reduce_max", "reduce_min", "reduce_prod", "reduce_and"), _reduce),
+    **dict.fromkeys(("reduce_or", "reduce_xor"), _bits),
+    **dict.fromkeys(("reduce_max", "reduce_min"), _extreme),
+    **dict.fromkeys(("reduce_prod", "reduce_and"), _reduce),
     **dict.fromkeys(("argmax", "argmin"), _argument),
     **dict.fromkeys(
         ("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp"), _cumulate
@@ -230,4 +273,8 @@ RULES: dict[str, Any] = {
     ),
 }
 
-REBUILD: dict[str, Any] = {"conv_general_dilated": _rebuild_conv}
+REBUILD: dict[str, Any] = {
+    "conv_general_dilated": _rebuild_conv,
+    "reduce_sum": _rebuild_sum,
+    **dict.fromkeys(("reduce_max", "reduce_min"), _rebuild_extreme),
+}

@@ -1,5 +1,6 @@
 """Element-wise primitives: positions are equated; what matters is f(0, …)."""
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -64,10 +65,16 @@ def combine(
             given: list[Fill] = [ZERO if v.zero else None for v in ins]
             for i, f in zip(along, factors, strict=True):
                 given[i] = ZERO if ins[i].zero else f.fill
+            operands = factors
             poles = {"pole": given, "first": given[1:]}.get(fills, [])
             if any(f is not None for f in poles):
                 factors = t.freeze(eqn, factors[:1], "is not finite at zero")
-            axis.append(Factor(factors[0].atoms, joint_fill(t, given[skip:], fills)))
+            fill = joint_fill(t, given[skip:], fills)
+            even = fill is None and all(
+                ins[i].zero or f.fill == ZERO or f.even
+                for i, f in zip(along, operands, strict=True)
+            )
+            axis.append(Factor(factors[0].atoms, fill, even))
         axes.append(tuple(axis))
     return Value(tuple(axes), data, zero)
 
@@ -106,7 +113,15 @@ def _literal(eqn: Any, position: int) -> float | None:
 
 
 def _select(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
-    return [combine(t, eqn, ins, "all", skip=1)]
+    which = ins[0].known
+    if which is None or which.ndim:
+        return [combine(t, eqn, ins, "all", skip=1)]
+    # The others only lend their shape.
+    value = combine(t, eqn, ins, "lose")
+    chosen = combine(t, eqn, [ins[1 + int(which)]], "all")
+    if not chosen.axes:
+        return [dataclasses.replace(value, zero=chosen.zero)]
+    return [dataclasses.replace(chosen, data=value.data)]
 
 
 def _clamp(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:

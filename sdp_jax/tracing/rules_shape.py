@@ -22,10 +22,15 @@ def _broadcast(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
         if length(axis) == shape[d]:
             axes[d] = axis
     out = [
-        t.space.fresh(n, fill) if a is None else a
+        _repeated(t, n, fill) if a is None else a
         for n, a in zip(shape, axes, strict=True)
     ]
     return [Value(tuple(out), x.data, x.zero)]
+
+
+def _repeated(t: Trace, size: int, fill: Fill) -> Axis:
+    """An axis along which an array is the same everywhere."""
+    return tuple(Factor(f.atoms, fill, True) for f in t.space.fresh(size, fill))
 
 
 def _rebuild_broadcast(n: Any, record: Record, args: list[Any]) -> list[Any]:

@@ -72,6 +72,7 @@ class Trace:
         rules: Mapping[str, Analyse],
         *,
         known: Set[str] = frozenset(),
+        even: Set[str] = frozenset(),
         derivatives: bool = True,
     ) -> None:
         """Starts a walk.
@@ -80,6 +81,7 @@ class Trace:
           rules: what to do with each primitive.
           known: primitives whose integer results are computed where their operands
             are known: indices, most often.
+          even: primitives that evaluation can repeat on what absent positions hold.
           derivatives: whether to follow the derivative rules of element-wise
             functions, too; they ask for nothing new, but evaluation needs them.
         """
@@ -90,6 +92,7 @@ class Trace:
         self.depth = 0
         self._rules = rules
         self._known = known
+        self._even = even
 
     @contextlib.contextmanager
     def deeper(self) -> Iterator[None]:
@@ -112,13 +115,14 @@ class Trace:
           Its trace.
         """
         const_values = [self.constant(c) for c in consts]
+        ins = [_uneven(v) for v in ins]
         env: dict[Any, Value] = {}
         env.update(zip(jaxpr.constvars, const_values, strict=True))
         env.update(zip(jaxpr.invars, ins, strict=True))
 
         def read(var: Any) -> Value:
             if isinstance(var, Literal):
-                return self.constant(var.val)
+                return self.constant(np.asarray(var.val, var.aval.dtype))
             return env[var]
 
         records = []
@@ -130,7 +134,10 @@ class Trace:
                 rule = _nothing
             outcome = rule(self, view, values)
             outs, bodies = outcome if isinstance(outcome, tuple) else (outcome, ())
-            outs = self._compute(view, values, [self.settled(v) for v in outs])
+            outs = [self.settled(v) for v in outs]
+            if eqn.primitive.name not in self._even:
+                outs = [_uneven(v) for v in outs]
+            outs = self._compute(view, values, outs)
             records.append(Record(eqn, view, values, outs, bodies))
             env.update(zip(eqn.outvars, outs, strict=True))
         outs = [read(v) for v in jaxpr.outvars]
@@ -149,7 +156,7 @@ class Trace:
         known = not isinstance(array, jax.core.Tracer) and np.size(array) <= 4096
         zero = known and not np.any(np.asarray(array))
         value = self.space.fresh_value(shape, data=False, zero=bool(zero))
-        if known and dtype is not None and _is_small_integer(shape, dtype):
+        if known and dtype is not None and _is_index(shape, dtype):
             return dataclasses.replace(value, known=np.asarray(array))
         return value
 
@@ -159,9 +166,7 @@ class Trace:
             eqn.primitive.name not in self._known
             or any(v.known is None for v in ins)
             or isinstance(eqn, Equation)
-            or not all(
-                _is_small_integer(v.aval.shape, v.aval.dtype) for v in eqn.outvars
-            )
+            or not all(_is_index(v.aval.shape, v.aval.dtype) for v in eqn.outvars)
         ):
             return outs
         with jax.ensure_compile_time_eval():
@@ -184,7 +189,7 @@ class Trace:
         if not value.data or not any(f.fill for axis in value.axes for f in axis):
             return value
         axes = tuple(
-            tuple(Factor(f.atoms, self.settle(f.fill)) for f in axis)
+            tuple(Factor(f.atoms, self.settle(f.fill), f.even) for f in axis)
             for axis in value.axes
         )
         return dataclasses.replace(value, axes=axes)
@@ -215,6 +220,14 @@ def need_zero(t: Trace, eqn: Any, axis: Axis) -> None:
             t.settle(f.fill)
 
 
+def _uneven(value: Value) -> Value:
+    """The value where nothing is known of what absent positions hold but zeros."""
+    if not any(f.even for axis in value.axes for f in axis):
+        return value
+    axes = tuple(tuple(Factor(f.atoms, f.fill) for f in axis) for axis in value.axes)
+    return dataclasses.replace(value, axes=axes)
+
+
 def _live(jaxpr: Any) -> list[Any]:
     """The equations on which results depend."""
     needed = {v for v in jaxpr.outvars if not isinstance(v, Literal)}
@@ -226,7 +239,10 @@ def _live(jaxpr: Any) -> list[Any]:
     return live[::-1]
 
 
-def _is_small_integer(shape: Sequence[int], dtype: Any) -> bool:
+def _is_index(shape: Sequence[int], dtype: Any) -> bool:
+    """Whether the entries are worth knowing: small integers, and scalars."""
+    if shape == ():
+        return True
     whole = jnp.issubdtype(dtype, jnp.integer) or jnp.issubdtype(dtype, jnp.bool_)
     return whole and math.prod(shape) <= _SMALL
 

@@ -22,10 +22,18 @@ ZERO: frozenset[int] = frozenset()
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Factor:
-    """A factor of an axis: its atoms and what absent positions hold."""
+    """A factor of an axis: its atoms and what absent positions hold.
+
+    Attributes:
+      atoms: an atom for each position.
+      fill: the fill.
+      even: whether all absent positions hold the same, which can be computed from
+        arrays of the same jaxpr. Said of fills that are not zero.
+    """
 
     atoms: np.ndarray
     fill: Fill
+    even: bool = False
 
     @property
     def size(self) -> int:
@@ -44,7 +52,7 @@ class Value:
       axes: the factors of each axis.
       data: whether it depends on the inputs (an activation), not on parameters alone.
       zero: whether it is zero everywhere.
-      known: the entries, of small integer arrays that depend on nothing.
+      known: the entries, of scalars and small integer arrays that depend on nothing.
     """
 
     axes: tuple[Axis, ...]
@@ -199,7 +207,7 @@ class Space:
                 else:
                     self.atoms.equate(head.atoms, f.atoms)
             for line, f in zip(out, factors, strict=True):
-                line.append(Factor(head.atoms, f.fill))
+                line.append(Factor(head.atoms, f.fill, f.even))
         return [tuple(line) for line in out]
 
     def regroup(self, axes: Sequence[Axis], sizes: Sequence[int]) -> list[Axis] | None:
