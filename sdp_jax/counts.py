@@ -30,18 +30,19 @@ class Polynomial:
 
     def __add__(self, other: Any) -> "Polynomial":
         """Sum with a polynomial or a number."""
-        terms = Counter(self.terms)
+        terms = dict(self.terms)
         for key, value in _terms(other).items():
-            terms[key] += value
-        return Polynomial(dict(terms))
+            terms[key] = terms.get(key, 0.0) + value
+        return Polynomial(terms)
 
     def __mul__(self, other: Any) -> "Polynomial":
         """Product with a polynomial or a number."""
-        terms: Counter[tuple[int, ...]] = Counter()
+        terms: dict[tuple[int, ...], float] = {}
         for a, x in self.terms.items():
             for b, y in _terms(other).items():
-                terms[tuple(sorted(a + b))] += x * y
-        return Polynomial(dict(terms))
+                key = tuple(sorted(a + b))
+                terms[key] = terms.get(key, 0.0) + x * y
+        return Polynomial(terms)
 
     __radd__ = __add__
     __rmul__ = __mul__

@@ -518,7 +518,7 @@ def _wanted(
         return jax.ops.segment_sum(part, owner, len(sizes), indices_are_sorted=True)
 
     def left(number: jax.Array) -> jax.Array:
-        widths = np.asarray(sizes) - gone(number.astype(flat.dtype))
+        widths = jnp.asarray(sizes) - gone(number.astype(flat.dtype))
         return share_left(widths)
 
     def halve(_: int, between: tuple[jax.Array, jax.Array]) -> Any:

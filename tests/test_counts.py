@@ -12,7 +12,8 @@ from tests.zoo import ZOO
 
 
 @pytest.mark.parametrize(
-    "name", ["resnext", "densenet", "vit_fused", "decoder", "lstm", "unet", "experts"]
+    "name",
+    ["resnext", "densenet", "vit_fused", "decoder", "lstm", "unet", "actor_critic"],
 )
 def test_they_are_what_the_small_function_costs(name, x64):
     model = ZOO[name]()

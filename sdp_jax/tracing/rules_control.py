@@ -1,5 +1,6 @@
 """Calls, loops, branches and custom derivatives: the trace goes into their bodies."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,6 +12,7 @@ from jax import lax
 
 from sdp_jax.tracing import rules_elementwise
 from sdp_jax.tracing.sizes import original
+from sdp_jax.tracing.source import is_jax
 from sdp_jax.tracing.trace import (
     Body,
     Nested,
@@ -27,7 +29,9 @@ MAX_DEPTH = 2
 def _call(t: Trace, eqn: Any, ins: list[Value]) -> Nested:
     inner = eqn.params["jaxpr" if "jaxpr" in eqn.params else "call_jaxpr"]
     consts = getattr(inner, "consts", ())
-    body = t.run(getattr(inner, "jaxpr", inner), consts, ins)
+    # JAX traces its own functions once, wherever they were called first.
+    with t.at(eqn) if is_jax(inner) else contextlib.nullcontext():
+        body = t.run(getattr(inner, "jaxpr", inner), consts, ins)
     return body.outs, (body,)
 
 
@@ -191,7 +195,7 @@ def _elementwise(body: Body) -> bool:
 
 def _custom_jvp(t: Trace, eqn: Any, ins: list[Value]) -> Nested:
     outs, bodies = _call(t, eqn, ins)
-    known = _is_jax(eqn.params["call_jaxpr"]) and _elementwise(bodies[0])
+    known = is_jax(eqn.params["call_jaxpr"]) and _elementwise(bodies[0])
     if t.depth >= MAX_DEPTH or (known and not t.derivatives):
         return outs, bodies
     fixed = [not _is_float(v.aval) for v in eqn.invars]
@@ -221,13 +225,6 @@ def _weakened(t: Trace, eqn: Any, value: Value, tangent: Value) -> Value:
             )
         )
     return dataclasses.replace(value, axes=tuple(axes))
-
-
-def _is_jax(closed: Any) -> bool:
-    """Whether a function is one of JAX's own, whose derivative rules are right."""
-    info = getattr(getattr(closed, "jaxpr", closed), "debug_info", None)
-    source = str(getattr(info, "func_src_info", ""))
-    return "/site-packages/jax/" in source.replace("\\", "/")
 
 
 def _equate(t: Trace, eqn: Any, outs: Sequence[Value], others: Sequence[Value]) -> None:

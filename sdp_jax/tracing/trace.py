@@ -90,6 +90,7 @@ class Trace:
         self.sizes = Sizes()
         self.producers: set[int] = set()
         self.depth = 0
+        self._place: Any = None
         self._rules = rules
         self._known = known
         self._even = even
@@ -102,6 +103,19 @@ class Trace:
             yield
         finally:
             self.depth -= 1
+
+    @contextlib.contextmanager
+    def at(self, eqn: Any) -> Iterator[None]:
+        """While reasons give the place of this equation."""
+        before = self._place
+        self._place = before or eqn.source_info
+        try:
+            yield
+        finally:
+            self._place = before
+
+    def _reason(self, eqn: Any, why: str) -> Reason:
+        return Reason(eqn.primitive.name, why, self._place or eqn.source_info)
 
     def run(self, jaxpr: Any, consts: Sequence[Any], ins: Sequence[Value]) -> Body:
         """Walks a jaxpr.
@@ -122,7 +136,7 @@ class Trace:
 
         def read(var: Any) -> Value:
             if isinstance(var, Literal):
-                return self.constant(np.asarray(var.val, var.aval.dtype))
+                return self.constant(np.asarray(var.val, jnp.result_type(var.aval)))
             return env[var]
 
         records = []
@@ -196,17 +210,12 @@ class Trace:
 
     def freeze(self, eqn: Any, axis: Axis, why: str) -> Axis:
         """Freezes an axis on account of an equation."""
-        return self.space.freeze(axis, reason(eqn, why))
+        return self.space.freeze(axis, self._reason(eqn, why))
 
     def unify(self, eqn: Any, axes: Sequence[Axis]) -> list[Axis]:
         """Equates axes on account of an equation; each keeps its own fills."""
-        why = reason(eqn, "meets an axis that is always kept")
+        why = self._reason(eqn, "meets an axis that is always kept")
         return self.space.unify(axes, why)
-
-
-def reason(eqn: Any, why: str) -> Reason:
-    """A reason with the place of an equation."""
-    return Reason(eqn.primitive.name, why, eqn.source_info)
 
 
 def need_zero(t: Trace, eqn: Any, axis: Axis) -> None:
