@@ -13,15 +13,18 @@ from tests import toy
 ROOT = pathlib.Path(__file__).parent.parent
 
 
-def test_example():
-    blocks = re.findall(
+def blocks():
+    return re.findall(
         r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL
     )
+
+
+def test_example():
     params = toy.mlp_params(widths=(4, 20, 3))
     x, _ = toy.batch()
     names = {"params": params, "loss": toy.loss, "apply": toy.mlp_apply, "x": x}
     names["batches"] = [toy.batch(seed=i % 7) for i in range(700)]
-    exec(blocks[0], names)
+    exec(blocks()[0], names)
     dense, small, cut = names["params"], names["small"], names["cut"]
     assert cut.widths == {"layer0": 20 - round(0.7 * 20)}
     np.testing.assert_allclose(
@@ -31,8 +34,19 @@ def test_example():
     assert float(toy.loss(small, toy.batch())) < float(start)
     assert isinstance(names["groups"], sdp_jax.Groups)
     assert all(jnp.isfinite(p).all() for p in jax.tree.leaves(small))
-    exec(blocks[1], names)
+    exec(blocks()[1], names)
     assert names["cut"].widths["layer0"] < 20
+
+
+def test_export_example(tmp_path, monkeypatch):
+    block = next(b for b in blocks() if "export_stablehlo" in b)
+    params = toy.mlp_params()
+    x, _ = toy.batch()
+    names = {"small_apply": jax.jit(toy.mlp_apply), "small": params, "x": x}
+    monkeypatch.chdir(tmp_path)
+    exec("import jax, sdp_jax\n" + block, names)
+    found = names["model"].call(x[:3])
+    np.testing.assert_allclose(found, toy.mlp_apply(params, x[:3]), rtol=1e-5)
 
 
 def test_what_it_names_is_there():

@@ -380,6 +380,18 @@ def test_running_statistics_of_one_name_do_not_tie_layers_together(x64):
     assert sorted(groups.sizes.values()) == [8, 8, 8]
 
 
+def test_numbers_that_the_function_needs_are_named():
+    def fn(params, x, times):
+        return jnp.concatenate([x @ params["a"]] * times) @ params["b"]
+
+    with pytest.raises(TypeError) as caught:
+        sdp_jax.find_groups(fn, shapes(**MLP), jnp.ones((2, 5)), 3)
+    assert any("functools.partial" in note for note in caught.value.__notes__)
+    x = jnp.ones((2, 5))
+    groups = sdp_jax.find_groups(lambda p, x: fn(p, x, 3), shapes(**MLP), x)
+    assert groups.sizes == {"a": 8}
+
+
 def test_frozen_axes_say_why_and_where(x64):
     def fn(params, x):
         x = jnp.tanh(x @ params["a"])

@@ -1,10 +1,11 @@
 """Cost of finding groups, and speed of the narrowed function.
 
 ``python -m experiments.benchmarks.tracing`` prints, for full-size networks, the seconds
-that ``jax.make_jaxpr`` takes and what ``find_groups`` adds to it; then, with half of
-the channels of each dimension cut, the time of the small function relative to the
-dense one and to the same architecture written at the small widths, compiled, run in
-turns. Last comes a decoder of 70 billion parameters, from shapes alone.
+that ``jax.make_jaxpr`` takes and what ``find_groups`` adds to it, and the time of one
+compiled call; then, with half of the channels of each dimension cut, FLOPs and time of
+the dense function relative to the small one, and the time of the small one relative to
+the same architecture written at the small widths, compiled, run in turns. Last comes a
+decoder of 70 billion parameters, from shapes alone.
 """
 
 import dataclasses
@@ -230,7 +231,8 @@ def main(config: Config) -> dict[str, dict[str, float]]:
     }
     x = jnp.ones((2, config.image, config.image, 3))
     print(
-        f"{'network':<14} trace  groups  channels  forward ms  dense/small  small/twin"
+        f"{'network':<14} trace  groups  channels  forward ms  dense/small: FLOPs   time"
+        "  small/twin"
     )
     figures: dict[str, dict[str, float]] = {}
     for name, (network, twin) in networks.items():
@@ -238,10 +240,17 @@ def main(config: Config) -> dict[str, dict[str, float]]:
         trace, extra, groups = time_groups(network.apply, shapes, x, 5)
         found = {"trace": trace, "groups": extra, "channels": groups.num_channels}
         line = f"{name:<14} {trace:5.2f}  {extra:6.2f}  {groups.num_channels:8d}"
-        if twin is not None:
-            dense, small, ratio = _speed(network, twin, groups, x, config.repeats)
-            found |= {"dense": dense, "small": small, "twin": small / ratio}
-            line += f"  {dense * 1e3:10.1f}  {dense / small:11.2f}  {ratio:10.2f}"
+        variables = network.init(jax.random.key(0), x)
+        if twin is None:
+            args = [(variables, x)]
+            (dense,) = sdp_jax.latency(network.apply, args=args, repeats=config.repeats)
+            found["dense"] = dense
+            line += f"  {dense * 1e3:10.1f}"
+        else:
+            found |= _speed(network, twin, groups, variables, x, config.repeats)
+            dense, small, same = found["dense"], found["small"], found["twin"]
+            line += f"  {dense * 1e3:10.1f}  {found['flops']:18.2f}  "
+            line += f"{dense / small:5.2f}  {small / same:10.2f}"
         figures[name] = found
         print(line)
     if config.layers:
@@ -263,11 +272,11 @@ def _speed(
     network: nn.Module,
     twin: nn.Module,
     groups: sdp_jax.Groups,
+    variables: Any,
     x: jax.Array,
     repeats: int,
-) -> tuple[float, float, float]:
-    """Seconds of dense and small function, and small relative to its twin."""
-    variables = network.init(jax.random.key(0), x)
+) -> dict[str, float]:
+    """Seconds of dense and small function and of its twin; ratio of the FLOPs."""
     cut = sdp_jax.Cut(groups, tuple(tuple(range(d.size // 2)) for d in groups))
     small = cut.take(variables)
     written = twin.init(jax.random.key(0), x)
@@ -281,7 +290,9 @@ def _speed(
         args=[(variables, x), (small, x), (written, x)],
         repeats=repeats,
     )
-    return dense, after, after / same
+    before = sdp_jax.cost(network.apply, variables, x).flops
+    flops = before / sdp_jax.cost(narrowed, small, x).flops
+    return {"dense": dense, "small": after, "twin": same, "flops": flops}
 
 
 if __name__ == "__main__":

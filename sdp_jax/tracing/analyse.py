@@ -91,7 +91,17 @@ def analyse(
         return fn(params, *jax.tree.unflatten(treedef, full))
 
     moving = [leaves[i] for i in dynamic]
-    closed, out_shape = jax.make_jaxpr(function, return_shape=True)(params, moving)
+    try:
+        closed, out_shape = jax.make_jaxpr(function, return_shape=True)(params, moving)
+    except TypeError as error:
+        numbers = [leaf for leaf in moving if isinstance(leaf, int | float)]
+        if numbers:
+            error.add_note(
+                f"sdp_jax traces the numbers {numbers} among the inputs as arrays. If "
+                "the function needs them as Python numbers, fix them: "
+                "functools.partial(fn, n=3), or lambda params, x: fn(params, x, 3)"
+            )
+        raise
     trace = Trace(ANALYSE, known=KNOWN, even=EVEN, derivatives=derivatives)
     space = trace.space
     ins = (*closed.jaxpr.invars, *closed.jaxpr.constvars)

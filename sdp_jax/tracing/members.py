@@ -71,7 +71,11 @@ def _candidates(found: Analysis) -> list[list[_Place]]:
         positions.append(where.astype(np.int32))
     if not labels:
         return []
-    label, number, position = map(np.concatenate, (labels, numbers, positions))
+    # These are the largest arrays of a search: as long as all axes of all parameters.
+    label, number, position = (
+        np.concatenate(lines, dtype=np.int32) for lines in (labels, numbers, positions)
+    )
+    del labels, numbers, positions
     if not len(label):
         return []
     # A signature for each class: a sum of random numbers, one for each axis.
@@ -80,10 +84,14 @@ def _candidates(found: Analysis) -> list[list[_Place]]:
     np.add.at(signature, label, codes[number])
     # They come in the order of axes and positions; stable sorts keep that.
     kind = np.unique(signature, return_inverse=True)[1].reshape(-1)
-    order = np.argsort(label, kind="stable")
-    key = kind[label[order]] * len(found.axes) + number[order]
-    order = order[np.argsort(key, kind="stable")]
+    order = np.argsort(label, kind="stable").astype(np.int32)
     label, number, position = label[order], number[order], position[order]
+    dtype = np.min_scalar_type(-int(kind.max() + 1) * len(found.axes))
+    key = kind.astype(dtype)[label] * dtype.type(len(found.axes)) + number.astype(dtype)
+    order = np.argsort(key, kind="stable").astype(np.int32)
+    del key
+    label, number, position = label[order], number[order], position[order]
+    del order
     code = kind[label]
     edge = (code[1:] != code[:-1]) | (number[1:] != number[:-1])
     starts = np.flatnonzero(np.concatenate([[True], edge]))
