@@ -44,7 +44,7 @@ def test_export_example(tmp_path, monkeypatch):
     x, _ = toy.batch()
     names = {"small_apply": jax.jit(toy.mlp_apply), "small": params, "x": x}
     monkeypatch.chdir(tmp_path)
-    exec("import jax, sdp_jax\n" + block, names)
+    exec("import pathlib, jax, jax.export, sdp_jax\n" + block, names)
     found = names["model"].call(x[:3])
     np.testing.assert_allclose(found, toy.mlp_apply(params, x[:3]), rtol=1e-5)
 

@@ -1,5 +1,7 @@
 """Groups found in functions, and functions narrowed by them."""
 
+import os
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -492,19 +494,47 @@ def test_bad_input_is_refused(case, x64):
 
 OPS = st.sampled_from(
     "tanh relu sigmoid scale add concat slice reshape transpose pad mean where flip "
-    "matmul heads broadcast".split()
+    "matmul heads broadcast conv depthwise grouped gather window layernorm groupnorm "
+    "softmax largest cumsum split scan jit norms".split()
 )
+KERNELS = {
+    "matmul": (12, 12),
+    "scan": (12, 12),
+    "scale": (12,),
+    "add": (12,),
+    "layernorm": (12,),
+    "conv": (3, 12, 12),
+    "depthwise": (3, 1, 12),
+    "grouped": (3, 4, 12),
+}
 
 
-@settings(max_examples=25, deadline=None)
+def recurrent(x, w):
+    def step(h, y):
+        h = jnp.tanh(y + h @ w)
+        return h, h
+
+    return jax.lax.scan(step, x[0], x)[1]
+
+
+def convolved(x, kernel):
+    return jax.lax.conv_general_dilated(
+        x,
+        kernel,
+        (1,),
+        "SAME",
+        dimension_numbers=("NHC", "HIO", "NHC"),
+        feature_group_count=12 // kernel.shape[1],
+    )
+
+
+@settings(max_examples=int(os.environ.get("SDP_JAX_PROGRAMS", "25")), deadline=None)
 @given(ops=st.lists(OPS, min_size=1, max_size=6), seed=st.integers(0, 5))
 def test_random_programs_keep_the_promise(ops, seed):
     sizes = {"first": (5, 12)}
     for i, op in enumerate(ops):
-        if op == "matmul":
-            sizes[f"w{i}"] = (12, 12)
-        elif op in ("scale", "add"):
-            sizes[f"w{i}"] = (12,)
+        if op in KERNELS:
+            sizes[f"w{i}"] = KERNELS[op]
     sizes["last"] = (12, 3)
 
     def fn(p, x):
@@ -541,6 +571,35 @@ def test_random_programs_keep_the_promise(ops, seed):
                 x = jnp.einsum("bhnm,bmhd->bnhd", a, h).reshape(3, 4, 12)
             elif op == "broadcast":
                 x = x * jnp.arange(12.0) + jnp.ones((3, 4, 1))
+            elif op in ("conv", "depthwise", "grouped"):
+                x = convolved(x, w)
+            elif op == "gather":
+                x = x[..., np.array([4, 5, 6, 7, 0, 1, 2, 3, 8, 9, 10, 11])]
+            elif op == "window":
+                y = jax.lax.dynamic_slice_in_dim(x, jnp.int32(3) + 1, 4, -1)
+                x = jnp.concatenate([y, x[..., 4:]], -1)
+            elif op == "layernorm":
+                x = (x - x.mean(-1, keepdims=True)) * w / (1 + x.var(-1)[..., None])
+            elif op == "groupnorm":
+                y = x.reshape(3, 4, 2, 6)
+                y = y - y.mean((1, 3), keepdims=True)
+                y = y / jnp.sqrt(1e-3 + jnp.var(y, (1, 3), keepdims=True))
+                x = y.reshape(3, 4, 12)
+            elif op == "softmax":
+                x = jax.nn.softmax(x)
+            elif op == "largest":
+                x = x - x.max(-1, keepdims=True) - jnp.sort(x, 1)
+            elif op == "cumsum":
+                x = x * jnp.cumsum(x, 1)
+            elif op == "split":
+                a, b, c = jnp.split(x, 3, -1)
+                x = jnp.concatenate([c, a * jax.nn.silu(b), b], -1)
+            elif op == "scan":
+                x = recurrent(x, w)
+            elif op == "jit":
+                x = jax.jit(lambda x: x - x.var(-1, keepdims=True))(x + 1)
+            elif op == "norms":
+                x = x / (1e-3 + jnp.linalg.norm(x, axis=-1, keepdims=True))
         return x @ p["last"]
 
     with jax.enable_x64(True):

@@ -231,8 +231,8 @@ def main(config: Config) -> dict[str, dict[str, float]]:
     }
     x = jnp.ones((2, config.image, config.image, 3))
     print(
-        f"{'network':<14} trace  groups  channels  forward ms  dense/small: FLOPs   time"
-        "  small/twin"
+        f"{'network':<14} trace  groups  channels  forward ms  dense/small: FLOPs  "
+        " time  small/twin"
     )
     figures: dict[str, dict[str, float]] = {}
     for name, (network, twin) in networks.items():
