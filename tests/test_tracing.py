@@ -125,6 +125,16 @@ PROGRAMS = {
         # A whole group without a channel has no deviation to divide by.
         {"a": 4},
     ),
+    "largest of normalised groups": (
+        lambda p, x: (
+            (lambda y: y - y.mean(-1, keepdims=True))((x @ p["a"]).reshape(3, 4, 2, 4))
+            .reshape(3, 4, 8)
+            .max(-1)
+            * p["b"].sum()
+        ),
+        MLP,
+        {"a": 2, "b": 8, "b[1]": 3},
+    ),
     "sum of what differs": (
         lambda p, x: (jnp.arange(8.0) + x @ p["a"]).sum(-1) * p["b"].sum(),
         MLP,

@@ -13,7 +13,7 @@ from jax.extend.core import Literal
 
 from sdp_jax.tracing.atoms import Solution
 from sdp_jax.tracing.trace import Body, Record
-from sdp_jax.tracing.values import ZERO, Axis, Value, length
+from sdp_jax.tracing.values import Axis, Value, length
 
 
 @dataclasses.dataclass
@@ -80,6 +80,10 @@ class Evaluator:
     def is_cut(self, axis: Axis) -> bool:
         """Whether positions of an axis are gone."""
         return not all(self._factor(f.atoms)[1] for f in axis)
+
+    def is_lost(self, axis: Axis) -> bool:
+        """Whether positions of an axis are gone that are not zero."""
+        return any(f.fill is None and not self._factor(f.atoms)[1] for f in axis)
 
     def mask(self, axis: Axis) -> np.ndarray:
         """Which positions of an axis are kept."""
@@ -175,7 +179,7 @@ class Evaluator:
         key = (var, dimension)
         if key not in frame.absent:
             shape = [1 if d == dimension else n for d, n in enumerate(array.shape)]
-            if value.zero or all(f.fill == ZERO for f in value.axes[dimension]):
+            if value.zero or not self.is_lost(value.axes[dimension]):
                 frame.absent[key] = jnp.zeros(shape, array.dtype)
             else:
                 maker = frame.makers[var]

@@ -115,7 +115,7 @@ def _rebuild_sum(n: Any, record: Record, args: list[Any]) -> list[Any]:
     (out,) = n.rebind(record, args)
     for d in record.eqn.params["axes"]:
         axis = record.ins[0].axes[d]
-        if n.is_cut(axis) and any(f.fill is None for f in axis):
+        if n.is_lost(axis):
             absent = length(axis) - n.size(axis, length(axis))
             (rest,) = n.rebind(record, [n.background(record, d)])
             out = out + rest * jnp.asarray(absent, out.dtype)
