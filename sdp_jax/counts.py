@@ -96,23 +96,27 @@ def _monomial(dims: tuple[int, ...], count: float, sizes: Sequence[int]) -> Poly
 def parameter_counts(groups: Groups) -> Polynomial:
     """The number of entries of all leaves, in the widths of the groups."""
     sizes = [d.size for d in groups]
-    owners: dict[tuple[str, int], list[list[int]]] = {}
+    owners: dict[tuple[str, int], dict[int, np.ndarray]] = {}
     for number, d in enumerate(groups):
         for m in d.members:
+            masks = owners.setdefault((m.path, m.axis), {})
             length = groups.shapes[m.path][m.axis]
-            line = owners.setdefault((m.path, m.axis), [[] for _ in range(length)])
-            for position in m.positions(d.size).reshape(-1).tolist():
-                line[position].append(number)
+            mask = masks.setdefault(number, np.zeros(length, bool))
+            mask[m.positions(d.size)] = True
     total = Polynomial({})
     for path, shape in groups.shapes.items():
         product = Polynomial({(): 1.0})
         for axis, length in enumerate(shape):
-            line = owners.get((path, axis), [()] * length)
-            count = Counter(tuple(dims) for dims in line)
-            product = product * sum(
-                (_monomial(dims, n, sizes) for dims, n in count.items()),
-                start=Polynomial({}),
-            )
+            masks = owners.get((path, axis), {})
+            table = np.stack([*masks.values(), np.ones(length, bool)])
+            columns, counts = np.unique(table, axis=1, return_counts=True)
+            kept = Polynomial({})
+            for column, count in zip(columns.T, counts.tolist(), strict=True):
+                dims = tuple(
+                    d for d, is_in in zip(masks, column, strict=False) if is_in
+                )
+                kept = kept + _monomial(dims, count, sizes)
+            product = product * kept
         total = total + product
     return total
 

@@ -39,11 +39,35 @@ class Cut:
 
     Attributes:
       dense: the groups before the cut.
-      kept: for each dimension, in order, the indices of the channels that stay.
+      kept: for each dimension, in order, the indices of the channels that stay,
+        ascending, at least one.
+
+    Raises:
+      ValueError: if ``kept`` does not fit the groups.
     """
 
     dense: Groups
     kept: tuple[tuple[int, ...], ...]
+
+    def __post_init__(self) -> None:
+        """Checks that the indices fit the groups."""
+        if not isinstance(self.dense, Groups):
+            raise TypeError(
+                f"a Cut is made of Groups; got {type(self.dense).__name__}. "
+                "sdp_jax.plan_cut makes one"
+            )
+        if len(self.kept) != len(self.dense.dimensions):
+            raise ValueError(
+                f"kept has {len(self.kept)} entries, but the groups have "
+                f"{len(self.dense.dimensions)} dimensions: give one tuple for each"
+            )
+        for d, line in zip(self.dense.dimensions, self.kept, strict=True):
+            numbers = all(type(i) is int and 0 <= i < d.size for i in line)
+            if not line or not numbers or list(line) != sorted(set(line)):
+                raise ValueError(
+                    f"dimension {d.name!r}: kept must hold ascending channel numbers "
+                    f"from 0 to {d.size - 1}, at least one; got {line!r}"
+                )
 
     @functools.cached_property
     def widths(self) -> dict[str, int]:
@@ -253,18 +277,10 @@ class Cut:
             raise ValueError(
                 f"not a cut in JSON, as written by Cut.to_json: {error!r}"
             ) from error
-        sizes = list(dense.sizes.values())
-        good = len(kept) == len(sizes) and all(
-            all(type(i) is int and 0 <= i < size for i in line)
-            and list(line) == sorted(set(line))
-            for line, size in zip(kept, sizes, strict=True)
-        )
-        if not good:
-            raise ValueError(
-                "not a cut in JSON: kept must hold ascending channel numbers of each "
-                "dimension"
-            )
-        return cls(dense, kept)
+        try:
+            return cls(dense, kept)
+        except ValueError as error:
+            raise ValueError(f"not a cut in JSON: {error}") from error
 
     def summary(self, dense: Cost | None = None, small: Cost | None = None) -> str:
         """A table of what there was before and is after the cut.
@@ -410,8 +426,10 @@ class Cut:
                 and shape[-len(dense) :] == dense
             ):
                 raise ValueError(
-                    f"leaf {path!r} looks like {owner!r}, but the tree around it is "
-                    "not that of the groups; pass it to take as a whole"
+                    f"leaf {path!r} has the name and shape of {owner!r} in the "
+                    "groups of this cut, but the tree around it has other leaves or "
+                    "shapes: it belongs to another model, or is a part; pass whole "
+                    "trees to take"
                 )
             lengths = {dense[axis] for axis in indices}
             if owner and f"/{owner}/" in f"/{path}/" and lengths & set(shape):

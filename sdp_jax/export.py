@@ -14,6 +14,7 @@ from sdp_jax.groups import PyTree, leaf_dtype
 from sdp_jax.tracing.analyse import is_static
 
 PLATFORMS = ("cpu", "cuda", "tpu")
+KNOWN_PLATFORMS = {"cpu", "cuda", "rocm", "tpu"}
 
 
 def export_stablehlo(
@@ -50,8 +51,9 @@ def export_stablehlo(
       The exported function; ``.call`` runs it and ``.mlir_module()`` is its text.
 
     Raises:
-      ValueError: if ``in_axes`` does not fit the inputs, or they have different batch
-        sizes, or parameters without values are to be embedded.
+      ValueError: if ``platforms`` are unknown, ``in_axes`` does not fit the inputs, or
+        they have different batch sizes, or parameters without values are to be
+        embedded.
       ImportError: if a file is asked for and flatbuffers is not installed.
 
     Example:
@@ -62,6 +64,11 @@ def export_stablehlo(
       >>> exported.call({"w": jnp.eye(3)}, jnp.ones((5, 3))).shape
       (5, 3)
     """
+    if isinstance(platforms, str) or not set(platforms) <= KNOWN_PLATFORMS:
+        raise ValueError(
+            f"platforms must be a tuple of names out of {sorted(KNOWN_PLATFORMS)}; got "
+            f"{platforms!r}"
+        )
     if path is not None:
         _check_flatbuffers()
     shapes = _with_symbol(inputs, in_axes)

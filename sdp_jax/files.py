@@ -51,7 +51,8 @@ def load(
     Args:
       directory: where it is.
       like: a tree of arrays or shapes with the structure of the dense or small
-        parameters; without it dictionaries and lists come back.
+        parameters; without it dictionaries and lists come back. Trees of other
+        containers (nnx state, Equinox modules) need it.
 
     Returns:
       The small parameters and the cut.
@@ -72,6 +73,14 @@ def load(
     target = None if like is None else cut.small_like(like)
     with checkpointing.StandardCheckpointer() as checkpointer:
         params = checkpointer.restore(path / "params", target)
+    if like is None:
+        try:
+            cut.check_small(params)
+        except ValueError as error:
+            raise ValueError(
+                "the parameters were saved in containers that are no dictionaries or "
+                "lists; pass like=, a tree of arrays or shapes of that structure"
+            ) from error
     cut.check_small(params)
     return params, cut
 

@@ -34,6 +34,7 @@ def narrow(fn: Callable[..., Any], cut: Cut) -> Callable[..., Any]:
       ``jax.export`` work on it as on any other function.
 
     Raises:
+      TypeError: if ``cut`` is no :class:`Cut`.
       ValueError: when called, if the parameters are not those of the cut, or ``fn``
         needs channels that the cut has removed, or needs entries to be zero that the
         groups of the cut do not count among the producers.
@@ -50,6 +51,11 @@ def narrow(fn: Callable[..., Any], cut: Cut) -> Callable[..., Any]:
       >>> bool((small(cut.take(params), x) == fn(params, x)).all())
       True
     """
+    if not isinstance(cut, Cut):
+        raise TypeError(
+            f"narrow takes a Cut, as sdp_jax.plan_cut makes it; got "
+            f"{type(cut).__name__}"
+        )
     state = {m.path for d in cut.dense for m in d.members if m.role == "state"}
 
     @functools.wraps(fn)
@@ -76,7 +82,6 @@ def narrow(fn: Callable[..., Any], cut: Cut) -> Callable[..., Any]:
             found.solution,
             _kept_classes(found, cut),
             REBUILD,
-            found.trace.sizes.symbolic,
         )
         moving = [x for x in jax.tree.leaves((args, kwargs)) if not is_static(x)]
         inputs = found.body.ins[len(table) :]

@@ -11,6 +11,7 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
+from sdp_jax.counts import flop_counts
 from sdp_jax.cut import Cut
 from sdp_jax.groups import (
     Dimension,
@@ -95,17 +96,6 @@ def plan_cut(
       {'hidden': 1}
     """
     _check_counts(floor, round_to)
-    if (scores is None) != (sparsity is None):
-        raise ValueError(
-            "scores and sparsity belong together: give both, for example "
-            "scores=sdp_jax.channel_norms(groups, params), or neither to cut what is "
-            "exactly zero"
-        )
-    if scores is None:
-        return _cut_zeros(groups, params, floor, round_to)
-    assert sparsity is not None
-    if not isinstance(sparsity, int | float) or not 0 <= sparsity < 1:
-        raise ValueError(f"sparsity must be a number in [0, 1); got {sparsity!r}")
     if target not in ("channels", "params", "flops", "latency"):
         raise ValueError(
             f"target is {target!r}; use 'channels', 'params', 'flops' or 'latency'"
@@ -114,6 +104,29 @@ def plan_cut(
         raise ValueError(
             f"ranking is {ranking!r}; use 'global', 'dimension' or 'isomorphic'"
         )
+    if not isinstance(inputs, tuple | list):
+        raise TypeError(
+            "inputs must be a tuple of the arguments after the parameters, as in "
+            f"inputs=(x,); got {type(inputs).__name__}"
+        )
+    _check_tree(groups, params)
+    if (scores is None) != (sparsity is None):
+        raise ValueError(
+            "scores and sparsity belong together: give both, for example "
+            "scores=sdp_jax.channel_norms(groups, params), or neither to cut what is "
+            "exactly zero"
+        )
+    if scores is None:
+        if target != "channels" or ranking != "global" or limits or fn is not None:
+            raise ValueError(
+                "target, ranking, limits and fn say which channels of low score go; "
+                "without scores what is exactly zero goes. Give scores and sparsity, "
+                "or leave them out"
+            )
+        return _cut_zeros(groups, params, floor, round_to)
+    assert sparsity is not None
+    if not isinstance(sparsity, int | float) or not 0 <= sparsity < 1:
+        raise ValueError(f"sparsity must be a number in [0, 1); got {sparsity!r}")
     if (target in ("flops", "latency")) != (fn is not None):
         raise ValueError(
             f"target={target!r} {'needs' if fn is None else 'has no use for'} fn= and "
@@ -132,7 +145,7 @@ def plan_cut(
                 gone[name][i] = True
         return tuple(_rounded(~gone[d.name], values[d.name], round_to) for d in groups)
 
-    if target == "channels":
+    if target == "channels" and round_to == 1:
         counts = [round(sparsity * sum(groups.sizes[n] for n in b)) for b in blocks]
         for block, order, count in zip(blocks, orders, counts, strict=True):
             if count > len(order):
@@ -161,7 +174,21 @@ def plan_cut(
             known[step] = share_left(cut_after(step))
         return known[step] <= (1 - sparsity) * (1 + 1e-12)
 
-    bisect.bisect_left(range(len(steps) + 1), True, key=enough)
+    candidates = range(len(steps) + 1)
+    first = 0
+    if target == "flops":
+        assert fn is not None
+        # Polynomials in the widths spare a trace for each candidate.
+        counts = flop_counts(groups, fn, params, *inputs)
+        whole = counts.at(list(groups.sizes.values()))
+
+        def estimated(step: int) -> bool:
+            left = counts.at(list(cut_after(step).widths.values()))
+            return left <= (1 - sparsity) * whole * (1 + 1e-12)
+
+        first = bisect.bisect_left(candidates, True, key=estimated)
+    if target != "flops" or first > len(steps) or not enough(first):
+        bisect.bisect_left(candidates, True, lo=min(first, len(steps)), key=enough)
     # A measured time need not fall at every step: the first that was enough counts.
     step = min((s for s in known if enough(s)), default=None)
     if step is None:
@@ -181,6 +208,25 @@ def _check_counts(floor: Any, round_to: Any) -> None:
                 f"{name} must be an integer of at least 1, so that every layer keeps a "
                 f"channel; got {value!r}"
             )
+
+
+def _check_tree(groups: Groups, params: PyTree) -> None:
+    table = leaf_table(params)
+    for d in groups:
+        for m in d.members:
+            if m.path not in table:
+                raise ValueError(
+                    f"dimension {d.name!r}: "
+                    f"{missing_path_message(m.path, list(table))}; plan_cut needs all "
+                    "members, also consumers and running statistics"
+                )
+            shape = tuple(np.shape(table[m.path]))
+            if shape != groups.shapes[m.path]:
+                raise ValueError(
+                    f"dimension {d.name!r}: leaf {m.path!r} has shape {shape}, but "
+                    f"{groups.shapes[m.path]} in the groups; find the groups of this "
+                    "model"
+                )
 
 
 def _check_scores(groups: Groups, scores: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -209,18 +255,20 @@ def _protected(
     limits: Mapping[str, float],
 ) -> dict[str, np.ndarray]:
     """Channels that must stay: the best of each dimension."""
+    names = {d.name: [d.name, *(m.path for m in d.members)] for d in groups}
     for pattern, limit in limits.items():
-        if not 0 <= limit <= 1:
+        if not isinstance(limit, int | float) or not 0 <= limit <= 1:
             raise ValueError(
                 f"limit of {pattern!r} is {limit!r}; give a share between 0 and 1"
             )
-        if not fnmatch.filter(groups.sizes, pattern):
+        if not any(fnmatch.filter(line, pattern) for line in names.values()):
             raise ValueError(
-                f"limit {pattern!r} matches none of the dimensions {list(groups.sizes)}"
+                f"limit {pattern!r} matches none of the dimensions "
+                f"{list(groups.sizes)} and no path of their members"
             )
     protected = {}
     for name, size in groups.sizes.items():
-        shares = [v for p, v in limits.items() if fnmatch.fnmatch(name, p)]
+        shares = [v for p, v in limits.items() if fnmatch.filter(names[name], p)]
         most = math.floor(min(shares, default=1.0) * size + 1e-9)
         count = max(min(floor, size), size - most)
         best = np.argsort(-values[name], kind="stable")[:count]
@@ -302,6 +350,8 @@ def _measure(
 
     if target == "latency":
         return time_left
+    if target == "channels":
+        return lambda cut: sum(cut.widths.values()) / max(groups.num_channels, 1)
     total = max(count(dense), 1.0)
     return lambda cut: count(cut) / total
 
@@ -315,13 +365,6 @@ def _cut_zeros(groups: Groups, params: PyTree, floor: int, round_to: int) -> Cut
                 f"{leaf}. Call it outside jit, on concrete parameters"
             )
     for d in groups:
-        for m in d.members:
-            if m.path not in table:
-                raise ValueError(
-                    f"dimension {d.name!r}: "
-                    f"{missing_path_message(m.path, list(table))}; plan_cut needs all "
-                    "members, also consumers and running statistics"
-                )
         for m in d.producers:
             if bool(jnp.any(jnp.isnan(jnp.asarray(table[m.path])))):
                 raise ValueError(

@@ -23,7 +23,7 @@ ALLOWED = {
     "files": {"groups", "cut"},
     "export": {"groups", "tracing"},
     "measure": {"groups", "tracing"},
-    "plan": {"groups", "cut", "narrow", "measure"},
+    "plan": {"groups", "cut", "narrow", "measure", "counts"},
 }
 # Inside tracing, in the order in which they may import one another.
 TRACING = (

@@ -1,5 +1,6 @@
 """Cutting: the small model is the dense model, and so is its training."""
 
+import re
 from typing import NamedTuple
 
 import chex
@@ -328,6 +329,31 @@ def test_nothing_to_cut_is_the_identity():
     cut = sdp_jax.plan_cut(toy.mlp_groups(params), params)
     chex.assert_trees_all_equal(cut.take(params), params)
     assert "100.0%" in cut.summary()
+
+
+@pytest.mark.parametrize(
+    ("kept", "message"),
+    [
+        (((), (0,)), "at least one; got ()"),
+        (((-1,), (0,)), "from 0 to 5"),
+        (((3, 1), (0,)), "ascending"),
+        (((1, 1), (0,)), "ascending"),
+        (((100,), (0,)), "from 0 to 5"),
+        (((0,),), "kept has 1 entries, but the groups have 2 dimensions"),
+    ],
+)
+def test_cuts_that_do_not_fit_are_refused(kept, message):
+    with pytest.raises(
+        ValueError, match=re.escape(message) if "(" in message else message
+    ):
+        sdp_jax.Cut(toy.mlp_groups(), kept)
+
+
+def test_what_is_no_cut_is_refused():
+    with pytest.raises(TypeError, match="narrow takes a Cut"):
+        sdp_jax.narrow(toy.mlp_apply, toy.mlp_groups())
+    with pytest.raises(TypeError, match="made of Groups"):
+        sdp_jax.Cut({"a": 3}, ((0,),))
 
 
 def test_summary_shows_what_is_left():

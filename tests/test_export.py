@@ -79,6 +79,61 @@ def test_a_symbolic_sequence_length_too(x64):
         np.testing.assert_allclose(found, fn(zeroed, x), rtol=1e-12)
 
 
+SYMBOLIC = {
+    "channels and examples in one axis": (
+        lambda p, x: jnp.exp((x @ p["a"]).reshape(-1)).sum() + p["b"].sum(),
+        "batch, length, 3",
+        (2, 5, 3),
+    ),
+    "all axes flattened": (
+        lambda p, x: (jax.nn.relu(x.reshape(-1, 3) @ p["a"]) @ p["b"]).reshape(
+            *x.shape[:3], -1
+        ),
+        "batch, height, width, 3",
+        (2, 5, 3, 3),
+    ),
+    "halved until it is as long as there are channels": (
+        lambda p, x: (
+            jax.lax.reduce_window(
+                x @ p["a"], 0.0, jax.lax.add, (1, 126, 1), (1, 126, 1), "VALID"
+            ).sum(1)
+            @ p["b"]
+        ),
+        "batch, length, 3",
+        (2, 378, 3),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SYMBOLIC)
+def test_symbolic_sizes_beside_channels(name, x64):
+    fn, spec, shape = SYMBOLIC[name]
+    rng = np.random.default_rng(0)
+    params = {
+        k: jnp.asarray(rng.normal(size=s)) for k, s in (("a", (3, 8)), ("b", (8, 2)))
+    }
+    x = jnp.asarray(rng.normal(size=shape))
+    cut, small, zeroed = half(fn, params, x)
+    assert cut.widths["a"] == 4
+    shapes = jax.eval_shape(lambda: cut.take(params))
+    symbolic = jax.ShapeDtypeStruct(export.symbolic_shape(spec), x.dtype)
+    exported = export.export(jax.jit(small))(shapes, symbolic)
+    promise.close(exported.call(cut.take(zeroed), x), fn(zeroed, x), 1e-12)
+
+
+def test_stand_ins_that_are_too_short_say_so():
+    def fn(params, x):
+        window = (1, 5000, 1)
+        x = jax.lax.reduce_window(x, 0.0, jax.lax.add, window, window, "VALID")
+        return x @ params["a"]
+
+    params = {"a": jnp.ones((3, 4))}
+    cut, small, _ = half(fn, params, jnp.ones((1, 5000, 3)), prune_outputs=True)
+    shape = jax.ShapeDtypeStruct(export.symbolic_shape("batch, length, 3"), jnp.float32)
+    with pytest.raises(ValueError, match="needs longer inputs"):
+        export.export(jax.jit(small))(cut.take(params), shape)
+
+
 def test_gradients_of_the_artefact(tmp_path, params):
     cut, small, zeroed = half(toy.mlp_apply, params, X)
     given = cut.take(zeroed)
@@ -139,6 +194,9 @@ def test_what_cannot_be_exported_says_so(tmp_path, params):
         sdp_jax.export_stablehlo(apply, params, X, in_axes=(0, 1))
     with pytest.raises(ValueError, match="no batch axis 2"):
         sdp_jax.export_stablehlo(apply, params, X, in_axes=2)
+    for platforms in ("cpu", ("cpu", "gpu")):
+        with pytest.raises(ValueError, match="tuple of names out of"):
+            sdp_jax.export_stablehlo(apply, params, X, platforms=platforms)
     with pytest.raises(ValueError, match=r"different lengths \[4, 5\]"):
         sdp_jax.export_stablehlo(lambda p, x, y: x, params, X, X[:4])
     shapes = jax.eval_shape(lambda: params)

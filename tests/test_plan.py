@@ -116,11 +116,16 @@ def test_floors_limits_and_rounding():
     limited = plan(sparsity=0.5, limits={"hidden1": 0.25})
     assert limited.widths["hidden1"] >= 6
     assert sum(limited.widths.values()) == 10
-    rounded = plan(sparsity=0.5, ranking="dimension", round_to=4)
+    # Paths of members, too: layer 2 reads the second dimension only.
+    assert plan(sparsity=0.5, limits={"layer2/*": 0.25}) == limited
+    # Rounding keeps more; the target is met nevertheless, or cannot be.
+    rounded = plan(sparsity=0.4, ranking="dimension", round_to=4)
     assert rounded.widths == {"hidden0": 8, "hidden1": 4}
+    assert sum(plan(sparsity=0.5, round_to=4).widths.values()) <= 10
     # The next-best channels fill up.
     assert rounded.kept[0] == tuple(range(4, 12))
-    assert plan(sparsity=0.5, round_to=64).widths == GROUPS.sizes
+    with pytest.raises(ValueError, match="rounding 100.0% are left"):
+        plan(sparsity=0.5, round_to=64)
 
 
 def test_zeros_round_up_as_well():
@@ -136,6 +141,20 @@ def test_zeros_round_up_as_well():
 
 
 BAD = {
+    "parameters of another model": (
+        lambda: sdp_jax.plan_cut(
+            GROUPS, {"layer0": {"kernel": X}}, scores=SCORES, sparsity=0.5
+        ),
+        "find the groups of this model",
+    ),
+    "limits without scores": (
+        lambda: sdp_jax.plan_cut(GROUPS, PARAMS, limits={"*": 0.5}),
+        "without scores what is exactly zero goes",
+    ),
+    "a limit that is no number": (
+        lambda: plan(sparsity=0.5, limits={"*": "a"}),
+        "give a share between 0 and 1",
+    ),
     "sparsity alone": (
         lambda: sdp_jax.plan_cut(GROUPS, PARAMS, sparsity=0.5),
         "belong",

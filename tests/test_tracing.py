@@ -135,6 +135,39 @@ PROGRAMS = {
         MLP,
         {"a": 2, "b": 8, "b[1]": 3},
     ),
+    "vmapped convolution": (
+        lambda p, x: jax.vmap(depthwise, (None, 0))(x, p["k"]).sum(0) @ p["a"] @ p["b"],
+        MLP | {"k": (3, 3, 1, 5)},
+        {"k": 3, "a": 8},
+    ),
+    "read column by column": (
+        lambda p, x: (
+            jnp.reshape(x[0] @ p["a"], (4, 2, 4), order="F").sum(1) @ p["c"] @ p["b"]
+        ),
+        MLP | {"c": (4, 8)},
+        {"a": 2, "a[1]": 4, "c": 8},
+    ),
+    "a branch that is never taken": (
+        lambda p, x: (
+            (
+                lambda y: jnp.square(
+                    jax.lax.select_n(
+                        jnp.bool_(False),
+                        y - y.mean(-1, keepdims=True),
+                        y + jnp.arange(8.0),
+                    )
+                ).sum(-1)
+            )(x @ p["a"])
+            * p["b"].sum()
+        ),
+        MLP,
+        {"a": 8, "b": 8, "b[1]": 3},
+    ),
+    "nothing in a parameter": (
+        lambda p, x: x @ p["a"] @ p["b"] + p["e"].sum(),
+        MLP | {"e": (0, 8)},
+        {"a": 8},
+    ),
     "sum of what differs": (
         lambda p, x: (jnp.arange(8.0) + x @ p["a"]).sum(-1) * p["b"].sum(),
         MLP,

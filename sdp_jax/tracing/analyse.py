@@ -114,6 +114,8 @@ def analyse(
         for d, size in enumerate(np.shape(leaf)):
             number = len(axes)
             axis = space.fresh(size, None if state else frozenset({number}))
+            if 0 in np.shape(leaf):
+                axis = space.plain(size)
             factors.append(axis)
             atoms = axis[0].atoms if axis else np.zeros(size, np.int32)
             axes.append(ParameterAxis(path, d, atoms, number, state))

@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,8 +12,8 @@ from jax import lax
 from jax.extend.core import Literal
 
 from sdp_jax.tracing.atoms import Solution
-from sdp_jax.tracing.trace import Body, Record
-from sdp_jax.tracing.values import Axis, Value, length
+from sdp_jax.tracing.trace import Body, Record, is_empty
+from sdp_jax.tracing.values import Axis, Value
 
 
 @dataclasses.dataclass
@@ -42,7 +42,6 @@ class Evaluator:
         solution: Solution,
         keep: np.ndarray,
         rebuild: Mapping[str, Any],
-        symbolic: Set[int] = frozenset(),
     ) -> None:
         """Prepares an evaluation.
 
@@ -50,9 +49,7 @@ class Evaluator:
           solution: the classes of atoms.
           keep: for each class whether it is kept.
           rebuild: rules of primitives whose parameters depend on shapes.
-          symbolic: numbers that stand for symbolic sizes.
         """
-        self._symbolic = symbolic
         self._frames: list[_Frame] = []
         self._label = solution.label
         self._keep = keep
@@ -63,14 +60,13 @@ class Evaluator:
         found = self._masks.get(id(atoms))
         if found is None:
             mask = self._keep[self._label[atoms]]
-            if not mask.all():
-                self._check_fixed(len(atoms))
             # The atoms are kept alive, so that their identity stays theirs.
             found = self._masks[id(atoms)] = (atoms, mask, bool(mask.all()))
         return found[1], found[2]
 
-    def _check_fixed(self, size: int) -> None:
-        if size in self._symbolic:
+    def check_fixed(self, size: Any) -> None:
+        """Refuses to pick positions along an axis of symbolic length."""
+        if not isinstance(size, int):
             raise ValueError(
                 "channels are cut along an axis whose length is symbolic, in a way "
                 "that depends on it; make that size a number, or a multiple of the "
@@ -87,7 +83,6 @@ class Evaluator:
 
     def mask(self, axis: Axis) -> np.ndarray:
         """Which positions of an axis are kept."""
-        self._check_fixed(length(axis))
         mask = np.ones(1, bool)
         for f in axis:
             mask = np.logical_and.outer(mask, self._factor(f.atoms)[0]).reshape(-1)
@@ -108,7 +103,11 @@ class Evaluator:
             mask, full = self._factor(f.atoms)
             if not full:
                 whole, left = whole * f.size, left * int(mask.sum())
-        return dense if whole == left else dense // whole * left
+        if whole == left:
+            return dense
+        if not isinstance(dense % whole, int):
+            self.check_fixed(dense)
+        return dense // whole * left
 
     def shape(self, record: Record, result: int = 0) -> tuple[Any, ...]:
         """Shape of what is kept of a result of an equation."""
@@ -120,6 +119,7 @@ class Evaluator:
         """What is kept of a dense array."""
         for d, axis in enumerate(value.axes):
             if self.is_cut(axis):
+                self.check_fixed(array.shape[d])
                 array = jnp.take(array, np.flatnonzero(self.mask(axis)), axis=d)
         return array
 
@@ -188,6 +188,12 @@ class Evaluator:
 
     def _repeat(self, record: Record, dimension: int, shape: Sequence[Any]) -> Any:
         """An equation again, on what absent positions hold."""
+        which = record.ins[0].known
+        if record.eqn.primitive.name == "select_n" and which is not None:
+            if not which.ndim:  # The others need not be even.
+                k = 1 + int(which)
+                var, value = record.eqn.invars[k], record.ins[k]
+                return self._absent(var, value, dimension)
         if record.eqn.primitive.name != "broadcast_in_dim":
             operands = zip(record.eqn.invars, record.ins, strict=True)
             return self.rebind(
@@ -203,7 +209,10 @@ class Evaluator:
 
     def _evaluate(self, record: Record, args: list[Any]) -> Sequence[Any]:
         # Also where a cut has emptied a part: a group of which no channel is left.
-        nothing = record.outs and all(map(self._is_empty, record.outs))
+        nothing = record.outs and all(
+            is_empty(var) or self._is_empty(value)
+            for var, value in zip(record.eqn.outvars, record.outs, strict=True)
+        )
         if nothing and not record.eqn.effects:
             return [
                 jnp.zeros(self.shape(record, k), var.aval.dtype)
@@ -219,7 +228,7 @@ class Evaluator:
 
     def _is_empty(self, value: Value) -> bool:
         return any(
-            not f.size or not self._factor(f.atoms)[0].any()
+            f.size and not self._factor(f.atoms)[0].any()
             for axis in value.axes
             for f in axis
         )

@@ -8,7 +8,7 @@ from jax import lax
 
 from sdp_jax.tracing.rules_elementwise import joint_fill
 from sdp_jax.tracing.trace import INEXACT, Record, Trace, need_zero
-from sdp_jax.tracing.values import ZERO, Axis, Factor, Value, length, refill
+from sdp_jax.tracing.values import ZERO, Axis, Factor, Value, refill
 
 
 def _contract(
@@ -116,7 +116,8 @@ def _rebuild_sum(n: Any, record: Record, args: list[Any]) -> list[Any]:
     for d in record.eqn.params["axes"]:
         axis = record.ins[0].axes[d]
         if n.is_lost(axis):
-            absent = length(axis) - n.size(axis, length(axis))
+            dense = record.eqn.invars[0].aval.shape[d]
+            absent = dense - n.size(axis, dense)
             (rest,) = n.rebind(record, [n.background(record, d)])
             out = out + rest * jnp.asarray(absent, out.dtype)
     return [out]

@@ -1,5 +1,6 @@
 """Primitives that move entries: reshape, transpose, concatenate, slice, gather."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -64,7 +65,9 @@ def _blocks(
 
 
 def _reshape(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
-    x = ins[0]
+    x, order = ins[0], eqn.params["dimensions"]
+    if order is not None:
+        x = dataclasses.replace(x, axes=tuple(x.axes[i] for i in order))
     shape = eqn.outvars[0].aval.shape
     out: list[Axis] = []
     for (start, stop), (first, last) in _blocks(x.shape, shape):
@@ -78,7 +81,7 @@ def _reshape(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
 
 
 def _rebuild_reshape(n: Any, record: Record, args: list[Any]) -> list[Any]:
-    return [lax.reshape(args[0], n.shape(record))]
+    return [lax.reshape(args[0], n.shape(record), record.eqn.params["dimensions"])]
 
 
 def _transpose(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
@@ -109,6 +112,7 @@ def take_positions(
     n: Any, x: Any, axis: Axis, dimension: int, positions: np.ndarray
 ) -> Any:
     """What is left of ``x`` (already cut) at dense positions along an axis."""
+    n.check_fixed(x.shape[dimension])
     mask = n.mask(axis)
     rank = np.cumsum(mask) - 1
     index = rank[positions[mask[positions]]]
@@ -238,6 +242,7 @@ def _rebuild_tile(n: Any, record: Record, args: list[Any]) -> list[Any]:
     for d, axis in enumerate(out.axes):
         # Only what was repeated out of one entry can be left out here.
         if not record.ins[0].axes[d] and n.is_cut(axis):
+            n.check_fixed(whole.shape[d])
             whole = jnp.take(whole, np.flatnonzero(n.mask(axis)), axis=d)
     return [whole]
 
@@ -293,6 +298,7 @@ def _rebuild_pad(n: Any, record: Record, args: list[Any]) -> list[Any]:
             configs.append(tuple(original[d]))
             continue
         configs.append((0, 0, 0))
+        n.check_fixed(x.shape[d])
         where = _pad_positions(axis, config)[n.mask(out)]
         rank = np.cumsum(n.mask(axis)) - 1
         shape = list(x.shape)

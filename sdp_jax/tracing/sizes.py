@@ -53,15 +53,10 @@ class Equation:
 
 
 class Sizes:
-    """Numbers that stand for symbolic sizes: a prime for each symbol.
-
-    Attributes:
-      symbolic: all numbers that stand for an expression with a symbol in it.
-    """
+    """Numbers that stand for symbolic sizes: a prime for each symbol."""
 
     def __init__(self) -> None:
         """Starts without symbols."""
-        self.symbolic: set[int] = set()
         self._active = False
         self._known: dict[Any, int] = {}
         self._symbols: dict[str, int] = {}
@@ -90,7 +85,6 @@ class Sizes:
             scope = {"__builtins__": {}, **_FUNCTIONS, **self._symbols}
             number = eval(text.replace("^", "**"), scope)
             self._known[size] = number
-            self.symbolic.add(number)
         return self._known[size]
 
     def _prime(self) -> int:
@@ -103,7 +97,15 @@ class Sizes:
 
     def shape(self, shape: Sequence[Any]) -> tuple[int, ...]:
         """Numbers for a shape."""
-        return tuple(map(self.of, shape))
+        numbers = tuple(map(self.of, shape))
+        for size, number in zip(shape, numbers, strict=True):
+            if number < 1 and not isinstance(size, int):
+                raise ValueError(
+                    f"the symbolic size {size} is {number} where {self._symbols}: this "
+                    "function needs longer inputs; ask for a multiple, as in "
+                    'jax.export.symbolic_shape("1024*length")'
+                )
+        return numbers
 
     def view(self, eqn: Any) -> Any:
         """An equation as the rules see it; itself if no size is symbolic."""

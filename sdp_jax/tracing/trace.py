@@ -144,7 +144,7 @@ class Trace:
             values = [read(v) for v in eqn.invars]
             rule = self._rules.get(eqn.primitive.name, freeze_all)
             view = self.sizes.view(eqn)
-            if view.outvars and all(map(is_empty, view.outvars)):
+            if eqn.outvars and all(map(is_empty, eqn.outvars)):
                 rule = _nothing
             outcome = rule(self, view, values)
             outs, bodies = outcome if isinstance(outcome, tuple) else (outcome, ())

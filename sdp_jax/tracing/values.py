@@ -18,6 +18,7 @@ from sdp_jax.tracing.atoms import Atoms, Reason, common_sizes, deal_out
 
 Fill: TypeAlias = frozenset[int] | None
 ZERO: frozenset[int] = frozenset()
+_LONGEST = 1 << 24
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -92,11 +93,13 @@ class Space:
         if size == 1:
             return ()
         if size not in self._plain:
-            self._plain[size] = np.zeros(size, np.int32)
+            self._plain[size] = np.broadcast_to(np.zeros(1, np.int32), size)
         return (Factor(self._plain[size], ZERO),)
 
     def fresh(self, size: int, fill: Fill) -> Axis:
-        """An axis of which nothing is known."""
+        """An axis of which nothing is known (too long a one is always kept)."""
+        if size > _LONGEST:
+            return self.plain(size)
         return () if size == 1 else (Factor(self.atoms.fresh(size), fill),)
 
     def is_plain(self, factor: Factor) -> bool:
