@@ -11,7 +11,7 @@ import numpy as np
 from jax import export
 
 from sdp_jax.groups import PyTree, leaf_dtype
-from sdp_jax.tracing.analyse import is_static
+from sdp_jax.tracing.static import is_static
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 KNOWN_PLATFORMS = {"cpu", "cuda", "rocm", "tpu"}
@@ -35,7 +35,7 @@ def export_stablehlo(
     Args:
       fn: a function of parameters and inputs, most often ``sdp_jax.narrow(fn, cut)``.
       params: its parameters, arrays or ``jax.ShapeDtypeStruct``.
-      *inputs: its other arguments, likewise. Booleans and strings become constants;
+      *inputs: its other arguments, likewise. What is no array becomes a constant;
         give ``None`` in their place to what comes out.
       in_axes: where the batch axis of each input is, as in :func:`jax.vmap`: a number
         or ``None`` for all of them, or a tuple with an entry for each. It may have any

@@ -12,6 +12,7 @@ import numpy as np
 
 from sdp_jax.groups import PyTree, leaf_dtype
 from sdp_jax.tracing.source import user_line
+from sdp_jax.tracing.static import separate
 
 # Primitives that only move or view entries.
 _FREE = frozenset(
@@ -89,10 +90,13 @@ def cost(fn: Callable[..., Any], params: PyTree, *inputs: Any) -> Cost:
     Args:
       fn: a function that JAX can trace.
       params: its parameters, arrays or ``jax.ShapeDtypeStruct``.
-      *inputs: its other arguments, likewise.
+      *inputs: its other arguments, likewise; what is no array is passed as it is.
 
     Returns:
       A :class:`Cost`.
+
+    Raises:
+      Whatever ``fn`` raises when it is traced with these arguments.
 
     Example:
       >>> import jax.numpy as jnp, sdp_jax
@@ -100,7 +104,8 @@ def cost(fn: Callable[..., Any], params: PyTree, *inputs: Any) -> Cost:
       >>> sdp_jax.cost(fn, jnp.ones((4, 8)), jnp.ones((2, 4))).flops  # 2·2·4·8 + 2·8
       144
     """
-    closed = jax.make_jaxpr(fn)(params, *inputs)
+    moving, join = separate(inputs)
+    closed = jax.make_jaxpr(lambda p, arrays: fn(p, *join(arrays)))(params, moving)
     equations = tuple(_walk(closed.jaxpr, 1))
     leaves = jax.tree.leaves(params)
     return Cost(
@@ -135,10 +140,14 @@ def latency(
             f"latency needs arguments for each function and at least one round; got "
             f"{len(fns)} functions, {len(args)} arguments, {repeats} rounds"
         )
-    compiled = [jax.jit(fn) for fn in fns]
+    compiled, arrays = [], []
+    for fn, given in zip(fns, args, strict=True):
+        moving, join = separate(given)
+        compiled.append(jax.jit(lambda moving, fn=fn, join=join: fn(*join(moving))))
+        arrays.append((moving,))
     times: list[list[float]] = [[] for _ in fns]
     for turn in range(repeats + 1):
-        for line, fn, given in zip(times, compiled, args, strict=True):
+        for line, fn, given in zip(times, compiled, arrays, strict=True):
             start = time.perf_counter()
             jax.block_until_ready(fn(*given))
             if turn:

@@ -9,9 +9,10 @@ import numpy as np
 
 from sdp_jax.cut import Cut
 from sdp_jax.groups import PyTree, leaf_dtype, leaf_table
-from sdp_jax.tracing.analyse import Analysis, analyse, is_static
+from sdp_jax.tracing.analyse import Analysis, analyse
 from sdp_jax.tracing.evaluate import Evaluator
 from sdp_jax.tracing.rules import REBUILD
+from sdp_jax.tracing.static import separate
 
 
 def narrow(fn: Callable[..., Any], cut: Cut) -> Callable[..., Any]:
@@ -59,7 +60,7 @@ def narrow(fn: Callable[..., Any], cut: Cut) -> Callable[..., Any]:
     state = {m.path for d in cut.dense for m in d.members if m.role == "state"}
 
     @functools.wraps(fn)
-    def small_fn(params: PyTree, *args: Any, **kwargs: Any) -> Any:
+    def small_fn(params: PyTree, /, *args: Any, **kwargs: Any) -> Any:
         cut.check_small(params)
         table = leaf_table(params)
         dense = jax.tree.unflatten(
@@ -83,7 +84,7 @@ def narrow(fn: Callable[..., Any], cut: Cut) -> Callable[..., Any]:
             _kept_classes(found, cut),
             REBUILD,
         )
-        moving = [x for x in jax.tree.leaves((args, kwargs)) if not is_static(x)]
+        moving, _ = separate((args, kwargs))
         inputs = found.body.ins[len(table) :]
         moving = map(evaluator.take, moving, inputs)
         outs = evaluator.run(found.body, [*table.values(), *moving])

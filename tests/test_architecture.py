@@ -27,7 +27,7 @@ ALLOWED = {
 }
 # Inside tracing, in the order in which they may import one another.
 TRACING = (
-    ["source", "atoms", "sizes", "values", "trace"]
+    ["source", "static", "atoms", "sizes", "values", "trace"]
     + ["rules_elementwise", "rules_shape", "rules_contract", "rules_control"]
     + ["rules", "evaluate", "analyse", "members", "find"]
 )

@@ -177,7 +177,7 @@ def test_static_arguments_and_inputs_without_a_batch(params):
 
     cut, small, zeroed = half(fn, params, X, jnp.float32(3), True)
     exported = sdp_jax.export_stablehlo(
-        small, cut.take(zeroed), X, 3.0, True, in_axes=(0, None, None)
+        small, cut.take(zeroed), X, jnp.float32(3.0), True, in_axes=(0, None, None)
     )
     found = exported.call(cut.take(zeroed), X[:2], jnp.float32(5.0), None)
     np.testing.assert_allclose(found, 5 * toy.mlp_apply(zeroed, X[:2]), rtol=1e-5)

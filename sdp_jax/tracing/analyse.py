@@ -12,7 +12,8 @@ import numpy as np
 
 from sdp_jax.groups import PyTree, leaf_dtype, leaf_keys, leaf_table
 from sdp_jax.tracing.atoms import Reason, Solution
-from sdp_jax.tracing.rules import ANALYSE, EVEN, KNOWN
+from sdp_jax.tracing.rules import ANALYSE, EVEN, KNOWN, PICKS
+from sdp_jax.tracing.static import separate
 from sdp_jax.tracing.trace import Body, Trace
 from sdp_jax.tracing.values import Value
 
@@ -45,6 +46,7 @@ class Analysis:
       body: values of all its arrays.
       axes: axes of the parameters.
       solution: classes of atoms.
+      used: which classes the function needs for anything.
       out_tree: structure of its result.
     """
 
@@ -52,6 +54,7 @@ class Analysis:
     body: Body
     axes: list[ParameterAxis]
     solution: Solution
+    used: np.ndarray
     out_tree: Any
 
 
@@ -71,7 +74,7 @@ def analyse(
     Args:
       fn: a traceable function.
       params: arrays or shapes.
-      args: its other arguments; Booleans and strings are static.
+      args: its other arguments; what is no array is passed as it is.
       is_state: which leaves, by path, are running state.
       ignore: patterns of paths that must stay whole.
       prune_inputs: whether parts of the inputs may be left out.
@@ -81,26 +84,22 @@ def analyse(
     Returns:
       The analysis.
     """
-    leaves, treedef = jax.tree.flatten(args)
-    dynamic = [i for i, leaf in enumerate(leaves) if not is_static(leaf)]
+    moving, join = separate(args)
 
     def function(params: PyTree, moving: list[Any]) -> Any:
-        full = list(leaves)
-        for i, leaf in zip(dynamic, moving, strict=True):
-            full[i] = leaf
-        return fn(params, *jax.tree.unflatten(treedef, full))
+        return fn(params, *join(moving))
 
-    moving = [leaves[i] for i in dynamic]
     try:
         closed, out_shape = jax.make_jaxpr(function, return_shape=True)(params, moving)
-    except TypeError as error:
-        numbers = [leaf for leaf in moving if isinstance(leaf, int | float)]
-        if numbers:
-            error.add_note(
-                f"sdp_jax traces the numbers {numbers} among the inputs as arrays. If "
-                "the function needs them as Python numbers, fix them: "
-                "functools.partial(fn, n=3), or lambda params, x: fn(params, x, 3)"
-            )
+    except Exception as error:
+        shapes = [f"{np.shape(x)}" for x in moving]
+        error.add_note(
+            f"sdp_jax traced the function with {len(leaf_table(params))} leaves of "
+            f"parameters and arrays of the shapes {', '.join(shapes) or '(none)'}, and "
+            "the function raised this. Check that it runs with them: the first "
+            "argument must be the parameters as the function takes them, the others "
+            "its inputs in order; Python code must not depend on the values of arrays"
+        )
         raise
     trace = Trace(ANALYSE, known=KNOWN, even=EVEN, derivatives=derivatives)
     space = trace.space
@@ -138,7 +137,33 @@ def analyse(
             elif not prune_outputs:
                 space.freeze(axis, why)
     out_tree = jax.tree.structure(out_shape)
-    return Analysis(trace, body, axes, space.atoms.solve(), out_tree)
+    solution = space.atoms.solve()
+    return Analysis(trace, body, axes, solution, _used(body, solution), out_tree)
+
+
+def _used(body: Body, solution: Solution) -> np.ndarray:
+    """Which classes an equation computes with, or another than one that picks makes."""
+    used = np.zeros(len(solution.operands), bool)
+    seen: dict[int, np.ndarray] = {}
+
+    def visit(values: Sequence[Value]) -> None:
+        for f in (f for v in values for axis in v.axes for f in axis):
+            if id(f.atoms) not in seen:
+                seen[id(f.atoms)] = f.atoms
+                labels = np.unique(solution.label[f.atoms])
+                used[solution.operands[labels]] = True
+
+    def walk(body: Body) -> None:
+        for record in body.records:
+            visit(record.outs)
+            if record.eqn.primitive.name not in PICKS:
+                visit(record.ins)
+            for inner in record.bodies:
+                walk(inner)
+        visit(body.outs)
+
+    walk(body)
+    return used
 
 
 def _owner(
@@ -154,8 +179,3 @@ def _owner(
             if tail and keys[-len(tail) :] == tail and owner.shape == value.shape:
                 found.setdefault(len(tail), owner)
     return found[max(found)] if found else None
-
-
-def is_static(leaf: Any) -> bool:
-    """Whether an argument is passed to the function as it is, and not traced."""
-    return isinstance(leaf, bool | str | bytes) or callable(leaf)

@@ -23,6 +23,7 @@ STATE = (
 )
 
 
+_UNUSED = "is not used by the function at these input shapes"
 _UNEVEN = (
     "belong to single channels, or to channels that sit at uneven places of some "
     "parameter (after a permutation, a strided slice); dimensions are two channels or "
@@ -53,7 +54,8 @@ def find_groups(
         inference or training mode.
       params: its first argument, any pytree of arrays or ``jax.ShapeDtypeStruct``.
         Leaves that are not floating-point or complex are cut, but never thresholded.
-      *inputs: its other arguments, likewise; Booleans and strings stay Python values.
+      *inputs: its other arguments, likewise; what is no array (Python numbers, strings)
+        stays what it is: give arrays for what will vary.
       prune_inputs: whether features of the inputs count as channels, too. The small
         function takes the whole input and leaves out what it does not need.
       prune_outputs: whether positions of the outputs do.
@@ -67,7 +69,9 @@ def find_groups(
       ``fn`` gives the same result: see :func:`sdp_jax.narrow`.
 
     Raises:
-      TypeError: if ``fn`` cannot be traced with these arguments.
+      ValueError: if a pattern matches no leaf.
+      TypeError: if patterns are no sequence of strings. Whatever ``fn`` raises when it
+        is traced with these arguments is raised on, with a note.
 
     Example:
       >>> import jax.numpy as jnp, sdp_jax
@@ -83,6 +87,8 @@ def find_groups(
         in[0], 4 positions: dot_general: meets an axis that is always kept (...)
         out[1], 3 positions: output: is an output of the function
     """
+    for name, patterns in (("ignore", ignore), ("state", state)):
+        _check_patterns(name, patterns, list(leaf_table(params)))
     found = analyse(
         fn,
         params,
@@ -104,6 +110,20 @@ def find_groups(
     )
 
 
+def _check_patterns(name: str, patterns: Any, paths: Sequence[str]) -> None:
+    if isinstance(patterns, str) or not all(isinstance(p, str) for p in patterns):
+        raise TypeError(
+            f"{name} must be a sequence of patterns, as in {name}=('*/norm/*',); got "
+            f"{patterns!r}"
+        )
+    for pattern in patterns:
+        if pattern not in STATE and not fnmatch.filter(paths, pattern):
+            raise ValueError(
+                f"{name} pattern {pattern!r} matches none of the leaves; there are, "
+                f"for example, {list(paths[:5])}"
+            )
+
+
 def _frozen(found: Analysis, groups: Groups) -> tuple[Frozen, ...]:
     covered: dict[tuple[str, int], np.ndarray] = {}
     for d in groups:
@@ -111,6 +131,7 @@ def _frozen(found: Analysis, groups: Groups) -> tuple[Frozen, ...]:
             length = groups.shapes[m.path][m.axis]
             mask = covered.setdefault((m.path, m.axis), np.zeros(length, bool))
             mask[m.positions(d.size)] = True
+    solution = found.solution
     label, reasons = found.trace.space.atoms.reasons()
     out = []
     for axis in found.axes:
@@ -121,6 +142,9 @@ def _frozen(found: Analysis, groups: Groups) -> tuple[Frozen, ...]:
         why: dict[str, None] = {}
         for one in np.unique(label[axis.atoms[~free]]).tolist():
             why.update((str(reason), None) for reason in reasons.get(one, ()))
-        told = tuple(why) or (_UNEVEN,)
-        out.append(Frozen(axis.path, axis.axis, int((~free).sum()), told[:4]))
+        used = found.used[solution.operands[solution.label[axis.atoms[~free]]]].any()
+        told = tuple(why) or (_UNEVEN if used else _UNUSED,)
+        if len(told) > 4:
+            told = (*told[:4], f"and {len(told) - 4} more")
+        out.append(Frozen(axis.path, axis.axis, int((~free).sum()), told))
     return tuple(out)

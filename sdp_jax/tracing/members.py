@@ -52,8 +52,8 @@ def find_dimensions(
         names.add(name)
         out.append(Dimension(name, size, tuple(members)))
     tops = {d.name.partition("/")[0] for d in out}
-    if len(tops) == 1 and all("/" in d.name for d in out):
-        # All in "params": that says nothing.
+    if tops == {"params"} and all("/" in d.name for d in out):
+        # All in the same collection: that says nothing.
         out = [dataclasses.replace(d, name=d.name.partition("/")[2]) for d in out]
     return tuple(out)
 
@@ -65,7 +65,7 @@ def _candidates(found: Analysis) -> list[list[_Place]]:
     for axis in found.axes:
         mine = solution.label[axis.atoms]
         operands = solution.operands[mine]
-        where, column = np.nonzero(operands)
+        where, column = np.nonzero(operands * found.used[operands])
         labels.append(operands[where, column])
         numbers.append(np.full(len(where), axis.number, np.int32))
         positions.append(where.astype(np.int32))

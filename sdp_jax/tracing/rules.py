@@ -22,6 +22,9 @@ KNOWN = (
     set(rules_elementwise.RULES) | set(rules_shape.RULES) | set(rules_contract.RULES)
 ) - {"random_bits", "rng_bit_generator", "rng_uniform", "debug_callback", "debug_print"}
 
+# What may leave positions of its operand unused. Calls hand them on.
+PICKS = set("slice split gather dynamic_slice pad jit pjit closed_call".split())
+
 # What evaluation can repeat on what absent positions hold.
 EVEN = {"broadcast_in_dim", *rules_elementwise.RULES} - {
     "optimization_barrier",

@@ -1,0 +1,32 @@
+"""Arguments that are no arrays: they are passed to a function as they are."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+
+def is_static(leaf: Any) -> bool:
+    """Whether an argument is no array: a Python number, a string, a function."""
+    return not (hasattr(leaf, "shape") and hasattr(leaf, "dtype"))
+
+
+def separate(args: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
+    """Takes the arrays out of arguments.
+
+    Args:
+      args: a tree of arguments.
+
+    Returns:
+      Its arrays, and a function that puts others in their places.
+    """
+    leaves, treedef = jax.tree.flatten(args)
+    dynamic = [i for i, leaf in enumerate(leaves) if not is_static(leaf)]
+
+    def join(arrays: Sequence[Any]) -> Any:
+        full = list(leaves)
+        for i, leaf in zip(dynamic, arrays, strict=True):
+            full[i] = leaf
+        return jax.tree.unflatten(treedef, full)
+
+    return [leaves[i] for i in dynamic], join
