@@ -27,9 +27,9 @@ ALLOWED = {
 }
 # Inside tracing, in the order in which they may import one another.
 TRACING = (
-    ["source", "static", "atoms", "sizes", "values", "trace"]
+    ["source", "static", "atoms", "sizes", "values", "trace", "evaluate"]
     + ["rules_elementwise", "rules_shape", "rules_contract", "rules_control"]
-    + ["rules", "evaluate", "analyse", "members", "find"]
+    + ["rules", "analyse", "members", "find"]
 )
 OPTIONAL = {"export": {"flatbuffers"}}
 CORE = {"jax", "jaxlib", "optax", "numpy", "scipy", "chex"}

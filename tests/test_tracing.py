@@ -169,6 +169,16 @@ PROGRAMS = {
         MLP | {"e": (0, 8)},
         {"a": 8},
     ),
+    "a table that two layers share": (
+        lambda p, x: (
+            (lambda table: jnp.tanh((x @ p["a"]) * table) @ p["c"] * table)(
+                jnp.cos(jnp.arange(8.0)) * jnp.ones((3, 4, 1))
+            )
+            @ p["b"]
+        ),
+        MLP | {"c": (8, 8)},
+        {"a": 8, "c": 8},
+    ),
     "sum of what differs": (
         lambda p, x: (jnp.arange(8.0) + x @ p["a"]).sum(-1) * p["b"].sum(),
         MLP,

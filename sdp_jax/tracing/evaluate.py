@@ -31,6 +31,18 @@ class _Frame:
     absent: dict[tuple[Any, int], Any] = dataclasses.field(default_factory=dict)
 
 
+def pick_out(array: Any, index: np.ndarray, axis: int) -> Any:
+    """The positions ``index`` of an array along an axis."""
+    if len(index) and (np.diff(index) == 1).all():
+        return lax.slice_in_dim(array, int(index[0]), int(index[-1]) + 1, axis=axis)
+    where = (slice(None),) * axis + (index,)
+    return (
+        jnp.asarray(array)
+        .at[where]
+        .get(mode="promise_in_bounds", wrap_negative_indices=False)
+    )
+
+
 _NOTHING = contextlib.nullcontext()
 
 
@@ -120,7 +132,7 @@ class Evaluator:
         for d, axis in enumerate(value.axes):
             if self.is_cut(axis):
                 self.check_fixed(array.shape[d])
-                array = jnp.take(array, np.flatnonzero(self.mask(axis)), axis=d)
+                array = pick_out(array, np.flatnonzero(self.mask(axis)), d)
         return array
 
     def run(self, body: Body, args: Sequence[Any]) -> list[Any]:
@@ -150,6 +162,8 @@ class Evaluator:
             small = [
                 v.val if isinstance(v, Literal) else env[v] for v in record.eqn.invars
             ]
+            for i in record.copied:
+                small[i] = self.take(small[i], record.ins[i])
             name_stack = str(record.eqn.source_info.name_stack)
             with jax.named_scope(name_stack) if name_stack else _NOTHING:
                 outs = self._evaluate(record, small)
@@ -167,12 +181,19 @@ class Evaluator:
         Returns:
           The operand with length 1 along that axis.
         """
-        return self._absent(record.eqn.invars[0], record.ins[0], dimension)
+        return self._absent(record, 0, dimension)
 
-    def _absent(self, var: Any, value: Value, dimension: int) -> Any:
+    def _absent(self, record: Record, operand: int, dimension: int) -> Any:
+        var, value = record.eqn.invars[operand], record.ins[operand]
         if isinstance(var, Literal):
             return var.val
         frame = self._frames[-1]
+        if operand in record.copied:
+            array = frame.env[var]
+            if value.axes[dimension]:
+                array = lax.slice_in_dim(array, 0, 1, axis=dimension)
+            axes = (*value.axes[:dimension], (), *value.axes[dimension + 1 :])
+            return self.take(array, dataclasses.replace(value, axes=axes))
         array = frame.env[var]
         if not value.axes or not value.axes[dimension]:
             return array  # A scalar, or length 1.
@@ -192,19 +213,20 @@ class Evaluator:
         if record.eqn.primitive.name == "select_n" and which is not None:
             if not which.ndim:  # The others need not be even.
                 k = 1 + int(which)
-                var, value = record.eqn.invars[k], record.ins[k]
-                return self._absent(var, value, dimension)
+                return self._absent(record, k, dimension)
         if record.eqn.primitive.name != "broadcast_in_dim":
-            operands = zip(record.eqn.invars, record.ins, strict=True)
+            operands = range(len(record.ins))
             return self.rebind(
-                record, [self._absent(var, value, dimension) for var, value in operands]
+                record, [self._absent(record, k, dimension) for k in operands]
             )[0]
-        var, value = record.eqn.invars[0], record.ins[0]
+        var = record.eqn.invars[0]
         where = list(record.eqn.params["broadcast_dimensions"])
         if dimension in where:
-            small = self._absent(var, value, where.index(dimension))
+            small = self._absent(record, 0, where.index(dimension))
+        elif isinstance(var, Literal):
+            small = var.val
         else:
-            small = var.val if isinstance(var, Literal) else self._frames[-1].env[var]
+            small = self._frames[-1].env[var]
         return lax.broadcast_in_dim(small, shape, where)
 
     def _evaluate(self, record: Record, args: list[Any]) -> Sequence[Any]:

@@ -66,7 +66,7 @@ def _repeat(
 ) -> tuple[Body, list[Value]]:
     """Traces a loop until the fills of what it carries hold all the time."""
     now = [
-        t.settled(dataclasses.replace(v, data=True, zero=False, known=None))
+        t.settled(dataclasses.replace(v, data=True, zero=False, known=None, free=False))
         for v in carry
     ]
     while True:

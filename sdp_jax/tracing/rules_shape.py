@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from sdp_jax.tracing.evaluate import pick_out
 from sdp_jax.tracing.sizes import Equation
 from sdp_jax.tracing.trace import Record, Trace, need_zero
 from sdp_jax.tracing.values import ZERO, Axis, Factor, Fill, Value, length, refill
@@ -116,9 +117,7 @@ def take_positions(
     mask = n.mask(axis)
     rank = np.cumsum(mask) - 1
     index = rank[positions[mask[positions]]]
-    if len(index) and (np.diff(index) == 1).all():
-        return lax.slice_in_dim(x, int(index[0]), int(index[-1]) + 1, axis=dimension)
-    return jnp.take(x, index, axis=dimension)
+    return pick_out(x, index, dimension)
 
 
 def _slices(eqn: Any) -> list[np.ndarray]:
@@ -243,7 +242,7 @@ def _rebuild_tile(n: Any, record: Record, args: list[Any]) -> list[Any]:
         # Only what was repeated out of one entry can be left out here.
         if not record.ins[0].axes[d] and n.is_cut(axis):
             n.check_fixed(whole.shape[d])
-            whole = jnp.take(whole, np.flatnonzero(n.mask(axis)), axis=d)
+            whole = pick_out(whole, np.flatnonzero(n.mask(axis)), d)
     return [whole]
 
 
@@ -305,7 +304,7 @@ def _rebuild_pad(n: Any, record: Record, args: list[Any]) -> list[Any]:
         index = np.where(where >= 0, rank[np.maximum(where, 0)], shape[d])
         shape[d] = 1
         both = lax.concatenate([x, jnp.broadcast_to(value, shape)], d)
-        x = jnp.take(both, index, axis=d)
+        x = pick_out(both, index, d)
     return [lax.pad(x, value, configs)]
 
 

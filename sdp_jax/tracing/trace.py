@@ -30,6 +30,7 @@ class Record:
       ins: values of its operands.
       outs: values of its results.
       bodies: traces of the functions that it calls.
+      copied: operands of which it takes a part of its own.
     """
 
     eqn: Any
@@ -37,6 +38,7 @@ class Record:
     ins: list[Value]
     outs: list[Value]
     bodies: tuple["Body", ...] = ()
+    copied: frozenset[int] = frozenset()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -140,8 +142,17 @@ class Trace:
             return env[var]
 
         records = []
+        results = {v for v in jaxpr.outvars if not isinstance(v, Literal)}
         for eqn in _live(jaxpr):
             values = [read(v) for v in eqn.invars]
+            free = all(v.free for v in values)
+            copied = frozenset(
+                i
+                for i, (var, v) in enumerate(zip(eqn.invars, values, strict=True))
+                if v.free and v.axes and not free and var not in results
+            )
+            for i in copied:
+                values[i] = self.space.copy(values[i])
             rule = self._rules.get(eqn.primitive.name, freeze_all)
             view = self.sizes.view(eqn)
             if eqn.outvars and all(map(is_empty, eqn.outvars)):
@@ -151,8 +162,9 @@ class Trace:
             outs = [self.settled(v) for v in outs]
             if eqn.primitive.name not in self._even:
                 outs = [_uneven(v) for v in outs]
+            outs = [v if v.free == free else _set_free(v, free) for v in outs]
             outs = self._compute(view, values, outs)
-            records.append(Record(eqn, view, values, outs, bodies))
+            records.append(Record(eqn, view, values, outs, bodies, copied))
             env.update(zip(eqn.outvars, outs, strict=True))
         outs = [read(v) for v in jaxpr.outvars]
         return Body(jaxpr, consts, const_values, list(ins), records, outs)
@@ -170,6 +182,7 @@ class Trace:
         known = not isinstance(array, jax.core.Tracer) and np.size(array) <= 4096
         zero = known and not np.any(np.asarray(array))
         value = self.space.fresh_value(shape, data=False, zero=bool(zero))
+        value = _set_free(value, True)
         if known and dtype is not None and _is_index(shape, dtype):
             return dataclasses.replace(value, known=np.asarray(array))
         return value
@@ -235,6 +248,10 @@ def _uneven(value: Value) -> Value:
         return value
     axes = tuple(tuple(Factor(f.atoms, f.fill) for f in axis) for axis in value.axes)
     return dataclasses.replace(value, axes=axes)
+
+
+def _set_free(value: Value, free: bool) -> Value:
+    return dataclasses.replace(value, free=free)
 
 
 def _live(jaxpr: Any) -> list[Any]:

@@ -54,12 +54,15 @@ class Value:
       data: whether it depends on the inputs (an activation), not on parameters alone.
       zero: whether it is zero everywhere.
       known: the entries, of scalars and small integer arrays that depend on nothing.
+      free: whether it depends on neither parameters nor inputs: each equation that
+        reads it may take another part of it.
     """
 
     axes: tuple[Axis, ...]
     data: bool
     zero: bool = False
     known: np.ndarray | None = None
+    free: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -116,6 +119,19 @@ class Space:
         """An array that any part can be taken of: a constant, a random number."""
         fill = ZERO if zero else None
         return Value(tuple(self.fresh(n, fill) for n in shape), data, zero)
+
+    def copy(self, value: Value) -> Value:
+        """A free array as one equation reads it, whatever others take of it."""
+        fill = ZERO if value.zero else None
+        axes = []
+        for axis in value.axes:
+            even = all(f.even for f in axis)
+            axes.append(
+                tuple(
+                    Factor(f.atoms, fill, even) for f in self.fresh(length(axis), fill)
+                )
+            )
+        return dataclasses.replace(value, axes=tuple(axes))
 
     def freeze(self, axis: Axis, reason: Reason) -> Axis:
         """Says that an axis is always kept; returns it so."""
