@@ -390,7 +390,7 @@ def from_equinox():
     arrays, static = eqx.partition(model, eqx.is_array)
     shapes = jax.eval_shape(lambda: arrays)
     x = jnp.asarray(TOKENS[0])
-    return Model(lambda p, x: jax.vmap(eqx.combine(p, static))(x), shapes, (x,), 0.8)
+    return Model(lambda p, x: jax.vmap(eqx.combine(p, static))(x), shapes, (x,), 0.95)
 
 
 def from_haiku():
@@ -407,7 +407,7 @@ def from_haiku():
         lambda v, x: pure.apply(v["params"], v["state"], x)[0],
         variables,
         (x,),
-        0.9,
+        0.98,
         lambda v, x: pure.apply(v["params"], v["state"], x, train=True),
         lambda v, state: v | {"state": state},
     )
@@ -452,53 +452,56 @@ def unknown(p, x):
 
 
 ZOO: dict[str, Callable[[], Model]] = {
-    "vgg": lambda: linen(Vgg(), IMAGE, share=0.9),
-    "resnet18": lambda: linen(ResNet(), IMAGE, share=0.9),
-    "resnet50": lambda: linen(ResNet(True), IMAGE, share=0.9),
-    "groupnorm": lambda: linen(ResNet(norm=lambda: nn.GroupNorm(2)), IMAGE, share=0.8),
-    "wideresnet": lambda: linen(WideResNet(), IMAGE, share=0.9),
-    "resnext": lambda: linen(ResNeXt(), IMAGE, share=0.8),
-    "mobilenet": lambda: linen(MobileNet(), IMAGE, share=0.8),
-    "efficientnet": lambda: linen(MobileNet(squeeze=True), IMAGE, share=0.8),
-    "densenet": lambda: linen(DenseNet(), IMAGE, share=0.9),
-    "shufflenet": lambda: linen(ShuffleNet(), IMAGE, share=0.5),
-    "unet": lambda: linen(UNet(), IMAGE, share=0.9),
-    "convnext": lambda: linen(ConvNeXt(), IMAGE, share=0.8),
-    "vit": lambda: linen(ViT(), IMAGE, share=0.9),
-    "vit_fused": lambda: linen(ViT(True), IMAGE, share=0.9),
-    "swin": lambda: linen(Swin(), IMAGE, share=0.8),
-    "mixer": lambda: linen(Mixer(), TOKENS, share=0.7),
-    "encoder_decoder": lambda: linen(EncoderDecoder(), WORDS, WORDS, share=0.9),
-    "decoder": lambda: linen(Decoder(), WORDS, share=0.9),
-    "lstm": lambda: linen(Recurrent(nn.OptimizedLSTMCell), TOKENS, share=0.9),
-    "gru": lambda: linen(Recurrent(nn.GRUCell), TOKENS, share=0.9),
-    "vae": lambda: linen(Vae(), TOKENS, jax.random.key(1), share=0.5),
-    "actor_critic": lambda: linen(ActorCritic(), TOKENS, TOKENS, share=0.8),
-    "experts": lambda: linen(Experts(), TOKENS, share=0.9),
-    "remat": lambda: linen(Remat(), TOKENS, share=0.9),
-    "nnx_vgg": lambda: from_nnx(NnxVgg, IMAGE, 0.9),
-    "nnx_transformer": lambda: from_nnx(NnxTransformer, TOKENS, 0.9),
+    "vgg": lambda: linen(Vgg(), IMAGE, share=0.97),
+    "resnet18": lambda: linen(ResNet(), IMAGE, share=0.97),
+    "resnet50": lambda: linen(ResNet(True), IMAGE, share=0.93),
+    "groupnorm": lambda: linen(ResNet(norm=lambda: nn.GroupNorm(2)), IMAGE, share=0.97),
+    "wideresnet": lambda: linen(WideResNet(), IMAGE, share=0.97),
+    "resnext": lambda: linen(ResNeXt(), IMAGE, share=0.94),
+    "mobilenet": lambda: linen(MobileNet(), IMAGE, share=0.90),
+    "efficientnet": lambda: linen(MobileNet(squeeze=True), IMAGE, share=0.91),
+    "densenet": lambda: linen(DenseNet(), IMAGE, share=0.92),
+    "shufflenet": lambda: linen(ShuffleNet(), IMAGE, share=0.89),
+    "unet": lambda: linen(UNet(), IMAGE, share=0.96),
+    "convnext": lambda: linen(ConvNeXt(), IMAGE, share=0.93),
+    "vit": lambda: linen(ViT(), IMAGE, share=0.97),
+    "vit_fused": lambda: linen(ViT(True), IMAGE, share=0.97),
+    "swin": lambda: linen(Swin(), IMAGE, share=0.93),
+    "mixer": lambda: linen(Mixer(), TOKENS, share=0.72),
+    "encoder_decoder": lambda: linen(EncoderDecoder(), WORDS, WORDS, share=0.98),
+    "decoder": lambda: linen(Decoder(), WORDS, share=0.99),
+    "lstm": lambda: linen(Recurrent(nn.OptimizedLSTMCell), TOKENS, share=0.95),
+    "gru": lambda: linen(Recurrent(nn.GRUCell), TOKENS, share=0.95),
+    "vae": lambda: linen(Vae(), TOKENS, jax.random.key(1), share=0.93),
+    "actor_critic": lambda: linen(ActorCritic(), TOKENS, TOKENS, share=0.94),
+    "experts": lambda: linen(Experts(), TOKENS, share=0.98),
+    "remat": lambda: linen(Remat(), TOKENS, share=0.96),
+    "nnx_vgg": lambda: from_nnx(NnxVgg, IMAGE, 0.96),
+    "nnx_transformer": lambda: from_nnx(NnxTransformer, TOKENS, 0.98),
     "equinox": from_equinox,
     "haiku": from_haiku,
     "stacked": lambda: plain(
         stacked,
         {"in": (5, 8), "up": (3, 8, 12), "down": (3, 12, 8), "out": (8, 2)},
         TOKENS,
-        share=0.9,
+        share=0.98,
     ),
     "custom_vjp": lambda: plain(
         lambda p, x: scaled(x @ p["a"], p["s"]) @ p["b"],
         {"a": (5, 8), "s": (2, 6, 8), "b": (8, 3)},
         TOKENS,
-        share=0.8,
+        share=0.88,
     ),
     "custom_jvp": lambda: plain(
         lambda p, x: gate(x @ p["a"]) @ p["b"],
         {"a": (5, 8), "b": (8, 3)},
         TOKENS,
-        share=0.8,
+        share=0.88,
     ),
     "unknown": lambda: plain(
-        unknown, {"a": (5, 8), "b": (8, 4), "c": (4, 6), "d": (6, 2)}, TOKENS, share=0.6
+        unknown,
+        {"a": (5, 8), "b": (8, 4), "c": (4, 6), "d": (6, 2)},
+        TOKENS,
+        share=0.86,
     ),
 }
