@@ -3,10 +3,10 @@
 Groups: :func:`find_groups`, :func:`groups_from_axes`, :class:`Groups`. Training:
 :func:`altsdp` and its pieces. Strengths: :func:`valley_strength`,
 :func:`target_sparsity`. Cutting: :func:`plan_cut`, :class:`Cut`, :func:`narrow`.
+Measuring: :func:`cost`, :func:`latency`. Keeping: :func:`save`, :func:`load`,
+:func:`export_stablehlo`.
 """
 
-# Groups
-# Training
 from sdp_jax.altsdp import altsdp, grda, prox_sgd
 from sdp_jax.cut import Cut
 from sdp_jax.export import export_stablehlo
@@ -27,14 +27,9 @@ from sdp_jax.groups import (
     running_state,
     scale_channels,
 )
-
-# Cutting
-# Measuring
 from sdp_jax.measure import Cost, EquationCost, cost, latency
 from sdp_jax.narrow import narrow
 from sdp_jax.plan import plan_cut
-
-# Strengths
 from sdp_jax.strength import (
     Strength,
     ramp_strength,

@@ -3,9 +3,11 @@
 import pathlib
 import re
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 import sdp_jax
 from tests import toy
@@ -34,8 +36,42 @@ def test_example():
     assert float(toy.loss(small, toy.batch())) < float(start)
     assert isinstance(names["groups"], sdp_jax.Groups)
     assert all(jnp.isfinite(p).all() for p in jax.tree.leaves(small))
-    exec(blocks()[1], names)
+    exec(next(b for b in blocks() if "scores=scores" in b), names)
     assert names["cut"].widths["layer0"] < 20
+
+
+def test_modules_are_taken_apart():
+    block = next(b for b in blocks() if "nnx.split" in b)
+    names = {"sdp_jax": sdp_jax, "nnx": nnx, "eqx": eqx, "x": jnp.ones(4)}
+    names["nnx_model"] = nnx.Sequential(
+        nnx.Linear(4, 8, rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(8, 2, rngs=nnx.Rngs(0))
+    )
+    names["eqx_model"] = eqx.nn.MLP(4, 2, 8, 1, key=jax.random.key(0))
+    first, second = block.split("\n\n")
+    for part in (first, second):
+        exec(part, names)
+        assert list(names["groups"].sizes.values()) == [8]
+
+
+def test_saving_example(tmp_path, monkeypatch, capsys):
+    block = next(b for b in blocks() if "sdp_jax.save" in b)
+    params = toy.mlp_params()
+    x, _ = toy.batch()
+    groups = sdp_jax.find_groups(toy.mlp_apply, params, x)
+    cut = sdp_jax.Cut(groups, ((0, 1), (0, 4)))
+    names = {
+        "sdp_jax": sdp_jax,
+        "apply": toy.mlp_apply,
+        "params": params,
+        "x": x,
+        "cut": cut,
+        "small": cut.take(params),
+        "small_apply": sdp_jax.narrow(toy.mlp_apply, cut),
+    }
+    monkeypatch.chdir(tmp_path)
+    exec(block, names)
+    assert names["cut"] == cut
+    assert "FLOPs" in capsys.readouterr().out
 
 
 def test_export_example(tmp_path, monkeypatch):

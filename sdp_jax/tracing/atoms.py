@@ -69,10 +69,6 @@ class Solution:
     label: np.ndarray
     operands: np.ndarray
 
-    def is_base(self, labels: np.ndarray) -> np.ndarray:
-        """Which classes are base classes (class 0 is none)."""
-        return (labels > 0) & (self.operands[labels, 0] == labels)
-
 
 class Atoms:
     """The unknowns of one trace and what is known of them."""
