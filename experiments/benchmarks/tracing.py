@@ -1,11 +1,12 @@
 """Cost of finding groups, and speed of the narrowed function.
 
 ``python -m experiments.benchmarks.tracing`` prints, for full-size networks, the seconds
-that ``jax.make_jaxpr`` takes and what ``find_groups`` adds to it, and the time of one
-compiled call; then, with half of the channels of each dimension cut, FLOPs and time of
-the dense function relative to the small one, and the time of the small one relative to
-the same architecture written at the small widths, compiled, run in turns. Last comes a
-decoder of 70 billion parameters, from shapes alone.
+that ``jax.make_jaxpr`` takes, what ``find_groups`` adds to it, what tracing the
+narrowed function adds to it, and the time of one compiled call; then, with half of the
+channels of each dimension cut, FLOPs and time of the dense function relative to the
+small one, and the time of the small one relative to the same architecture written at
+the small widths, compiled, run in turns. Last comes a decoder of 70 billion parameters,
+from shapes alone.
 """
 
 import dataclasses
@@ -231,15 +232,19 @@ def main(config: Config) -> dict[str, dict[str, float]]:
     }
     x = jnp.ones((2, config.image, config.image, 3))
     print(
-        f"{'network':<14} trace  groups  channels  forward ms  dense/small: FLOPs  "
+        f"{'network':<14} trace  groups  narrow  channels  forward ms  "
+        "dense/small: FLOPs  "
         " time  small/twin"
     )
     figures: dict[str, dict[str, float]] = {}
     for name, (network, twin) in networks.items():
         shapes = jax.eval_shape(network.init, jax.random.key(0), x)
         trace, extra, groups = time_groups(network.apply, shapes, x, 5)
-        found = {"trace": trace, "groups": extra, "channels": groups.num_channels}
-        line = f"{name:<14} {trace:5.2f}  {extra:6.2f}  {groups.num_channels:8d}"
+        more = _time_narrow(network.apply, groups, shapes, x, 5) - trace
+        found = {"trace": trace, "groups": extra, "narrow": more}
+        found["channels"] = groups.num_channels
+        line = f"{name:<14} {trace:5.2f}  {extra:6.2f}  {more:6.2f}  "
+        line += f"{groups.num_channels:8d}"
         variables = network.init(jax.random.key(0), x)
         if twin is None:
             args = [(variables, x)]
@@ -268,6 +273,24 @@ def main(config: Config) -> dict[str, dict[str, float]]:
     return figures
 
 
+def _time_narrow(
+    fn: Callable[..., Any], groups: sdp_jax.Groups, shapes: Any, x: Any, repeats: int
+) -> float:
+    """Median seconds of tracing the narrowed function, half of the channels cut."""
+    cut = _half(groups)
+    small = cut.take(shapes)
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.make_jaxpr(sdp_jax.narrow(lambda p, x: fn(p, x), cut))(small, x)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def _half(groups: sdp_jax.Groups) -> sdp_jax.Cut:
+    return sdp_jax.Cut(groups, tuple(tuple(range(d.size // 2)) for d in groups))
+
+
 def _speed(
     network: nn.Module,
     twin: nn.Module,
@@ -277,7 +300,7 @@ def _speed(
     repeats: int,
 ) -> dict[str, float]:
     """Seconds of dense and small function and of its twin; ratio of the FLOPs."""
-    cut = sdp_jax.Cut(groups, tuple(tuple(range(d.size // 2)) for d in groups))
+    cut = _half(groups)
     small = cut.take(variables)
     written = twin.init(jax.random.key(0), x)
     have, want = (jax.tree.map(jnp.shape, tree) for tree in (small, written))
