@@ -138,7 +138,10 @@ class Trace:
 
         def read(var: Any) -> Value:
             if isinstance(var, Literal):
-                return self.constant(np.asarray(var.val, jnp.result_type(var.aval)))
+                # The abstract value of a literal is slow to make.
+                dtype = getattr(var.val, "dtype", None)
+                dtype = jnp.result_type(var.aval) if dtype is None else dtype
+                return self.constant(np.asarray(var.val, dtype))
             return env[var]
 
         records = []
