@@ -61,6 +61,18 @@ def load(
       FileNotFoundError: if there is nothing, or not all of it.
       ValueError: if the files do not belong together.
       ImportError: if orbax-checkpoint is not installed.
+
+    Example:
+      >>> import tempfile, jax.numpy as jnp, sdp_jax
+      >>> params = {"w": jnp.array([[1., 0.], [2., 0.]])}
+      >>> groups = sdp_jax.groups_from_axes(
+      ...     params, {"hidden": [sdp_jax.producer("w", 1)]})
+      >>> cut = sdp_jax.plan_cut(groups, params)
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     sdp_jax.save(folder + "/pruned", cut.take(params), cut)
+      ...     small, again = sdp_jax.load(folder + "/pruned", like=params)
+      >>> print(small["w"].shape, again == cut)
+      (2, 1) True
     """
     checkpointing = _orbax()
     path = pathlib.Path(directory).absolute()

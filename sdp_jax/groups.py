@@ -106,6 +106,12 @@ def producer(
 
     Returns:
       A :class:`Member`, to be checked by :func:`groups_from_axes`.
+
+    Example:
+      >>> import sdp_jax
+      >>> m = sdp_jax.producer("conv/kernel", 3)
+      >>> (m.role, m.axis)
+      ('producer', 3)
     """
     return Member(path, axis, "producer", outer, inner, offset, period)
 
@@ -131,6 +137,12 @@ def consumer(
 
     Returns:
       A :class:`Member`.
+
+    Example:
+      >>> import sdp_jax
+      >>> # Behind the flattening of 4 × 4 positions each channel is read 16 times.
+      >>> sdp_jax.consumer("dense/kernel", 0, outer=16).outer
+      16
     """
     return Member(path, axis, "consumer", outer, inner, offset, period)
 
@@ -145,6 +157,11 @@ def running_state(path: str, axis: int, *, offset: int = 0) -> Member:
 
     Returns:
       A :class:`Member`.
+
+    Example:
+      >>> import sdp_jax
+      >>> sdp_jax.running_state("batch_stats/norm/mean", 0).role
+      'state'
     """
     return Member(path, axis, "state", offset=offset)
 
@@ -788,6 +805,14 @@ def channel_weights(
 
     Raises:
       ValueError: if ``norm`` is none of these, lacks a dimension, or is not positive.
+
+    Example:
+      >>> import jax.numpy as jnp, sdp_jax
+      >>> params = {"w": jnp.ones((9, 2))}
+      >>> groups = sdp_jax.groups_from_axes(
+      ...     params, {"hidden": [sdp_jax.producer("w", 1)]})
+      >>> sdp_jax.channel_weights(groups, "size")  # √9
+      {'hidden': 3.0}
     """
     if isinstance(norm, Mapping):
         if set(norm) != set(groups.sizes):
@@ -894,6 +919,14 @@ def channels_alive(groups: Groups, tree: PyTree) -> dict[str, jax.Array]:
 
     Raises:
       ValueError: if a producer is missing or has another shape.
+
+    Example:
+      >>> import jax.numpy as jnp, sdp_jax
+      >>> params = {"w": jnp.array([[1., 0.], [2., 0.]])}
+      >>> groups = sdp_jax.groups_from_axes(
+      ...     params, {"hidden": [sdp_jax.producer("w", 1)]})
+      >>> print(sdp_jax.channels_alive(groups, params)["hidden"])
+      [ True False]
     """
     return _reduce_channels(groups, tree, lambda x: x != 0, jnp.any, jnp.logical_or)
 
@@ -915,6 +948,16 @@ def scale_channels(
 
     Raises:
       ValueError: if a producer is missing or has another shape.
+
+    Example:
+      >>> import jax.numpy as jnp, sdp_jax
+      >>> params = {"w": jnp.ones((2, 2))}
+      >>> groups = sdp_jax.groups_from_axes(
+      ...     params, {"hidden": [sdp_jax.producer("w", 1)]})
+      >>> factors = {"hidden": jnp.array([1., 0.])}
+      >>> print(sdp_jax.scale_channels(groups, params, factors)["w"])
+      [[1. 0.]
+       [1. 0.]]
     """
     table = producer_leaves(groups, tree)
     scales: dict[str, jax.Array] = {}

@@ -134,6 +134,14 @@ def latency(
 
     Raises:
       ValueError: if there are not as many arguments as functions, or no rounds.
+
+    Example:
+      >>> import jax.numpy as jnp, sdp_jax
+      >>> x = jnp.ones((8, 8))
+      >>> once, twice = sdp_jax.latency(
+      ...     jnp.sin, lambda x: jnp.sin(x @ x), args=[(x,), (x,)], repeats=3)
+      >>> once > 0 and twice > 0
+      True
     """
     if len(fns) != len(args) or repeats < 1:
         raise ValueError(

@@ -174,6 +174,16 @@ def ramp_strength(
     Raises:
       ValueError: if ``value`` or ``power`` is negative or the steps are not in order.
       TypeError: if a step is not an integer.
+
+    Example:
+      >>> import jax.numpy as jnp, sdp_jax
+      >>> strength = sdp_jax.ramp_strength(1.0, begin_step=0, end_step=2, power=1.0)
+      >>> state = strength.init({"hidden": 1}, {"hidden": 0})
+      >>> norms = {"hidden": jnp.array([9.])}
+      >>> for _ in range(3):
+      ...     thresholds, state = strength.update(state, norms, {"hidden": 0})
+      >>> print(thresholds["hidden"])
+      [1.]
     """
     check_number("value", value, low=0, rule="a non-negative number")
     check_number("power", power, low=0, rule="a non-negative number")

@@ -327,6 +327,14 @@ def soft_threshold(
 
     Raises:
       ValueError: if ``strength`` is negative, or in ``update`` without ``params``.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, sdp_jax
+      >>> tx = optax.chain(optax.sgd(1.0), sdp_jax.soft_threshold(0.5))
+      >>> params = jnp.array([2., 0.2])
+      >>> updates, _ = tx.update(jnp.zeros(2), tx.init(params), params)
+      >>> print(params + updates)
+      [1.5 0. ]
     """
     rule = as_strength(strength)
 
@@ -496,6 +504,14 @@ def check_zeros(opt_state: PyTree) -> None:
     Raises:
       ValueError: if the zeros of an earlier update had been changed, or the state has
         no :func:`group_soft_threshold` in it.
+
+    Example:
+      >>> import jax.numpy as jnp, sdp_jax
+      >>> params = {"w": jnp.ones((3, 2))}
+      >>> groups = sdp_jax.groups_from_axes(
+      ...     params, {"hidden": [sdp_jax.producer("w", 1)]})
+      >>> state = sdp_jax.altsdp(0.1, groups, strength=0.0).init(params)
+      >>> sdp_jax.check_zeros(state)  # All is well.
     """
     # By name: nnx and checkpoints turn the state into dictionaries.
     found = [leaf for keys, leaf in leaf_keys(opt_state) if keys[-1:] == ("intact",)]
