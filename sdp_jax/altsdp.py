@@ -179,12 +179,12 @@ def prox_sgd(
       >>> params = {"w": jnp.array([[3., 0.1], [4., 0.]])}
       >>> groups = sdp_jax.groups_from_axes(
       ...     params, {"hidden": [sdp_jax.producer("w", 1)]})
-      >>> tx = sdp_jax.prox_sgd(1.0, groups, strength=0.5)
+      >>> tx = sdp_jax.prox_sgd(1.0, groups, strength=2.5)
       >>> grads = {"w": jnp.zeros((2, 2))}
       >>> updates, _ = tx.update(grads, tx.init(params), params)
-      >>> print(optax.apply_updates(params, updates)["w"].round(3))  # norms less ½
-      [[2.7 0. ]
-       [3.6 0. ]]
+      >>> print(optax.apply_updates(params, updates)["w"])  # Half of norm 5 goes.
+      [[1.5 0. ]
+       [2.  0. ]]
     """
     if isinstance(learning_rate, optax.GradientTransformation):
         raise TypeError(
