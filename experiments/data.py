@@ -1,13 +1,25 @@
 """Data sets in memory, and an order of batches that depends on seed and epoch alone."""
 
+import io
+import lzma
 import pathlib
+import tarfile
 import zipfile
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
-Name: TypeAlias = Literal["digits", "mnist"]
+Name: TypeAlias = Literal["digits", "mnist", "cifar10"]
+
+CIFAR10_FILE = "cifar10-jpeg.tar.xz"
+CIFAR10_CLASSES = (
+    "airplane automobile bird cat deer dog frog horse ship truck".split()
+)
+CIFAR10_MEAN, CIFAR10_DEVIATION = (
+    np.asarray(x, np.float32)
+    for x in ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
+)
 
 
 class Split(NamedTuple):
@@ -36,28 +48,48 @@ class Dataset(NamedTuple):
     classes: int
 
 
-def load(name: Name, data_dir: pathlib.Path | None = None) -> Dataset:
+def load(
+    name: Name, data_dir: pathlib.Path | None = None, *, downscale: int = 1
+) -> Dataset:
     """Loads a data set.
 
     Args:
-      name: ``"digits"`` (1,797 images of 8×8 that come with scikit-learn) or
-        ``"mnist"`` (70,000 of 28×28).
+      name: ``"digits"`` (1,797 images of 8×8 that come with scikit-learn), ``"mnist"``
+        (70,000 of 28×28) or ``"cifar10"`` (60,000 of 32×32 in colour).
       data_dir: directory with ``mnist.npz`` (arrays ``x_train``, ``y_train``,
-        ``x_test``, ``y_test``); without it tensorflow-datasets downloads MNIST.
+        ``x_test``, ``y_test``) or ``cifar10-jpeg.tar.xz`` (JPEG files
+        ``train/<class>/<n>.jpg`` and ``test/<class>/<n>.jpg``); without it
+        tensorflow-datasets downloads the original data set.
+      downscale: images become the means of squares of this side.
 
     Returns:
       The data set.
 
     Raises:
-      ValueError: if the name is unknown, or the file is not what it should be.
+      ValueError: if the name is unknown, the file is not what it should be, or
+        ``downscale`` does not divide the side of the images.
       FileNotFoundError: if ``data_dir`` has no such file.
       ImportError: if tensorflow-datasets is needed and not installed.
     """
     if name == "digits":
-        return _digits()
-    if name == "mnist":
-        return _mnist_file(data_dir) if data_dir is not None else _mnist_tfds()
-    raise ValueError(f"data set must be 'digits' or 'mnist'; got {name!r}")
+        dataset = _digits()
+    elif name == "mnist":
+        dataset = _mnist_file(data_dir) if data_dir is not None else _mnist_tfds()
+    elif name == "cifar10":
+        dataset = _cifar10_file(data_dir) if data_dir is not None else _cifar10_tfds()
+    else:
+        raise ValueError(
+            f"data set must be 'digits', 'mnist' or 'cifar10'; got {name!r}"
+        )
+    side = dataset.train.images.shape[1]
+    if downscale < 1 or side % downscale:
+        raise ValueError(
+            f"downscale must divide the side of the images, {side}; got {downscale}"
+        )
+    return dataset._replace(
+        train=_downscaled(dataset.train, downscale),
+        test=_downscaled(dataset.test, downscale),
+    )
 
 
 def hold_out(split: Split, count: int) -> tuple[Split, Split]:
@@ -164,18 +196,83 @@ def _mnist_file(data_dir: pathlib.Path) -> Dataset:
 
 
 def _mnist_tfds() -> Dataset:
+    parts = _tfds("mnist", "an mnist.npz")
+    return Dataset(*(_scaled(x[..., 0], y) for x, y in parts), 10)
+
+
+def _cifar10_file(data_dir: pathlib.Path) -> Dataset:
+    import PIL.Image
+
+    path = pathlib.Path(data_dir) / CIFAR10_FILE
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"there is no {CIFAR10_FILE} in {data_dir}; give the directory that holds "
+            "it, or leave --data-dir out to download CIFAR-10 with tensorflow-datasets"
+        )
+    found: dict[str, list[tuple[np.ndarray, int]]] = {"train": [], "test": []}
+    try:
+        with tarfile.open(path) as archive:
+            for member in archive:
+                if not member.isfile():
+                    continue
+                part, label, _ = member.name.split("/")
+                file = archive.extractfile(member)
+                assert file is not None
+                image = np.asarray(PIL.Image.open(io.BytesIO(file.read())))
+                found[part].append((image, CIFAR10_CLASSES.index(label)))
+    except (
+        *(KeyError, ValueError, OSError, EOFError, tarfile.TarError, lzma.LZMAError),
+    ) as error:
+        raise ValueError(
+            f"{path} cannot be read ({error}); it must hold JPEG files "
+            "train/<class>/<n>.jpg and test/<class>/<n>.jpg. Fetch it again"
+        ) from error
+    parts = []
+    for part, count in (("train", 50_000), ("test", 10_000)):
+        shapes = {image.shape for image, _ in found[part]}
+        if len(found[part]) != count or shapes != {(32, 32, 3)}:
+            raise ValueError(
+                f"{path} has {len(found[part])} images of shapes {sorted(shapes)} in "
+                f"{part}; expected {count} of (32, 32, 3)"
+            )
+        images, labels = zip(*found[part], strict=True)
+        parts.append(_coloured(np.stack(images), np.asarray(labels)))
+    return Dataset(*parts, 10)
+
+
+def _cifar10_tfds() -> Dataset:
+    parts = _tfds("cifar10", f"a {CIFAR10_FILE}")
+    return Dataset(*(_coloured(x, y) for x, y in parts), 10)
+
+
+def _tfds(name: str, alternative: str) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Images and labels of the training and the test set."""
     try:
         import tensorflow_datasets as tfds  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ImportError(
-            "MNIST comes from tensorflow-datasets, which is not installed: "
-            "pip install 'sdp-jax[tfds]', or give --data-dir with an mnist.npz"
+            f"{name} comes from tensorflow-datasets, which is not installed: "
+            f"pip install 'sdp-jax[tfds]', or give --data-dir with {alternative}"
         ) from error
-    parts = {}
+    parts = []
     for part in ("train", "test"):
-        data: Any = tfds.as_numpy(tfds.load("mnist", split=part, batch_size=-1))
-        parts[part] = _scaled(data["image"][..., 0], data["label"])
-    return Dataset(parts["train"], parts["test"], 10)
+        data: Any = tfds.as_numpy(tfds.load(name, split=part, batch_size=-1))
+        parts.append((data["image"], data["label"]))
+    return parts
+
+
+def _coloured(images: np.ndarray, labels: np.ndarray) -> Split:
+    """Images of bytes, with the mean and deviation of CIFAR-10 taken out."""
+    scaled = (images.astype(np.float32) / 255 - CIFAR10_MEAN) / CIFAR10_DEVIATION
+    return Split(scaled, labels.astype(np.int32))
+
+
+def _downscaled(split: Split, factor: int) -> Split:
+    if factor == 1:
+        return split
+    n, height, width, channels = split.images.shape
+    squares = (n, height // factor, factor, width // factor, factor, channels)
+    return split._replace(images=split.images.reshape(squares).mean((2, 4)))
 
 
 def _scaled(images: np.ndarray, labels: np.ndarray) -> Split:

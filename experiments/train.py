@@ -34,7 +34,8 @@ class Config:
     """One training run.
 
     Attributes:
-      dataset: digits (bundled) or mnist.
+      dataset: digits (bundled), mnist or cifar10.
+      downscale: images become the means of squares of this side.
       model: dnn or conv.
       method: sgd, altsdp or prox_sgd.
       widths: hidden widths; default: the model's.
@@ -56,11 +57,13 @@ class Config:
       floor: channels that stay in each dimension.
       validation: training examples held out and evaluated every epoch.
       seed: of initialisation and data order.
-      data_dir: directory with mnist.npz; default: tensorflow-datasets.
+      data_dir: directory with mnist.npz or cifar10-jpeg.tar.xz; default:
+        tensorflow-datasets.
       out: directory of the run; default: a name made of the configuration.
     """
 
     dataset: data.Name = "digits"
+    downscale: int = 1
     model: models.Name = "dnn"
     method: Literal["sgd", "altsdp", "prox_sgd"] = "altsdp"
     widths: tuple[int, ...] = ()
@@ -247,7 +250,7 @@ def train(
     """
     if config.epochs < 1:
         raise ValueError(f"epochs must be at least 1; got {config.epochs}")
-    dataset = data.load(config.dataset, config.data_dir)
+    dataset = data.load(config.dataset, config.data_dir, downscale=config.downscale)
     training, validation = data.hold_out(dataset.train, config.validation)
     per_epoch = data.steps_per_epoch(training, config.batch_size)
     steps = per_epoch * config.epochs
