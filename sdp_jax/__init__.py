@@ -40,14 +40,30 @@ from sdp_jax.tracing.find import find_groups
 from sdp_jax.transforms import (
     DualAveragingState,
     GroupSoftThresholdState,
-    ProjectOntoValleyState,
     SoftThresholdState,
     check_zeros,
     dual_averaging,
     group_soft_threshold,
-    project_onto_valley,
     radial_dual_averaging,
     soft_threshold,
+)
+from sdp_jax.valley.curvature import (
+    Eigenpairs,
+    SpectralDensity,
+    curvature_product,
+    spectral_density,
+    top_eigenpairs,
+)
+from sdp_jax.valley.project import (
+    ProjectOntoValleyState,
+    project_onto_valley,
+    set_basis,
+)
+from sdp_jax.valley.sdp import (
+    SdpResult,
+    directional_importance,
+    directional_scores,
+    sdp,
 )
 
 __version__ = "0.1.0"
@@ -57,6 +73,7 @@ __all__ = [
     "Cut",
     "Dimension",
     "DualAveragingState",
+    "Eigenpairs",
     "EquationCost",
     "Frozen",
     "GroupSoftThresholdState",
@@ -65,7 +82,9 @@ __all__ = [
     "Member",
     "PerChannel",
     "ProjectOntoValleyState",
+    "SdpResult",
     "SoftThresholdState",
+    "SpectralDensity",
     "Strength",
     "altsdp",
     "channel_norms",
@@ -74,6 +93,9 @@ __all__ = [
     "check_zeros",
     "consumer",
     "cost",
+    "curvature_product",
+    "directional_importance",
+    "directional_scores",
     "dual_averaging",
     "export_stablehlo",
     "find_groups",
@@ -92,7 +114,11 @@ __all__ = [
     "running_state",
     "save",
     "scale_channels",
+    "sdp",
+    "set_basis",
     "soft_threshold",
+    "spectral_density",
     "target_sparsity",
+    "top_eigenpairs",
     "valley_strength",
 ]

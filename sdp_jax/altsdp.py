@@ -19,10 +19,10 @@ from sdp_jax.strength import (
 from sdp_jax.transforms import (
     dual_averaging,
     group_soft_threshold,
-    project_onto_valley,
     radial_dual_averaging,
     soft_threshold,
 )
+from sdp_jax.valley.project import project_onto_valley
 
 
 def altsdp(

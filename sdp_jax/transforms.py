@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from sdp_jax import prox
@@ -35,7 +34,7 @@ from sdp_jax.groups import (
     scale_channels,
     split_channels,
 )
-from sdp_jax.strength import StrengthLike, as_strength, check_number
+from sdp_jax.strength import Strength, StrengthLike, as_strength
 
 
 class DualAveragingState(NamedTuple):
@@ -70,26 +69,6 @@ class SoftThresholdState(NamedTuple):
     """
 
     strength: Any
-
-
-class ProjectOntoValleyState(NamedTuple):
-    """State of :func:`project_onto_valley`.
-
-    Attributes:
-      strength: state of the strength.
-      factor: by what the last step multiplied each channel.
-      dual: the dual variable as it last arrived.
-      correction: sum of all corrections, shaped like the parameters.
-      basis: orthonormal sharp directions; each leaf has a leading axis ``rank``.
-      energy: share of the gradient stream along each direction, ``(rank,)``.
-    """
-
-    strength: Any
-    factor: PerChannel
-    dual: optax.Params
-    correction: optax.Params
-    basis: optax.Params
-    energy: jax.Array
 
 
 def dual_averaging(
@@ -129,7 +108,7 @@ def dual_averaging(
 
     def init_fn(params: optax.Params) -> DualAveragingState:
         check_inexact(params)
-        return DualAveragingState(jax.tree.map(_wide_copy, params))
+        return DualAveragingState(jax.tree.map(wide_copy, params))
 
     def update_fn(
         updates: optax.Updates,
@@ -140,7 +119,7 @@ def dual_averaging(
         del extra_args
         params = need_params(params, updates, "dual_averaging")
         dual = jax.tree.map(lambda v, u: v + u.astype(v.dtype), state.dual, updates)
-        return _emit(dual, params, candidates), DualAveragingState(dual)
+        return emit(dual, params, candidates), DualAveragingState(dual)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -178,12 +157,12 @@ def radial_dual_averaging(
     References:
       Our own variant of dual averaging.
     """
-    _check_kind(groups)
+    check_kind(groups)
 
     def init_fn(params: optax.Params) -> DualAveragingState:
         check_inexact(params)
         check_params(groups, params)
-        return DualAveragingState(jax.tree.map(_wide_copy, params))
+        return DualAveragingState(jax.tree.map(wide_copy, params))
 
     def update_fn(
         updates: optax.Updates,
@@ -220,7 +199,7 @@ def radial_dual_averaging(
         dual = jax.tree.map(
             jnp.add, scaled(old, stretch * share + behind), scaled(steps, stretch)
         )
-        return _emit(dual, params, candidates), DualAveragingState(dual)
+        return emit(dual, params, candidates), DualAveragingState(dual)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -277,7 +256,7 @@ def group_soft_threshold(
       [[1.5 0. ]
        [2.  0. ]]
     """
-    rule, floors = _check_rule(groups, strength, floor, norm)
+    rule, floors = check_rule(groups, strength, floor, norm)
 
     def init_fn(params: optax.Params) -> GroupSoftThresholdState:
         check_params(groups, params)
@@ -294,7 +273,7 @@ def group_soft_threshold(
     ) -> tuple[optax.Updates, GroupSoftThresholdState]:
         del extra_args
         params = need_params(params, updates, "group_soft_threshold")
-        candidate = updates if candidates else _add(params, updates)
+        candidate = updates if candidates else add_step(params, updates)
         norms = channel_norms(groups, candidate, norm=norm)
         thresholds, strength_state = rule.update(state.strength, norms, floors)
         flat = join_channels(norms)
@@ -350,7 +329,7 @@ def soft_threshold(
     ) -> tuple[optax.Updates, SoftThresholdState]:
         del extra_args
         params = need_params(params, updates, "soft_threshold")
-        candidate = updates if candidates else _add(params, updates)
+        candidate = updates if candidates else add_step(params, updates)
         leaves, treedef = jax.tree.flatten(candidate)
         norms = {str(i): jnp.abs(leaf) for i, leaf in enumerate(leaves)}
         thresholds, strength_state = rule.update(state.strength, norms, {})
@@ -359,133 +338,6 @@ def soft_threshold(
             for leaf, name in zip(leaves, norms, strict=True)
         )
         return step_to(point, params), SoftThresholdState(strength_state)
-
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def project_onto_valley(
-    groups: Groups,
-    strength: StrengthLike,
-    *,
-    rank: int = 8,
-    decay: float = 0.99,
-    basis: PyTree | None = None,
-    floor: int | jax.Array | Mapping[str, int] = 1,
-    norm: Norm | Mapping[str, float] = "plain",
-    candidates: bool = False,
-) -> optax.GradientTransformationExtraArgs:
-    """Keeps only the valley part of each increment of shrinkage (experimental).
-
-    Stands between :func:`dual_averaging` and :func:`group_soft_threshold` and is given
-    the same ``strength``, ``floor`` and ``norm``. From one step to the next the
-    shrinkage ``v − prox_g(v) = g z`` grows by some ``Δ(g z)``, and the gradient would
-    have to pull the sharp part of that back. This piece anticipates the pull: with
-    orthonormal sharp directions ``U`` it adds ``U Uᵀ Δ(g z)`` to the dual variable, for
-    good. Along ``U`` the parameters then move as ``base`` moves them, and only across
-    it, in the valley, do they shrink.
-
-    ``U`` is either given, or estimated from the stream of incoming steps by an
-    incremental singular value decomposition with exponential forgetting. A step that is
-    zero or not finite leaves the estimate unchanged. Memory: ``rank + 2`` copies of
-    the parameters. On a trained network the estimate is unproven; the given one is
-    exact on quadratics.
-
-    Args:
-      groups: the channel dimensions.
-      strength: as for :func:`group_soft_threshold`.
-      rank: number of directions that are estimated.
-      decay: what share of the past the estimate keeps each step, in (0, 1].
-      basis: fixed orthonormal directions instead of an estimate: a tree shaped like
-        the parameters with one more leading axis.
-      floor: as for :func:`group_soft_threshold`.
-      norm: as for :func:`group_soft_threshold`.
-      candidates: take and emit candidates, see the module's docstring.
-
-    Returns:
-      A transformation; its ``update`` needs ``params``.
-
-    Raises:
-      ValueError: if ``rank`` is below 1, ``decay`` outside (0, 1], the rest does not
-        fit the groups, or in ``init`` if ``basis`` does not fit the parameters.
-
-    References:
-      The projection is our own extension of AltSDP. The estimate follows Brand, "Fast
-      low-rank modifications of the thin singular value decomposition", 2006.
-    """
-    rule, floors = _check_rule(groups, strength, floor, norm)
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise ValueError(f"rank must be an integer of at least 1; got {rank!r}")
-    check_number("decay", decay, low=1e-6, high=1, rule="a number in (0, 1]")
-
-    def factors_at(point: optax.Params, state: Any) -> tuple[jax.Array, Any]:
-        norms = channel_norms(groups, point, norm=norm)
-        thresholds, state = rule.update(state, norms, floors)
-        factor = prox.soft_threshold_factor(
-            join_channels(norms), join_channels(thresholds)
-        )
-        return factor.astype(jnp.result_type(float)), state
-
-    def shrinkage(point: optax.Params, factor: jax.Array) -> optax.Params:
-        """What the threshold takes off ``point``."""
-        kept = scale_channels(groups, point, split_channels(factor, groups.sizes))
-        return jax.tree.map(jnp.subtract, point, kept)
-
-    def init_fn(params: optax.Params) -> ProjectOntoValleyState:
-        check_inexact(params)
-        check_params(groups, params)
-        factor = jnp.ones((groups.num_channels,), jnp.result_type(float))
-        dual = jax.tree.map(_wide_copy, params)
-        if basis is None:
-            directions = jax.tree.map(
-                lambda v: jnp.zeros((rank, *v.shape), v.dtype), dual
-            )
-            energy = jnp.zeros((rank,))
-        else:
-            _check_basis(basis, dual)
-            directions = jax.tree.map(_wide_copy, basis)
-            energy = jnp.ones((jax.tree.leaves(basis)[0].shape[0],))
-        return ProjectOntoValleyState(
-            rule.init(groups.sizes, floors),
-            PerChannel(factor),
-            dual,
-            jax.tree.map(jnp.zeros_like, dual),
-            directions,
-            energy,
-        )
-
-    def update_fn(
-        updates: optax.Updates,
-        state: Any,
-        params: optax.Params | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, ProjectOntoValleyState]:
-        del extra_args
-        params = need_params(params, updates, "project_onto_valley")
-        dual = updates if candidates else _add(params, updates)
-        directions, energy = state.basis, state.energy
-        if basis is None:
-            stream = jax.tree.map(jnp.subtract, dual, state.dual)
-            directions, energy = _track(directions, energy, stream, decay)
-        before = jax.tree.map(jnp.add, state.dual, state.correction)
-        point = jax.tree.map(jnp.add, dual, state.correction)
-        factor, _ = factors_at(point, state.strength)
-        growth = jax.tree.map(
-            jnp.subtract,
-            shrinkage(point, factor),
-            shrinkage(before, state.factor.per_channel),
-        )
-        pull = _combine(_coefficients(directions, growth), directions)
-        point = jax.tree.map(jnp.add, point, pull)
-        factor, strength_state = factors_at(point, state.strength)
-        new_state = ProjectOntoValleyState(
-            strength_state,
-            PerChannel(factor),
-            dual,
-            jax.tree.map(jnp.add, state.correction, pull),
-            directions,
-            energy,
-        )
-        return _emit(point, params, candidates), new_state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -620,10 +472,25 @@ def step_to(point: optax.Params, params: optax.Params) -> optax.Updates:
     )
 
 
-def _check_rule(
+def check_rule(
     groups: Groups, strength: StrengthLike, floor: Any, norm: Any
-) -> tuple[Any, prox.Floors]:
-    _check_kind(groups)
+) -> tuple[Strength, prox.Floors]:
+    """Checks what a threshold is made of.
+
+    Args:
+      groups: the channel dimensions.
+      strength: a strength, a number or a schedule.
+      floor: channels that survive, a number or one for each name.
+      norm: the weighting of the norms.
+
+    Returns:
+      The strength as a :class:`sdp_jax.Strength`, and a floor for each dimension.
+
+    Raises:
+      ValueError: if they do not fit the groups.
+      TypeError: if one is of another kind.
+    """
+    check_kind(groups)
     rule = as_strength(strength)
     floors = prox.resolve_floors(groups, floor)
     channel_weights(groups, norm)
@@ -631,26 +498,16 @@ def _check_rule(
     return rule, floors
 
 
-def _check_basis(basis: PyTree, params: optax.Params) -> None:
-    have, want = leaf_table(basis), leaf_table(params)
-    if not want:
-        return
-    ranks = {np.shape(leaf)[:1] for leaf in have.values()}
-    if have.keys() != want.keys() or len(ranks) != 1 or ranks == {()}:
-        raise ValueError(
-            "basis must have the leaves of the parameters, each with one leading axis "
-            f"of the same length: {sorted(want)}; got "
-            f"{ {path: np.shape(leaf) for path, leaf in have.items()} }"
-        )
-    for path, leaf in have.items():
-        if np.shape(leaf)[1:] != np.shape(want[path]):
-            raise ValueError(
-                f"basis leaf {path!r} has shape {np.shape(leaf)}; expected (rank, "
-                f"*{np.shape(want[path])})"
-            )
+def check_kind(groups: Any) -> None:
+    """Refuses what is not groups, or groups without a dimension.
 
+    Args:
+      groups: what was given.
 
-def _check_kind(groups: Any) -> None:
+    Raises:
+      ValueError: if there is nothing to prune.
+      TypeError: if it is not :class:`sdp_jax.Groups`.
+    """
     if not isinstance(groups, Groups):
         raise TypeError(
             f"groups must be sdp_jax.Groups, as groups_from_axes makes; got {groups!r}"
@@ -659,74 +516,23 @@ def _check_kind(groups: Any) -> None:
         raise ValueError("groups has no channel dimension: there is nothing to prune")
 
 
-def _wide_copy(leaf: jax.Array) -> jax.Array:
+def wide_copy(leaf: jax.Array) -> jax.Array:
     """A copy, at least float32: it must not share a buffer that may be donated."""
     return jnp.array(leaf, jnp.promote_types(leaf.dtype, jnp.float32), copy=True)
 
 
-def _emit(point: optax.Params, params: optax.Params, candidates: bool) -> optax.Updates:
+def emit(point: optax.Params, params: optax.Params, candidates: bool) -> optax.Updates:
     """The point itself, or the step to it from the parameters, in the point's dtype."""
     if candidates:
         return point
     return jax.tree.map(lambda v, p: v - p.astype(v.dtype), point, params)
 
 
-def _add(params: optax.Params, updates: optax.Updates) -> optax.Params:
+def add_step(params: optax.Params, updates: optax.Updates) -> optax.Params:
+    """The point that updates lead to, in the wider dtype and at least float32."""
+
     def add(p: jax.Array, u: jax.Array) -> jax.Array:
         dtype = jnp.promote_types(jnp.promote_types(p.dtype, u.dtype), jnp.float32)
         return p.astype(dtype) + u.astype(dtype)
 
     return jax.tree.map(add, params, updates)
-
-
-def _coefficients(directions: optax.Params, tree: optax.Params) -> jax.Array:
-    """``U x``, real, shape ``(rank,)``."""
-
-    def dot(u: jax.Array, x: jax.Array) -> jax.Array:
-        axes = tuple(range(1, u.ndim))
-        return jnp.sum((jnp.conj(u) * x[None]).real, axis=axes)
-
-    return sum(jax.tree.leaves(jax.tree.map(dot, directions, tree)), jnp.zeros(()))
-
-
-def _combine(coefficients: jax.Array, directions: optax.Params) -> optax.Params:
-    """``Uᵀ a``."""
-    return jax.tree.map(
-        lambda u: jnp.tensordot(coefficients.astype(u.dtype), u, axes=1), directions
-    )
-
-
-def _track(
-    directions: optax.Params, energy: jax.Array, step: optax.Params, decay: float
-) -> tuple[optax.Params, jax.Array]:
-    """One step of an incremental decomposition of the stream's second moment."""
-    size = optax.tree.norm(step)
-    good = jnp.isfinite(size) & (size > 0)
-    step = jax.tree.map(
-        lambda x: jnp.where(good, x / jnp.where(good, size, 1), 0), step
-    )
-    # Gram-Schmidt twice: once is not enough in float32 when the rest is small.
-    inside = _coefficients(directions, step)
-    rest = jax.tree.map(jnp.subtract, step, _combine(inside, directions))
-    again = _coefficients(directions, rest)
-    rest = jax.tree.map(jnp.subtract, rest, _combine(again, directions))
-    inside = inside + again
-    length = optax.tree.norm(rest)
-    new = length > 1e-4
-    rest = jax.tree.map(
-        lambda x: jnp.where(new, x / jnp.where(new, length, 1), 0), rest
-    )
-    column = jnp.append(inside, jnp.where(new, length, 0))
-    moment = jnp.diag(jnp.append(decay * energy, 0)) + jnp.outer(column, column)
-    values, vectors = jnp.linalg.eigh(moment)
-    rank = energy.shape[0]
-    values, vectors = values[::-1][:rank], vectors[:, ::-1][:, :rank]
-
-    def rotate(u: jax.Array, r: jax.Array) -> jax.Array:
-        both = jnp.concatenate([u, r[None]])
-        out = jnp.tensordot(vectors.T.astype(u.dtype), both, axes=1)
-        return jnp.where(good, out, u)
-
-    turned = jax.tree.map(rotate, directions, rest)
-    values = jnp.maximum(values, 0).astype(energy.dtype)
-    return turned, jnp.where(good, values, energy)

@@ -1,0 +1,1 @@
+"""The valley: its directions, SDP within it, and whether a solution lies in it."""

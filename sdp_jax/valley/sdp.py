@@ -1,0 +1,544 @@
+"""Structured directional pruning of a trained model, within the valley of its loss."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from sdp_jax import prox
+from sdp_jax.groups import (
+    Groups,
+    Norm,
+    PyTree,
+    channel_norms,
+    channel_products,
+    channel_weights,
+    join_channels,
+    scale_channels,
+    split_channels,
+)
+from sdp_jax.strength import check_number
+from sdp_jax.transforms import check_inexact, check_kind, check_params
+from sdp_jax.valley.vectors import (
+    HIGHEST,
+    check_basis,
+    coefficients,
+    combine,
+    inner,
+    orthonormal,
+    sharp_part,
+    wide,
+)
+
+Method = Literal["exact", "first_order"]
+# Newton steps of the exact solver; it needs about ten.
+MAX_STEPS = 300
+
+
+@dataclasses.dataclass(frozen=True)
+class SdpResult:
+    """What :func:`sdp` found.
+
+    Attributes:
+      params: the pruned parameters, shaped like the given ones; zeros are exact.
+      strength: the strength ``λ``, given or found.
+      sparsity: share of all channels that are zero.
+      scores: the directional scores ``s_g`` of the given parameters.
+      residual: how far ``params`` is from the valley, ``‖Uᵀ(w − w*)‖ / ‖w − w*‖``;
+        about the rounding error for the exact method.
+      iterations: Newton steps of the exact method, for the last ``λ``.
+    """
+
+    params: PyTree
+    strength: float
+    sparsity: float
+    scores: dict[str, jax.Array]
+    residual: float
+    iterations: int
+
+
+def directional_scores(
+    params: PyTree,
+    groups: Groups,
+    basis: PyTree,
+    *,
+    norm: Norm | Mapping[str, float] = "plain",
+) -> dict[str, jax.Array]:
+    """How free it is to shrink each channel: ``s_g = ⟨ŵ_g, (P₀ k ŵ)_g⟩``.
+
+    ``ŵ`` holds the unit vectors ``w_g / ‖w_g‖`` of all channels, ``k`` their weights
+    and ``P₀`` projects onto the valley, the complement of the sharp directions. A score
+    of ``k`` means that shrinking all channels together moves this one within the
+    valley; at 0 or below, the valley wants it to stay or grow.
+
+    Args:
+      params: trained parameters.
+      groups: their channel dimensions.
+      basis: sharp directions: a tree shaped like the parameters with one more leading
+        axis, for example ``top_eigenpairs(...).vectors``; made orthonormal here.
+      norm: the weighting, see :func:`sdp_jax.channel_weights`.
+
+    Returns:
+      For each dimension an array ``(size,)``, float32 or wider; 0 for a channel that is
+      zero already. For :func:`sdp_jax.plan_cut` take :func:`directional_importance`.
+
+    Raises:
+      ValueError: if parameters, groups and basis do not fit each other.
+      TypeError: if a parameter is not floating-point or complex.
+
+    References:
+      Our reading of Li, Liu, Shao, Wang, Geng, "Structured Directional Pruning", arXiv
+      2107.05328; groups of one entry are the scores of Chao, Wang, Xing, Cheng, arXiv
+      2006.09358.
+
+    Example:
+      >>> import jax.numpy as jnp, sdp_jax
+      >>> params = {"w": jnp.array([[3., 2.], [4., 0.]])}
+      >>> groups = sdp_jax.groups_from_axes(
+      ...     params, {"hidden": [sdp_jax.producer("w", 1)]})
+      >>> sharp = {"w": jnp.array([[[0., 1.], [0., 0.]]])}  # All of channel 1.
+      >>> print(sdp_jax.directional_scores(params, groups, sharp)["hidden"])
+      [1. 0.]
+    """
+    params, basis = _prepare(params, groups, basis)
+    return _scores(params, groups, basis, norm)
+
+
+def directional_importance(
+    params: PyTree,
+    groups: Groups,
+    basis: PyTree,
+    *,
+    norm: Norm | Mapping[str, float] = "plain",
+) -> dict[str, jax.Array]:
+    """The strength at which first-order SDP prunes each channel: ``‖w_g‖ / s_g``.
+
+    The channel of least importance goes first, as :func:`sdp_jax.plan_cut` expects of
+    ``scores``.
+
+    Args:
+      params: as for :func:`directional_scores`.
+      groups: as for :func:`directional_scores`.
+      basis: as for :func:`directional_scores`.
+      norm: as for :func:`directional_scores`.
+
+    Returns:
+      For each dimension an array ``(size,)``: 0 for a channel that is zero already,
+      infinite where the score is 0 or below.
+
+    Raises:
+      ValueError: as :func:`directional_scores`.
+      TypeError: as :func:`directional_scores`.
+
+    References:
+      As for :func:`directional_scores`.
+
+    Example:
+      >>> import jax.numpy as jnp, sdp_jax
+      >>> params = {"w": jnp.array([[3., 2.], [4., 0.]])}
+      >>> groups = sdp_jax.groups_from_axes(
+      ...     params, {"hidden": [sdp_jax.producer("w", 1)]})
+      >>> sharp = {"w": jnp.array([[[0., 1.], [0., 0.]]])}
+      >>> scores = sdp_jax.directional_importance(params, groups, sharp)
+      >>> print(scores["hidden"])  # The smaller one is the sharp one.
+      [ 5. inf]
+      >>> sdp_jax.plan_cut(groups, params, scores=scores, sparsity=0.5).kept
+      ((1,),)
+    """
+    params, basis = _prepare(params, groups, basis)
+    scores = _scores(params, groups, basis, norm)
+    norms = channel_norms(groups, params)
+    return {name: _vanishing(norms[name], scores[name]) for name in scores}
+
+
+def sdp(
+    params: PyTree,
+    groups: Groups,
+    strength: float | None,
+    basis: PyTree,
+    *,
+    sparsity: float | None = None,
+    method: Method = "exact",
+    floor: int | Mapping[str, int] = 1,
+    norm: Norm | Mapping[str, float] = "plain",
+    tol: float | None = None,
+) -> SdpResult:
+    """Prunes a trained model in one shot, along the valley of its loss.
+
+    With the trained parameters ``w*`` and sharp directions ``U``, the exact method
+    solves ::
+
+        argmin ½‖w − w*‖² + λ Σ_g k_g ‖w_g‖   subject to   Uᵀ (w − w*) = 0
+
+    the proximal point of the group lasso *restricted to the valley*: what the channels
+    that go had along the sharp directions, the others and the parameters outside the
+    groups take over. The first-order method shrinks each channel by its score instead
+    (:func:`directional_scores`), ``w_g = max(0, 1 − λ s_g / ‖w*_g‖) w*_g``; its norms
+    agree with the exact ones to first order in ``λ``, but at large ``λ`` it leaves the
+    valley.
+
+    No training data are needed beyond those behind the directions. Where the loss has
+    more sharp directions than ``basis``, moving along them costs; take as many as
+    memory allows.
+
+    Args:
+      params: trained parameters ``w*``.
+      groups: their channel dimensions.
+      strength: ``λ`` in units of the parameters; ``None`` with ``sparsity``.
+      basis: the sharp directions ``U``: a tree shaped like the parameters with one more
+        leading axis, for example ``top_eigenpairs(...).vectors``; made orthonormal
+        here.
+      sparsity: share of all channels that shall be zero, in [0, 1): the least ``λ``
+        that reaches it is sought (to a relative 1e-3 for the exact method).
+      method: ``"exact"`` or ``"first_order"``.
+      floor: channels that stay in each dimension, a number or one for each name: if
+        fewer would, the largest ones are not shrunk at all.
+      norm: the weighting ``k``, see :func:`sdp_jax.channel_weights`.
+      tol: the exact method ends when ``‖Uᵀ(w − w*)‖`` is below ``tol ‖p − w*‖``, where
+        ``p`` is the proximal point without the restriction, or at the rounding error of
+        ``w*``; default: 1e-5 in float32, 1e-11 in float64.
+
+    Returns:
+      The pruned parameters, with what became of them.
+
+    Raises:
+      ValueError: if parameters, groups and basis do not fit each other, a parameter is
+        not finite, an argument is out of range, both or neither of strength and
+        sparsity are given, or the sparsity cannot be reached.
+      TypeError: if a parameter is not floating-point or complex.
+      RuntimeError: if the exact method does not converge; it does unless groups
+        share entries.
+
+    References:
+      The problem is ours, the first-order form our reading of Li, Liu, Shao, Wang,
+      Geng, arXiv 2107.05328. The exact method solves the dual problem, of as many
+      variables as there are directions, by a semismooth Newton method: Qi and Sun, "A
+      nonsmooth version of Newton's method", 1993.
+
+    Example:
+      >>> import jax.numpy as jnp, sdp_jax
+      >>> params = {"w": jnp.array([[3., 1.], [0., 0.]])}
+      >>> groups = sdp_jax.groups_from_axes(
+      ...     params, {"hidden": [sdp_jax.producer("w", 1)]})
+      >>> sharp = {"w": jnp.array([[[2., 1.], [0., 0.]]])}  # 2 w₀ + w₁ = 7 stays.
+      >>> print(sdp_jax.sdp(params, groups, 3.0, sharp).params["w"].round(3))
+      [[3.5 0. ]
+       [0.  0. ]]
+    """
+    if (strength is None) == (sparsity is None):
+        raise ValueError(
+            "give either strength, or None and sparsity=; got "
+            f"strength={strength!r} and sparsity={sparsity!r}"
+        )
+    if method not in get_args(Method):
+        raise ValueError(f"method must be one of {get_args(Method)}; got {method!r}")
+    if strength is not None:
+        check_number("strength", strength, low=0, rule="a non-negative number")
+    original = params
+    params, basis = _prepare(params, groups, basis)
+    floors = _plain_floors(groups, floor)
+    scores = _scores(params, groups, basis, norm)
+    solver = _Solver(params, groups, basis, norm, scores, method, floors, tol)
+    if sparsity is None:
+        assert strength is not None
+        found, steps = solver.at(float(strength))
+    else:
+        check_number("sparsity", sparsity, low=0, rule="a number in [0, 1)")
+        strength, found, steps = _reach(solver, groups, float(sparsity))
+    moved = jax.tree.map(jnp.subtract, found, params)
+    length = float(optax.tree.norm(moved))
+    sharp = float(jnp.linalg.norm(coefficients(basis, moved)))
+    return SdpResult(
+        jax.tree.map(lambda w, p: w.astype(jnp.asarray(p).dtype), found, original),
+        float(strength),
+        solver.zeros(found) / groups.num_channels,
+        scores,
+        sharp / length if length else 0.0,
+        steps,
+    )
+
+
+class _Solver:
+    """Both methods, for one model and changing strengths."""
+
+    def __init__(
+        self,
+        params: PyTree,
+        groups: Groups,
+        basis: PyTree,
+        norm: Any,
+        scores: dict[str, jax.Array],
+        method: Method,
+        floors: dict[str, int],
+        tol: float | None,
+    ):
+        self.params, self.groups, self.method = params, groups, method
+        self.floors = floors
+        self.norms = channel_norms(groups, params)
+        weights = channel_weights(groups, norm)
+        dtype = join_channels(self.norms).dtype
+        self.weights = jnp.concatenate(
+            [
+                jnp.full(size, weights[name], dtype)
+                for name, size in groups.sizes.items()
+            ]
+        )
+        self.scores = join_channels(scores).astype(dtype)
+        # The order in which channels go: the last of each dimension are held.
+        if method == "exact":
+            self.order = join_channels(self.norms) / self.weights
+        else:
+            self.order = _vanishing(join_channels(self.norms), self.scores)
+        tiny = float(jnp.finfo(dtype).eps)
+        self.tol = (1e-5 if tiny > 1e-10 else 1e-11) if tol is None else tol
+        self._exact = jax.jit(
+            lambda params, basis, weights, tol: exact_point(
+                params, groups, basis, weights, tol
+            )
+        )
+        self.basis = basis
+
+    def zeros(self, point: PyTree) -> int:
+        """How many channels are zero."""
+        norms = join_channels(channel_norms(self.groups, point))
+        return int((norms == 0).sum())
+
+    def at(self, strength: float) -> tuple[PyTree, int]:
+        """The pruned parameters for one strength, and the number of Newton steps."""
+        held = jnp.zeros(self.groups.num_channels, bool)
+        for _ in range(len(self.groups) + 1):
+            point, steps = self._solve(strength, held)
+            more = held | self._held(point)
+            if bool((more == held).all()):
+                return point, steps
+            held = more
+        raise AssertionError("floors did not settle")
+
+    def _held(self, point: PyTree) -> jax.Array:
+        """The largest channels of each dimension that has too few left."""
+        norms = channel_norms(self.groups, point)
+        order = split_channels(self.order, self.groups.sizes)
+        parts = []
+        for name, floor in self.floors.items():
+            # Channels that were zero before cannot be held.
+            floor = min(floor, int((self.norms[name] > 0).sum()))
+            few = int((norms[name] > 0).sum()) < floor
+            best = prox.largest(order[name], floor)
+            parts.append(best if few else jnp.zeros_like(best))
+        return jnp.concatenate(parts)
+
+    def _solve(self, strength: float, held: jax.Array) -> tuple[PyTree, int]:
+        thresholds = strength * jnp.where(held, 0, self.weights)
+        if self.method == "first_order":
+            norms = join_channels(self.norms)
+            shrink = strength * jnp.where(held, 0, self.scores)
+            safe = jnp.where(norms > 0, norms, 1)
+            factor = jnp.where(norms > 0, jnp.maximum(0, 1 - shrink / safe), 0)
+            factors = split_channels(factor, self.groups.sizes)
+            return scale_channels(self.groups, self.params, factors), 0
+        point, excess, steps = self._exact(
+            self.params, self.basis, thresholds, self.tol
+        )
+        if not float(excess) <= 1:
+            raise RuntimeError(
+                f"after {int(steps)} steps the exact method is {float(excess):.1e} times "
+                f"as far from the valley as tol={self.tol:.1e} allows; give a larger "
+                "tol, a smaller strength, or method='first_order'"
+            )
+        return point, int(steps)
+
+
+def exact_point(
+    params: PyTree,
+    groups: Groups,
+    basis: PyTree,
+    thresholds: jax.Array,
+    tol: float | jax.Array,
+) -> tuple[PyTree, jax.Array, jax.Array]:
+    """The proximal point of the group norms within the valley.
+
+    With multipliers ``y`` of ``U (w − w*) = 0`` the minimiser is ``w(y) = prox(w* + Uᵀ
+    y)``, and ``y`` maximises the concave dual function ``d(y) = M(w* + Uᵀ y) − ½‖y‖²``,
+    where ``M`` is the Moreau envelope of the group norms. Its gradient is ``F(y) = U
+    (w* − w(y))``, its generalised Hessian ``−U D Uᵀ`` with the derivative ``D`` of the
+    proximal map. A Newton step is taken as far as it raises ``d`` or halves ``F``, or
+    else the step ``F``, which raises ``d`` always.
+
+    Args:
+      params: ``w*``, at least float32.
+      groups: the channel dimensions.
+      basis: orthonormal directions ``U``.
+      thresholds: one for each channel, ``(num_channels,)``.
+      tol: tolerance of ``‖F‖``, relative to the move without the restriction.
+
+    Returns:
+      The point; ``‖F‖`` over what it may be, at most 1 if all went well; the number of
+      steps.
+    """
+
+    def factors(point: PyTree) -> tuple[jax.Array, jax.Array]:
+        norms = join_channels(channel_norms(groups, point))
+        return prox.soft_threshold_factor(norms, thresholds), norms
+
+    def dual_point(y: jax.Array) -> PyTree:
+        return jax.tree.map(jnp.add, params, combine(y, basis))
+
+    def scaled(tree: PyTree, factor: jax.Array) -> PyTree:
+        return scale_channels(groups, tree, split_channels(factor, groups.sizes))
+
+    def move(y: jax.Array) -> PyTree:
+        """``w* − w(y)``."""
+        point = dual_point(y)
+        return jax.tree.map(jnp.subtract, params, scaled(point, factors(point)[0]))
+
+    def value_and_gradient(y: jax.Array) -> tuple[jax.Array, jax.Array]:
+        norms = factors(dual_point(y))[1]
+        small = jnp.minimum(norms, thresholds)
+        envelope = jnp.sum(small * norms - small**2 / 2)
+        return envelope - jnp.sum(y**2) / 2, coefficients(basis, move(y))
+
+    def newton(y: jax.Array, f: jax.Array) -> jax.Array:
+        point = dual_point(y)
+        factor, norms = factors(point)
+        roots = jnp.sqrt(factor)
+        shrunk = jax.vmap(lambda u: scaled(u, roots))(basis)
+        matrix = inner(shrunk, shrunk)
+        # Along itself a living channel follows its dual variable in full.
+        along = jax.vmap(lambda u: join_channels(channel_products(groups, u, point)))(
+            basis
+        )
+        alive = factor > 0
+        share = jnp.where(alive, 1 - factor, 0) / jnp.where(alive, norms, 1) ** 2
+        matrix = matrix + jnp.matmul(along * share, along.T, precision=HIGHEST)
+        size = jnp.linalg.norm(f)
+        damping = 1e-3 * jnp.minimum(size, 1) + 10 * jnp.finfo(f.dtype).eps
+        return jnp.linalg.solve(matrix + damping * jnp.eye(len(y), dtype=f.dtype), f)
+
+    start = jnp.zeros_like(coefficients(basis, params))
+    eps = jnp.finfo(start.dtype).eps
+    first = value_and_gradient(start)
+    allowed = jnp.maximum(
+        tol * optax.tree.norm(move(start)), 4 * eps * optax.tree.norm(params)
+    )
+
+    def step(carry: Any) -> Any:
+        y, (d, f), count = carry
+        direction = newton(y, f)
+        slope = f @ direction
+
+        def at(rate: jax.Array) -> Any:
+            return rate, value_and_gradient(y + rate * direction)
+
+        def too_long(trial: Any) -> Any:
+            rate, (d_new, f_new) = trial
+            risen = d_new > d + 1e-4 * rate * slope
+            halved = jnp.linalg.norm(f_new) < jnp.linalg.norm(f) / 2
+            return ~(risen | halved) & (rate > 1e-6)
+
+        rate, found = jax.lax.while_loop(
+            too_long, lambda trial: at(trial[0] / 4), at(jnp.ones((), f.dtype))
+        )
+        taken = rate > 1e-6
+        plain = value_and_gradient(y + f)
+        best = jax.tree.map(lambda a, b: jnp.where(taken, a, b), found, plain)
+        return jnp.where(taken, y + rate * direction, y + f), best, count + 1
+
+    def unfinished(carry: Any) -> Any:
+        _, (_, f), count = carry
+        return (jnp.linalg.norm(f) > allowed) & (count < MAX_STEPS)
+
+    y, (_, f), count = jax.lax.while_loop(
+        unfinished, step, (start, first, jnp.zeros((), jnp.int32))
+    )
+    point = dual_point(y)
+    excess = jnp.linalg.norm(f) / jnp.where(allowed > 0, allowed, 1)
+    return scaled(point, factors(point)[0]), excess, count
+
+
+def _prepare(params: PyTree, groups: Groups, basis: PyTree) -> tuple[PyTree, PyTree]:
+    """Checked parameters, at least float32, and orthonormal directions."""
+    check_kind(groups)
+    check_inexact(params)
+    check_params(groups, params)
+    check_basis(basis, params)
+    for name, tree in (("params", params), ("basis", basis)):
+        if not all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(tree)):
+            raise ValueError(f"{name} has entries that are not finite")
+    return jax.tree.map(wide, params), orthonormal(basis)
+
+
+def _plain_floors(groups: Groups, floor: Any) -> dict[str, int]:
+    floors = prox.resolve_floors(groups, floor)
+    return {name: int(np.asarray(value)) for name, value in floors.items()}
+
+
+def _scores(
+    params: PyTree, groups: Groups, basis: PyTree, norm: Any
+) -> dict[str, jax.Array]:
+    norms = channel_norms(groups, params)
+    weights = channel_weights(groups, norm)
+    inverse = {
+        n: jnp.where(v > 0, 1 / jnp.where(v > 0, v, 1), 0) for n, v in norms.items()
+    }
+    units = _only_producers(groups, scale_channels(groups, params, inverse))
+    pushed = scale_channels(
+        groups, units, {n: jnp.full_like(v, weights[n]) for n, v in norms.items()}
+    )
+    sharp = sharp_part(basis, inner(basis, basis), pushed)
+    flat = jax.tree.map(jnp.subtract, pushed, sharp)
+    return channel_products(groups, units, flat)
+
+
+def _only_producers(groups: Groups, tree: PyTree) -> PyTree:
+    """The entries that belong to a channel; all others are zero."""
+    nothing = {n: jnp.zeros(size) for n, size in groups.sizes.items()}
+    rest = scale_channels(groups, tree, nothing)
+    return jax.tree.map(jnp.subtract, tree, rest)
+
+
+def _vanishing(norms: jax.Array, scores: jax.Array) -> jax.Array:
+    """The strength at which channels vanish."""
+    free = scores > 0
+    strength = jnp.where(free, norms / jnp.where(free, scores, 1), jnp.inf)
+    return jnp.where(norms > 0, strength, 0)
+
+
+def _reach(
+    solver: _Solver, groups: Groups, sparsity: float
+) -> tuple[float, PyTree, int]:
+    """The least strength that makes the asked-for share of channels zero."""
+    if not sparsity < 1:
+        raise ValueError(f"sparsity must be a number in [0, 1); got {sparsity!r}")
+    wanted = round(sparsity * groups.num_channels)
+    point, steps = solver.at(0.0)
+    if solver.zeros(point) >= wanted:
+        return 0.0, point, steps
+    high = float(jnp.max(join_channels(solver.norms)))
+    low, best = 0.0, None
+    for _ in range(20):
+        try:
+            point, steps = solver.at(high)
+        except RuntimeError:
+            break
+        if solver.zeros(point) >= wanted:
+            best = point, steps
+            break
+        low, high = high, 2 * high
+    if best is None:
+        raise ValueError(
+            f"no strength makes {wanted} of {groups.num_channels} channels zero: at "
+            f"{low:.1e} it is {solver.zeros(solver.at(low)[0])}; floors and sharp "
+            "directions hold the others. Ask for less, or give fewer directions"
+        )
+    while high - low > 1e-3 * high:
+        middle = (low + high) / 2
+        point, steps = solver.at(middle)
+        if solver.zeros(point) >= wanted:
+            high, best = middle, (point, steps)
+        else:
+            low = middle
+    return high, *best
