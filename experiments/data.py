@@ -13,8 +13,9 @@ import numpy as np
 Name: TypeAlias = Literal["digits", "mnist", "cifar10"]
 
 CIFAR10_FILE = "cifar10-jpeg.tar.xz"
-CIFAR10_CLASSES = (
-    "airplane automobile bird cat deer dog frog horse ship truck".split()
+CIFAR10_CLASSES: tuple[str, ...] = (
+    *("airplane", "automobile", "bird", "cat", "deer"),
+    *("dog", "frog", "horse", "ship", "truck"),
 )
 CIFAR10_MEAN, CIFAR10_DEVIATION = (
     np.asarray(x, np.float32)
@@ -197,7 +198,8 @@ def _mnist_file(data_dir: pathlib.Path) -> Dataset:
 
 def _mnist_tfds() -> Dataset:
     parts = _tfds("mnist", "an mnist.npz")
-    return Dataset(*(_scaled(x[..., 0], y) for x, y in parts), 10)
+    train, test = (_scaled(x[..., 0], y) for x, y in parts)
+    return Dataset(train, test, 10)
 
 
 def _cifar10_file(data_dir: pathlib.Path) -> Dataset:
@@ -237,12 +239,13 @@ def _cifar10_file(data_dir: pathlib.Path) -> Dataset:
             )
         images, labels = zip(*found[part], strict=True)
         parts.append(_coloured(np.stack(images), np.asarray(labels)))
-    return Dataset(*parts, 10)
+    return Dataset(parts[0], parts[1], 10)
 
 
 def _cifar10_tfds() -> Dataset:
     parts = _tfds("cifar10", f"a {CIFAR10_FILE}")
-    return Dataset(*(_coloured(x, y) for x, y in parts), 10)
+    train, test = (_coloured(x, y) for x, y in parts)
+    return Dataset(train, test, 10)
 
 
 def _tfds(name: str, alternative: str) -> list[tuple[np.ndarray, np.ndarray]]:

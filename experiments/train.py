@@ -53,6 +53,10 @@ class Config:
       end: altsdp with sparsity: share of the steps after which it is done.
       penalty: prox_sgd: the weight of the group lasso.
       dual: altsdp: full or radial dual variable.
+      valley: altsdp: how sharp directions are estimated that shrinkage keeps out of;
+        none for plain AltSDP, hessian for eigenvectors on some training examples.
+      valley_rank: altsdp with valley: number of directions.
+      valley_every: altsdp with valley: steps from one estimate to the next.
       norm: weighting of the channel norms.
       floor: channels that stay in each dimension.
       validation: training examples held out and evaluated every epoch.
@@ -81,6 +85,9 @@ class Config:
     end: float = 0.6
     penalty: float = 1e-3
     dual: Literal["full", "radial"] = "full"
+    valley: Literal["none", "hessian", "svd", "frequent_directions", "oja"] = "none"
+    valley_rank: int = 8
+    valley_every: int = 1
     norm: Literal["plain", "size", "cost"] = "plain"
     floor: int = 1
     validation: int = 0
@@ -105,7 +112,7 @@ class Config:
                 if self.sparsity is None
                 else f"sparsity{self.sparsity:g}"
             )
-            parts.append(self.dual)
+            parts.append(self.dual if self.valley == "none" else self.valley)
         elif self.method == "prox_sgd":
             parts.append(f"{self.penalty:g}")
         return pathlib.Path("runs") / "-".join([*parts, f"seed{self.seed}"])
@@ -127,8 +134,7 @@ class State(NamedTuple):
     @property
     def variables(self) -> dict[str, Any]:
         """Flax's view of the model."""
-        stats = {"batch_stats": self.batch_stats} if self.batch_stats else {}
-        return {"params": self.params, **stats}
+        return variables_of(self.params, self.batch_stats)
 
 
 class Run(NamedTuple):
@@ -170,38 +176,80 @@ def make_optimizer(
             strength = sdp_jax.target_sparsity(
                 config.sparsity, begin, end, per_dimension=per_dimension
             )
+        valley: Any = None
+        if config.valley == "hessian":
+            valley = {"rank": config.valley_rank, "estimator": None}
+        elif config.valley != "none":
+            valley = {
+                "rank": config.valley_rank,
+                "estimator": config.valley,
+                "every": config.valley_every,
+            }
         tx = sdp_jax.altsdp(
-            rate, groups, strength=strength, dual=config.dual, **pruning
+            rate, groups, strength=strength, dual=config.dual, valley=valley, **pruning
         )
     if config.weight_decay:
         return optax.chain(optax.add_decayed_weights(config.weight_decay), tx)
     return tx
 
 
+def make_loss(
+    model: models.Model,
+) -> Callable[[Any, Any, data.Split], tuple[jax.Array, Any]]:
+    """``params, batch_stats, batch -> mean loss, new batch_stats`` in training mode."""
+
+    def loss_fn(
+        params: Any, batch_stats: Any, batch: data.Split
+    ) -> tuple[jax.Array, Any]:
+        output, changed = model.apply(
+            variables_of(params, batch_stats),
+            batch.images,
+            train=True,
+            mutable=["batch_stats"],
+        )
+        logits: Any = output
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
+        return losses.mean(), changed.get("batch_stats", {})
+
+    return loss_fn
+
+
 def make_step(
     model: models.Model, tx: optax.GradientTransformation
 ) -> Callable[[State, data.Split], tuple[State, jax.Array]]:
     """One jitted step: ``state, batch -> state, mean loss of the batch``."""
+    loss_fn = make_loss(model)
 
     def step(state: State, batch: data.Split) -> tuple[State, jax.Array]:
-        def loss_fn(params: Any) -> tuple[jax.Array, Any]:
-            variables = state._replace(params=params).variables
-            output, changed = model.apply(
-                variables, batch.images, train=True, mutable=["batch_stats"]
-            )
-            logits: Any = output
-            losses = optax.softmax_cross_entropy_with_integer_labels(
-                logits, batch.labels
-            )
-            return losses.mean(), changed.get("batch_stats", {})
-
         grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-        (loss, batch_stats), grads = grad_fn(state.params)
+        (loss, batch_stats), grads = grad_fn(state.params, state.batch_stats, batch)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         return State(params, batch_stats, opt_state), loss
 
     return jax.jit(step, donate_argnums=0)
+
+
+def make_refresh(
+    model: models.Model, training: data.Split, config: Config
+) -> Callable[[State], State]:
+    """Gives the optimizer the sharp directions of the loss on 2,000 examples."""
+    loss_fn = make_loss(model)
+    size = min(2000, len(training.labels))
+    batch = next(data.batches(training, size, seed=config.seed, epoch=0))
+
+    def refresh(state: State) -> State:
+        pairs = sdp_jax.top_eigenpairs(
+            lambda params, b: loss_fn(params, state.batch_stats, b)[0],
+            state.params,
+            [batch],
+            config.valley_rank,
+            tol=0.1,
+        )
+        opt_state = sdp_jax.set_basis(state.opt_state, pairs.vectors)
+        return state._replace(opt_state=opt_state)
+
+    return refresh
 
 
 def make_evaluate(
@@ -287,6 +335,9 @@ def train(
         for record in log.epochs:
             on_epoch(record)
         step, evaluate = make_step(model, tx), make_evaluate(model.apply)
+        refresh = None
+        if config.method == "altsdp" and config.valley == "hessian":
+            refresh = make_refresh(model, training, config)
         for epoch in range(done + 1, config.epochs + 1):
             start = time.perf_counter()
             order = data.batches(
@@ -294,9 +345,12 @@ def train(
             )
             losses = []
             for i, batch in enumerate(order):
+                number = (epoch - 1) * per_epoch + i
+                if refresh is not None and number % config.valley_every == 0:
+                    state = refresh(state)
                 state, loss = step(state, batch)
                 losses.append(loss)
-                on_step((epoch - 1) * per_epoch + i + 1, steps)
+                on_step(number + 1, steps)
             record: dict[str, Any] = {"epoch": epoch}
             record["batch_loss"] = float(np.mean(jax.device_get(losses)))
             record["train_loss"], record["train_accuracy"] = evaluate(
@@ -351,6 +405,12 @@ def _result(
         "parameters": _count(variables["params"]),
         "small_parameters": _count(small_variables["params"]),
     }
+
+
+def variables_of(params: Any, batch_stats: Any) -> dict[str, Any]:
+    """Flax's view of a model."""
+    stats = {"batch_stats": batch_stats} if batch_stats else {}
+    return {"params": params, **stats}
 
 
 def _count(params: Any) -> int:

@@ -3,7 +3,8 @@
 Groups: :func:`find_groups`, :func:`groups_from_axes`, :class:`Groups`. Training:
 :func:`altsdp` and its pieces. Strengths: :func:`valley_strength`,
 :func:`target_sparsity`. Cutting: :func:`plan_cut`, :class:`Cut`, :func:`narrow`.
-Measuring: :func:`cost`, :func:`latency`. Keeping: :func:`save`, :func:`load`,
+The valley: :func:`top_eigenpairs`, :func:`sdp`, :func:`certify`. Measuring:
+:func:`cost`, :func:`latency`. Keeping: :func:`save`, :func:`load`,
 :func:`export_stablehlo`.
 """
 
@@ -47,6 +48,7 @@ from sdp_jax.transforms import (
     radial_dual_averaging,
     soft_threshold,
 )
+from sdp_jax.valley.certificate import Certificate, Displacement, certify
 from sdp_jax.valley.curvature import (
     Eigenpairs,
     SpectralDensity,
@@ -54,6 +56,7 @@ from sdp_jax.valley.curvature import (
     spectral_density,
     top_eigenpairs,
 )
+from sdp_jax.valley.path import PathLoss
 from sdp_jax.valley.project import (
     ProjectOntoValleyState,
     project_onto_valley,
@@ -65,13 +68,16 @@ from sdp_jax.valley.sdp import (
     directional_scores,
     sdp,
 )
+from sdp_jax.valley.statistics import reestimate_statistics
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Certificate",
     "Cost",
     "Cut",
     "Dimension",
+    "Displacement",
     "DualAveragingState",
     "Eigenpairs",
     "EquationCost",
@@ -80,6 +86,7 @@ __all__ = [
     "Groups",
     "Leaf",
     "Member",
+    "PathLoss",
     "PerChannel",
     "ProjectOntoValleyState",
     "SdpResult",
@@ -87,6 +94,7 @@ __all__ = [
     "SpectralDensity",
     "Strength",
     "altsdp",
+    "certify",
     "channel_norms",
     "channel_weights",
     "channels_alive",
@@ -111,6 +119,7 @@ __all__ = [
     "prox_sgd",
     "radial_dual_averaging",
     "ramp_strength",
+    "reestimate_statistics",
     "running_state",
     "save",
     "scale_channels",

@@ -142,8 +142,12 @@ def curvature_product(
         return jax.jvp(gradient, (point,), (vector,))[1]
 
     def gauss_newton(point: PyTree, vector: PyTree, batch: Any) -> PyTree:
-        assert output_fn is not None
-        outputs, pull, pushed = _linearise(lambda p: output_fn(p, batch), point, vector)
+        def outputs_of(p: PyTree) -> Any:
+            assert output_fn is not None
+            return output_fn(p, batch)
+
+        outputs, pushed = jax.jvp(outputs_of, (point,), (vector,))
+        _, pull = jax.vjp(outputs_of, point)
         gradient = jax.grad(lambda o: loss_fn(o, batch))
         return pull(jax.jvp(gradient, (outputs,), (pushed,))[1])[0]
 
@@ -179,7 +183,7 @@ def top_eigenpairs(
     max_products: int | None = None,
     progress: Progress | None = None,
 ) -> Eigenpairs:
-    """The largest eigenvalues of the Hessian of the training loss: its sharp directions.
+    """The largest eigenvalues of the Hessian of the training loss, with eigenvectors.
 
     ARPACK's implicitly restarted Lanczos method (through SciPy), in float64 on the
     host, with a pass over ``data`` for each product: about three to six for each pair,
@@ -235,15 +239,16 @@ def top_eigenpairs(
         matrix = np.stack([apply(e) for e in np.eye(size)], axis=1)
         values, columns = scipy.linalg.eigh((matrix + matrix.T) / 2)
     else:
-        operator: Any = scipy.sparse.linalg.LinearOperator(
-            (size, size), matvec=apply, dtype=np.float64
+        linear: Any = scipy.sparse.linalg  # Its stubs know no functions as operators.
+        operator = linear.LinearOperator(
+            shape=(size, size), matvec=apply, dtype=np.float64
         )
         start = np.random.default_rng(seed).normal(size=size)
         limit = None
         if max_products is not None:
             limit = max(1, max_products // max(1, lanczos - rank - 1))
         try:
-            values, columns = scipy.sparse.linalg.eigsh(
+            values, columns = linear.eigsh(
                 operator,
                 rank + 1,
                 which="LA",
@@ -252,7 +257,7 @@ def top_eigenpairs(
                 ncv=lanczos,
                 maxiter=limit,
             )
-        except scipy.sparse.linalg.ArpackNoConvergence as error:
+        except linear.ArpackNoConvergence as error:
             raise RuntimeError(
                 f"{len(error.eigenvalues)} of {rank + 1} eigenpairs converged in "
                 f"{apply.count} products; give a larger tol (now {tol}), a larger "
@@ -426,15 +431,6 @@ class _Counted:
         return out
 
 
-def _linearise(
-    fn: Callable[[PyTree], Any], point: PyTree, vector: PyTree
-) -> tuple[Any, Callable[[Any], Any], Any]:
-    """Value, pull-back and push-forward of a vector."""
-    outputs, pushed = jax.jvp(fn, (point,), (vector,))
-    _, pull = jax.vjp(fn, point)
-    return outputs, pull, pushed
-
-
 def _gaps(values: np.ndarray, rank: int) -> np.ndarray:
     """Distance of each of the first eigenvalues to the nearest other one."""
     gaps = np.full(rank, np.inf)
@@ -452,14 +448,17 @@ def _lanczos(
     basis = np.zeros((steps, len(start)))
     basis[0] = start
     diagonal, beside = np.zeros(steps), np.zeros(steps)
-    for n in range(steps):
-        image = apply(basis[n])
-        diagonal[n] = basis[n] @ image
+    count = 0
+    while count < steps:
+        image = apply(basis[count])
+        diagonal[count] = basis[count] @ image
+        count += 1
         for _ in range(2):
-            image -= basis[: n + 1].T @ (basis[: n + 1] @ image)
-        beside[n] = np.linalg.norm(image)
-        scale = np.abs(diagonal[: n + 1]).max() + beside[:n].max(initial=0)
-        if n + 1 == steps or beside[n] <= 1e-7 * scale:
+            image -= basis[:count].T @ (basis[:count] @ image)
+        length = np.linalg.norm(image)
+        scale = np.abs(diagonal[:count]).max() + beside[: count - 1].max(initial=0)
+        if count == steps or length <= 1e-7 * scale:
             break
-        basis[n + 1] = image / beside[n]
-    return diagonal[: n + 1], beside[:n]
+        beside[count - 1] = length
+        basis[count] = image / length
+    return diagonal[:count], beside[: count - 1]

@@ -211,11 +211,12 @@ def project_onto_valley(
         directions, energy = state.basis, state.energy
         gram = inner(directions, directions)
         if turn is not None:
+            rule_of_sketch = turn
 
             def take_in() -> tuple[optax.Params, jax.Array, jax.Array]:
                 step = jax.tree.map(jnp.subtract, dual, state.dual)
                 found, values = track(
-                    turn, state.basis, gram, state.energy, step, decay
+                    rule_of_sketch, state.basis, gram, state.energy, step, decay
                 )
                 return found, values, inner(found, found)
 

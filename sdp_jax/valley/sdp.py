@@ -225,9 +225,10 @@ def sdp(
       >>> groups = sdp_jax.groups_from_axes(
       ...     params, {"hidden": [sdp_jax.producer("w", 1)]})
       >>> sharp = {"w": jnp.array([[[2., 1.], [0., 0.]]])}  # 2 w₀ + w₁ = 7 stays.
-      >>> print(sdp_jax.sdp(params, groups, 3.0, sharp).params["w"].round(3))
-      [[3.5 0. ]
-       [0.  0. ]]
+      >>> pruned = sdp_jax.sdp(params, groups, 3.0, sharp).params
+      >>> print((2 * pruned["w"]).round())
+      [[7. 0.]
+       [0. 0.]]
     """
     if (strength is None) == (sparsity is None):
         raise ValueError(
@@ -345,9 +346,9 @@ class _Solver:
         )
         if not float(excess) <= 1:
             raise RuntimeError(
-                f"after {int(steps)} steps the exact method is {float(excess):.1e} times "
-                f"as far from the valley as tol={self.tol:.1e} allows; give a larger "
-                "tol, a smaller strength, or method='first_order'"
+                f"after {int(steps)} steps the exact method is {float(excess):.1e} "
+                f"times as far from the valley as tol={self.tol:.1e} allows; give a "
+                "larger tol, a smaller strength, or method='first_order'"
             )
         return point, int(steps)
 

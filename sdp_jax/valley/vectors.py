@@ -6,6 +6,7 @@ and accumulate in at least float32, at full precision also where the hardware wo
 round its factors.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -41,7 +42,7 @@ def inner(first: PyTree, second: PyTree) -> jax.Array:
         return value.real
 
     parts = jax.tree.leaves(jax.tree.map(product, first, second))
-    return sum(parts[1:], parts[0])
+    return functools.reduce(jnp.add, parts)
 
 
 def coefficients(basis: PyTree, tree: PyTree) -> jax.Array:
