@@ -116,7 +116,7 @@ def trajectory(
             {
                 "time": float(time),
                 "distance": float(np.linalg.norm(w - np.asarray(exact["w"]))),
-                "loss": float(error),
+                "loss": max(float(error), 0.0),
                 "zero": int((np.abs(w).max(axis=1) == 0).sum()),
                 "exact_zero": int((np.abs(np.asarray(exact["w"])).max(1) == 0).sum()),
             }
@@ -162,7 +162,8 @@ def main(options: Quadratic) -> dict[str, Any]:
 
 def _mean(runs: list[list[dict[str, float]]], key: str) -> np.ndarray:
     """Geometric mean over the problems, one for each time."""
-    return np.exp(np.mean([[np.log(r[key]) for r in run] for run in runs], axis=0))
+    values = [[max(r[key], 1e-17) for r in run] for run in runs]
+    return np.exp(np.mean(np.log(values), axis=0))
 
 
 def _slope(runs: list[list[dict[str, float]]]) -> float:

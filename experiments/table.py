@@ -108,7 +108,16 @@ def _settings(config: dict[str, Any]) -> str:
         shown = ["penalty"] if config["method"] == "prox_sgd" else []
     shown += [
         k
-        for k in ("dual", "ranking", "norm", "widths", "momentum", "schedule", "floor")
+        for k in (
+            "dual",
+            "valley",
+            "ranking",
+            "norm",
+            "widths",
+            "momentum",
+            "schedule",
+            "floor",
+        )
         if config[k] != DEFAULT[k]
     ]
     return " ".join(f"{k}={_text(config[k])}" for k in shown)

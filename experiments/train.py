@@ -231,20 +231,21 @@ def make_step(
 
 
 def make_refresh(
-    model: models.Model, training: data.Split, config: Config
+    model: models.Model, training: data.Split, batch_stats: Any, config: Config
 ) -> Callable[[State], State]:
     """Gives the optimizer the sharp directions of the loss on 2,000 examples."""
     loss_fn = make_loss(model)
     size = min(2000, len(training.labels))
     batch = next(data.batches(training, size, seed=config.seed, epoch=0))
+    # Shapes are all that training mode needs of them; the state's buffers are donated.
+    batch_stats = jax.tree.map(jnp.zeros_like, batch_stats)
+
+    def mean_loss(params: Any, batch: data.Split) -> jax.Array:
+        return loss_fn(params, batch_stats, batch)[0]
 
     def refresh(state: State) -> State:
         pairs = sdp_jax.top_eigenpairs(
-            lambda params, b: loss_fn(params, state.batch_stats, b)[0],
-            state.params,
-            [batch],
-            config.valley_rank,
-            tol=0.1,
+            mean_loss, state.params, [batch], config.valley_rank, tol=0.1
         )
         opt_state = sdp_jax.set_basis(state.opt_state, pairs.vectors)
         return state._replace(opt_state=opt_state)
@@ -337,7 +338,7 @@ def train(
         step, evaluate = make_step(model, tx), make_evaluate(model.apply)
         refresh = None
         if config.method == "altsdp" and config.valley == "hessian":
-            refresh = make_refresh(model, training, config)
+            refresh = make_refresh(model, training, state.batch_stats, config)
         for epoch in range(done + 1, config.epochs + 1):
             start = time.perf_counter()
             order = data.batches(

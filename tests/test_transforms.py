@@ -339,68 +339,6 @@ def test_half_precision_dual_remembers_small_steps():
     np.testing.assert_allclose(np.asarray(params["w"], np.float32), 0.9, rtol=0.01)
 
 
-def test_valley_estimate_finds_the_directions_of_the_stream(x64):
-    rng = np.random.default_rng(0)
-    basis, _ = np.linalg.qr(rng.normal(size=(12, 2)))
-    params = {"w": jnp.zeros((3, 4))}
-    groups = sdp_jax.groups_from_axes(params, {"d": [sdp_jax.producer("w", 1)]})
-    tx = sdp_jax.project_onto_valley(groups, 0.1, rank=3, decay=0.9)
-    state = tx.init(params)
-    for _ in range(30):
-        step = {"w": jnp.asarray((basis @ rng.normal(size=2)).reshape(3, 4))}
-        updates, state = tx.update(step, state, params)
-        params = optax.apply_updates(params, updates)
-    found = np.asarray(state.basis["w"]).reshape(3, 12)
-    strong = found[np.asarray(state.energy) > 1e-6]
-    assert strong.shape[0] == 2
-    np.testing.assert_allclose(strong @ strong.T, np.eye(2), atol=1e-10)
-    np.testing.assert_allclose(
-        strong @ basis @ (strong @ basis).T, np.eye(2), atol=1e-8
-    )
-    before = state.basis
-    for bad in (0.0, np.nan, np.inf):
-        # The dual arrives by way of params + step: a zero, a NaN and an infinite step.
-        point = jax.tree.map(lambda v, p, b=bad: v - p + b, state.dual, params)
-        _, after = tx.update(point, state, params)
-        chex.assert_trees_all_equal(after.basis, before)
-
-
-@pytest.mark.parametrize("decay", [0.5, 0.9, 1.0])
-def test_valley_energy_is_the_decayed_count_of_steps(decay, x64):
-    # Every step counts as a unit vector, the earlier ones for decay, decay², ...
-    params = {"w": jnp.zeros((3, 4))}
-    groups = sdp_jax.groups_from_axes(params, {"d": [sdp_jax.producer("w", 1)]})
-    tx = sdp_jax.project_onto_valley(groups, 0.0, rank=2, decay=decay)
-    state = tx.init(params)
-    direction = np.random.default_rng(0).normal(size=(3, 4))
-    for n in range(8):
-        step = {"w": jnp.asarray((n + 1) * direction)}
-        updates, state = tx.update(step, state, params)
-        params = optax.apply_updates(params, updates)
-    count = sum(decay**n for n in range(8))
-    np.testing.assert_allclose(state.energy, [count, 0], atol=1e-12)
-
-
-def test_valley_basis_stays_orthonormal_in_float32():
-    rng = np.random.default_rng(0)
-    params = {"w": jnp.zeros((8, 16))}
-    groups = sdp_jax.groups_from_axes(params, {"d": [sdp_jax.producer("w", 1)]})
-    tx = sdp_jax.project_onto_valley(groups, 0.01, rank=4, decay=0.99)
-
-    @jax.jit
-    def update(step, state):
-        return tx.update(step, state, params)[1]
-
-    state = tx.init(params)
-    mixing = rng.normal(size=(6, 128)) * np.geomspace(1, 1e-4, 6)[:, None]
-    point = np.zeros(128)
-    for _ in range(1500):
-        point = point + rng.normal(size=6) @ mixing
-        state = update({"w": jnp.asarray(point.reshape(8, 16), jnp.float32)}, state)
-    basis = np.asarray(state.basis["w"]).reshape(4, 128)
-    np.testing.assert_allclose(basis @ basis.T, np.eye(4), atol=1e-4)
-
-
 def test_check_zeros_detects_what_comes_after_the_threshold():
     params = toy.mlp_params()
     groups = toy.mlp_groups(params)

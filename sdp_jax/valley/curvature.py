@@ -5,6 +5,7 @@ at a time: memory for a few vectors, time linear in data and in products.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias
 
@@ -137,21 +138,10 @@ def curvature_product(
     check_data(data)
     params = jax.tree.map(wide, params)
 
-    def hessian(point: PyTree, vector: PyTree, batch: Any) -> PyTree:
-        gradient = jax.grad(lambda p: loss_fn(p, batch))
-        return jax.jvp(gradient, (point,), (vector,))[1]
-
-    def gauss_newton(point: PyTree, vector: PyTree, batch: Any) -> PyTree:
-        def outputs_of(p: PyTree) -> Any:
-            assert output_fn is not None
-            return output_fn(p, batch)
-
-        outputs, pushed = jax.jvp(outputs_of, (point,), (vector,))
-        _, pull = jax.vjp(outputs_of, point)
-        gradient = jax.grad(lambda o: loss_fn(o, batch))
-        return pull(jax.jvp(gradient, (outputs,), (pushed,))[1])[0]
-
-    on_batch = jax.jit(hessian if output_fn is None else gauss_newton)
+    try:
+        on_batch = _product_on_batch(loss_fn, output_fn)
+    except TypeError:  # The functions cannot be hashed, so they are compiled anew.
+        on_batch = _product_on_batch.__wrapped__(loss_fn, output_fn)
     add = jax.jit(lambda a, b, w: jax.tree.map(lambda x, y: x + w * y, a, b))
 
     def product(vector: PyTree) -> PyTree:
@@ -401,6 +391,29 @@ def check_data(data: Any) -> None:
 def examples(batch: Any) -> int:
     """Number of examples in a batch: the first axis of its first array that has one."""
     return next((x.shape[0] for x in jax.tree.leaves(batch) if np.ndim(x)), 1)
+
+
+@functools.lru_cache(maxsize=8)
+def _product_on_batch(
+    loss_fn: LossFn, output_fn: Callable[[PyTree, Any], Any] | None
+) -> Callable[[PyTree, PyTree, Any], PyTree]:
+    """``point, vector, batch -> product``; kept, as a loss comes at many points."""
+
+    def hessian(point: PyTree, vector: PyTree, batch: Any) -> PyTree:
+        gradient = jax.grad(lambda p: loss_fn(p, batch))
+        return jax.jvp(gradient, (point,), (vector,))[1]
+
+    def gauss_newton(point: PyTree, vector: PyTree, batch: Any) -> PyTree:
+        def outputs_of(p: PyTree) -> Any:
+            assert output_fn is not None
+            return output_fn(p, batch)
+
+        outputs, pushed = jax.jvp(outputs_of, (point,), (vector,))
+        _, pull = jax.vjp(outputs_of, point)
+        gradient = jax.grad(lambda o: loss_fn(o, batch))
+        return pull(jax.jvp(gradient, (outputs,), (pushed,))[1])[0]
+
+    return jax.jit(hessian if output_fn is None else gauss_newton)
 
 
 class _Counted:

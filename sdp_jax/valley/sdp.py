@@ -1,6 +1,7 @@
 """Structured directional pruning of a trained model, within the valley of its loss."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
@@ -296,11 +297,6 @@ class _Solver:
             self.order = _vanishing(join_channels(self.norms), self.scores)
         tiny = float(jnp.finfo(dtype).eps)
         self.tol = (1e-5 if tiny > 1e-10 else 1e-11) if tol is None else tol
-        self._exact = jax.jit(
-            lambda params, basis, weights, tol: exact_point(
-                params, groups, basis, weights, tol
-            )
-        )
         self.basis = basis
 
     def zeros(self, point: PyTree) -> int:
@@ -341,8 +337,8 @@ class _Solver:
             factor = jnp.where(norms > 0, jnp.maximum(0, 1 - shrink / safe), 0)
             factors = split_channels(factor, self.groups.sizes)
             return scale_channels(self.groups, self.params, factors), 0
-        point, excess, steps = self._exact(
-            self.params, self.basis, thresholds, self.tol
+        point, excess, steps = exact_point(
+            self.params, self.groups, self.basis, thresholds, self.tol
         )
         if not float(excess) <= 1:
             raise RuntimeError(
@@ -353,6 +349,7 @@ class _Solver:
         return point, int(steps)
 
 
+@functools.partial(jax.jit, static_argnames="groups")
 def exact_point(
     params: PyTree,
     groups: Groups,

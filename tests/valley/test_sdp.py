@@ -1,0 +1,250 @@
+"""One-shot SDP against ADMM, optimality conditions and closed forms in float64."""
+
+import chex
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import sdp_jax
+from sdp_jax.valley.vectors import orthonormal, ravel
+from tests import toy
+from tests.test_altsdp import DIM, exact_sdp, quadratic
+
+
+def flat_problem(rank, size, seed=0):
+    """Minimizer, groups and sharp directions of a quadratic with a null space."""
+    _, basis, _, _, minimizer = quadratic(rank, seed)
+    params = {"w": jnp.asarray(minimizer.reshape(-1, size))}
+    groups = sdp_jax.groups_from_axes(params, {"all": [sdp_jax.producer("w", 0)]})
+    directions = {"w": jnp.asarray(basis.T.reshape(rank, DIM // size, size))}
+    return params, groups, directions, basis, minimizer
+
+
+def toy_problem(rank, seed=0, dtype=jnp.float64):
+    params = toy.mlp_params(seed, dtype=dtype)
+    rng = np.random.default_rng(seed)
+    basis = jax.tree.map(
+        lambda p: jnp.asarray(rng.normal(size=(rank, *p.shape)), dtype), params
+    )
+    return params, toy.mlp_groups(params), orthonormal(basis)
+
+
+@pytest.mark.parametrize("strength", [0.5, 3.0])
+@pytest.mark.parametrize("rank,size", [(10, 5), (40, 5), (10, 1), (1, 20)])
+def test_exact_point_is_that_of_admm(rank, size, strength, x64):
+    params, groups, directions, basis, minimizer = flat_problem(rank, size)
+    found = sdp_jax.sdp(params, groups, strength, directions, floor=0)
+    want = exact_sdp(minimizer, basis, strength, size, steps=8000)
+    w = np.asarray(found.params["w"])
+    np.testing.assert_allclose(w.reshape(-1), want, atol=1e-9)
+    zero = np.abs(want.reshape(-1, size)).max(axis=1) == 0
+    np.testing.assert_array_equal(np.abs(w).max(axis=1) == 0, zero)
+    assert found.sparsity == pytest.approx(zero.mean())
+    assert found.residual < 1e-10
+    assert found.iterations <= 30
+
+
+@hypothesis.given(
+    rank=st.sampled_from([1, 3, 8]),
+    strength=st.floats(1e-3, 3.0),
+    seed=st.integers(0, 1000),
+    norm=st.sampled_from(["plain", "size", "cost"]),
+)
+@hypothesis.settings(max_examples=25)
+def test_optimality_conditions_hold(rank, strength, seed, norm):
+    # w* + Uᵀ y − w = λ k_g w_g / ‖w_g‖ where alive, at most that where dead, 0 outside.
+    with jax.enable_x64(True):
+        params, groups, basis = toy_problem(rank, seed)
+        found = sdp_jax.sdp(params, groups, strength, basis, norm=norm, floor=0)
+        w, start = ravel(found.params), ravel(params)
+        U = np.concatenate(
+            [np.asarray(u).reshape(rank, -1) for u in jax.tree.leaves(basis)], axis=1
+        )
+        np.testing.assert_allclose(U @ (w - start), 0, atol=1e-8)
+        norms = sdp_jax.channel_norms(groups, found.params)
+        weights = sdp_jax.channel_weights(groups, norm)
+        index = np.zeros(len(w), int)  # 0 outside the groups, else 1 + channel.
+        numbers = {
+            name: jnp.arange(1, size + 1) + offset
+            for (name, size), offset in zip(groups.sizes.items(), (0, 6), strict=True)
+        }
+        ones = jax.tree.map(jnp.ones_like, params)
+        index = ravel(sdp_jax.scale_channels(groups, ones, numbers))
+        outside = ravel(
+            sdp_jax.scale_channels(
+                groups, ones, {n: jnp.zeros(s) for n, s in groups.sizes.items()}
+            )
+        )
+        index = np.where(outside == 1, 0, index).astype(int)
+        length = np.concatenate([np.zeros(1), *(np.asarray(v) for v in norms.values())])
+        pull = np.concatenate(
+            [np.zeros(1)]
+            + [np.full(s, strength * weights[n]) for n, s in groups.sizes.items()]
+        )
+        alive = (index == 0) | (length[index] > 0)
+        unit = w / np.where(length[index] > 0, length[index], 1)
+        rest = w - start + pull[index] * unit
+        y = np.linalg.lstsq(U[:, alive].T, rest[alive], rcond=None)[0]
+        np.testing.assert_allclose(U[:, alive].T @ y, rest[alive], atol=1e-7)
+        for channel in np.unique(index[~alive]):
+            inside = index == channel
+            z = start[inside] + U[:, inside].T @ y
+            assert np.linalg.norm(z) <= pull[channel] + 1e-7
+
+
+def test_first_order_is_its_closed_form(x64):
+    params, groups, directions, basis, minimizer = flat_problem(40, 5)
+    w = minimizer.reshape(-1, 5)
+    units = w / np.linalg.norm(w, axis=1, keepdims=True)
+    flat = units.ravel() - basis @ (basis.T @ units.ravel())
+    scores = np.sum(units * flat.reshape(-1, 5), axis=1)
+    found = sdp_jax.directional_scores(params, groups, directions)["all"]
+    np.testing.assert_allclose(found, scores, rtol=1e-10)
+    # Their sum is ‖P₀ ŵ‖².
+    np.testing.assert_allclose(found.sum(), flat @ flat, rtol=1e-10)
+    result = sdp_jax.sdp(params, groups, 2.0, directions, method="first_order", floor=0)
+    factor = np.maximum(0, 1 - 2.0 * scores / np.linalg.norm(w, axis=1))
+    np.testing.assert_allclose(result.params["w"], factor[:, None] * w, atol=1e-12)
+    importance = sdp_jax.directional_importance(params, groups, directions)["all"]
+    np.testing.assert_allclose(importance, np.linalg.norm(w, axis=1) / scores)
+    dead = np.abs(np.asarray(result.params["w"])).max(axis=1) == 0
+    np.testing.assert_array_equal(dead, importance <= 2.0)
+
+
+def test_groups_of_one_entry_are_directional_pruning(x64):
+    # Chao et al.: argmin ½(w − w*)² + λ s |w|, by brute force, where s > 0.
+    params, groups, directions, *_ = flat_problem(40, 1)
+    scores = sdp_jax.directional_scores(params, groups, directions)["all"]
+    found = sdp_jax.sdp(params, groups, 0.7, directions, method="first_order", floor=0)
+    for w, s, got in zip(
+        params["w"][:, 0], scores, found.params["w"][:, 0], strict=True
+    ):
+        grid = np.linspace(-5, 5, 200_001)
+        cost = 0.5 * (grid - float(w)) ** 2 + 0.7 * float(s) * np.abs(grid)
+        if s > 0:
+            assert abs(grid[np.argmin(cost)] - got) < 1e-4
+        else:
+            np.testing.assert_allclose(got, w - 0.7 * s * np.sign(w), atol=1e-10)
+
+
+@pytest.mark.parametrize("size", [1, 5])
+def test_first_order_and_exact_agree_to_second_order(size, x64):
+    params, groups, directions, *_ = flat_problem(30, size)
+    gaps = []
+    for strength in (0.02, 0.01, 0.005):
+        a, b = (
+            sdp_jax.sdp(params, groups, strength, directions, method=method).params["w"]
+            for method in ("exact", "first_order")
+        )
+        # The norms of groups; with one entry that is all there is.
+        gaps.append(np.abs(np.linalg.norm(a, axis=1) - np.linalg.norm(b, axis=1)).max())
+    if size == 1:
+        np.testing.assert_allclose(gaps, 0, atol=1e-10)  # No sign has changed yet.
+    else:
+        np.testing.assert_allclose(np.divide(gaps[:-1], gaps[1:]), 4, rtol=0.05)
+
+
+def test_loss_stays_where_it_was(x64):
+    hessian, *_ = quadratic(40, 0)
+    params, groups, directions, _, minimizer = flat_problem(40, 5)
+    found = sdp_jax.sdp(params, groups, 10.0, directions)
+    assert found.sparsity > 0.1
+    away = np.asarray(found.params["w"]).ravel() - minimizer
+    straw = sdp_jax.sdp(params, groups, 10.0, directions, method="first_order")
+    off = np.asarray(straw.params["w"]).ravel() - minimizer
+    assert away @ hessian @ away < 1e-15 * (off @ hessian @ off)
+
+
+@pytest.mark.parametrize("method", ["exact", "first_order"])
+@pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.6])
+def test_hits_a_sparsity(method, sparsity, x64):
+    params, groups, basis = toy_problem(3)
+    found = sdp_jax.sdp(params, groups, None, basis, sparsity=sparsity, method=method)
+    wanted = round(sparsity * groups.num_channels)
+    alive = sdp_jax.channels_alive(groups, found.params)
+    dead = groups.num_channels - sum(int(a.sum()) for a in alive.values())
+    assert dead == wanted == round(found.sparsity * groups.num_channels)
+    # A little less does not reach it.
+    if wanted:
+        less = sdp_jax.sdp(params, groups, found.strength * 0.998, basis, method=method)
+        assert less.sparsity < found.sparsity
+
+
+@pytest.mark.parametrize("method", ["exact", "first_order"])
+def test_floors_hold_the_largest_channels(method, x64):
+    params, groups, basis = toy_problem(2)
+    floor = {"hidden0": 4, "hidden1": 2}
+    found = sdp_jax.sdp(params, groups, 50.0, basis, floor=floor, method=method)
+    alive = sdp_jax.channels_alive(groups, found.params)
+    assert int(alive["hidden0"].sum()) >= 4 and int(alive["hidden1"].sum()) >= 2
+    none = sdp_jax.sdp(params, groups, 50.0, basis, floor=0, method=method)
+    assert found.sparsity <= none.sparsity
+
+
+def test_a_sparsity_out_of_reach_says_so(x64):
+    params, groups, directions, *_ = flat_problem(60, 5)
+    with pytest.raises(ValueError, match="no strength makes 19 of 20 channels zero"):
+        sdp_jax.sdp(params, groups, None, directions, sparsity=0.95)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_lower_precisions(dtype, x64):
+    params, groups, basis = toy_problem(3)
+    want = sdp_jax.sdp(params, groups, 0.8, basis)
+    low = jax.tree.map(lambda p: p.astype(dtype), params)
+    small = jax.tree.map(lambda u: u.astype(jnp.float32), basis)
+    found = sdp_jax.sdp(low, groups, 0.8, small)
+    assert {p.dtype for p in jax.tree.leaves(found.params)} == {jnp.dtype(dtype)}
+    chex.assert_trees_all_close(
+        jax.tree.map(lambda p: p.astype(jnp.float64), found.params),
+        want.params,
+        atol=1e-5 if dtype == jnp.float32 else 0.05,
+    )
+    if dtype == jnp.float32:
+        chex.assert_trees_all_equal(
+            sdp_jax.channels_alive(groups, found.params),
+            sdp_jax.channels_alive(groups, want.params),
+        )
+
+
+def test_directions_need_not_be_orthonormal(x64):
+    params, groups, basis = toy_problem(2)
+    skew = jax.tree.map(lambda u: jnp.stack([3 * u[0], u[0] - u[1]]), basis)
+    for method in ("exact", "first_order"):
+        a, b = (
+            sdp_jax.sdp(params, groups, 0.5, u, method=method).params
+            for u in (basis, skew)
+        )
+        chex.assert_trees_all_close(a, b, atol=1e-9)
+
+
+def test_without_sharp_directions_it_is_the_soft_threshold(x64):
+    params, groups, basis = toy_problem(1)
+    nothing = jax.tree.map(jnp.zeros_like, basis)
+    found = sdp_jax.sdp(params, groups, 0.7, nothing, floor=0)
+    norms = sdp_jax.channel_norms(groups, params)
+    factors = {n: jnp.maximum(0, 1 - 0.7 / v) for n, v in norms.items()}
+    want = sdp_jax.scale_channels(groups, params, factors)
+    chex.assert_trees_all_close(found.params, want, atol=1e-12)
+    assert sdp_jax.sdp(params, groups, 0.0, basis).strength == 0
+    chex.assert_trees_all_equal(sdp_jax.sdp(params, groups, 0.0, basis).params, params)
+
+
+def test_channels_that_are_zero_already_stay_so(x64):
+    params, groups, basis = toy_problem(3)
+    keep = {"hidden0": jnp.asarray([1.0, 0, 1, 1, 0, 1]), "hidden1": jnp.ones(5)}
+    params = sdp_jax.scale_channels(groups, params, keep)
+    assert sdp_jax.directional_scores(params, groups, basis)["hidden0"][1] == 0
+    assert sdp_jax.directional_importance(params, groups, basis)["hidden0"][1] == 0
+    found = sdp_jax.sdp(params, groups, 0.3, basis, method="first_order", floor=6 - 1)
+    assert not sdp_jax.channels_alive(groups, found.params)["hidden0"][1]
+
+
+def test_cut_by_importance():
+    params, groups, basis = toy_problem(3, dtype=jnp.float32)
+    scores = sdp_jax.directional_importance(params, groups, basis)
+    cut = sdp_jax.plan_cut(groups, params, scores=scores, sparsity=0.5)
+    assert sum(cut.widths.values()) == 11 - round(0.5 * 11)
