@@ -56,6 +56,7 @@ class Config:
       valley: altsdp: how sharp directions are estimated that shrinkage keeps out of;
         none for plain AltSDP, hessian for eigenvectors on some training examples.
       valley_rank: altsdp with valley: number of directions.
+      valley_decay: altsdp with valley: what share of the past an estimate keeps.
       valley_every: altsdp with valley: steps from one estimate to the next.
       norm: weighting of the channel norms.
       floor: channels that stay in each dimension.
@@ -87,6 +88,7 @@ class Config:
     dual: Literal["full", "radial"] = "full"
     valley: Literal["none", "hessian", "svd", "frequent_directions", "oja"] = "none"
     valley_rank: int = 8
+    valley_decay: float = 0.99
     valley_every: int = 1
     norm: Literal["plain", "size", "cost"] = "plain"
     floor: int = 1
@@ -183,6 +185,7 @@ def make_optimizer(
             valley = {
                 "rank": config.valley_rank,
                 "estimator": config.valley,
+                "decay": config.valley_decay,
                 "every": config.valley_every,
             }
         tx = sdp_jax.altsdp(

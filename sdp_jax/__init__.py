@@ -48,7 +48,8 @@ from sdp_jax.transforms import (
     radial_dual_averaging,
     soft_threshold,
 )
-from sdp_jax.valley.certificate import Certificate, Displacement, certify
+from sdp_jax.valley.certificate import Certificate, Displacement
+from sdp_jax.valley.certify import certify
 from sdp_jax.valley.curvature import (
     Eigenpairs,
     SpectralDensity,

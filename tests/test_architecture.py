@@ -5,6 +5,8 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
+
 import sdp_jax
 
 PACKAGE = pathlib.Path(sdp_jax.__file__).parent
@@ -16,7 +18,8 @@ ALLOWED = {
     "counts": {"groups", "tracing", "measure"},
     "strength": {"groups", "prox", "counts"},
     "transforms": {"groups", "prox", "strength"},
-    "altsdp": {"groups", "strength", "transforms"},
+    "valley": {"groups", "prox", "strength", "transforms"},
+    "altsdp": {"groups", "strength", "transforms", "valley"},
     "tracing": {"groups"},
     "cut": {"groups", "measure"},
     "narrow": {"groups", "tracing", "cut"},
@@ -25,13 +28,15 @@ ALLOWED = {
     "measure": {"groups", "tracing"},
     "plan": {"groups", "cut", "narrow", "measure", "counts"},
 }
-# Inside tracing, in the order in which they may import one another.
-TRACING = (
-    ["source", "static", "atoms", "sizes", "values", "trace", "evaluate"]
+# Inside a folder, the modules in the order in which they may import one another.
+FOLDERS = {
+    "tracing": ["source", "static", "atoms", "sizes", "values", "trace", "evaluate"]
     + ["rules_elementwise", "rules_shape", "rules_contract", "rules_control"]
-    + ["rules", "analyse", "members", "find"]
-)
-OPTIONAL = {"export": {"flatbuffers"}}
+    + ["rules", "analyse", "members", "find"],
+    "valley": ["vectors", "sketch", "project", "curvature", "sdp", "statistics"]
+    + ["path", "figure", "certificate", "certify"],
+}
+OPTIONAL = {"export": {"flatbuffers"}, "figure": {"matplotlib"}}
 CORE = {"jax", "jaxlib", "optax", "numpy", "scipy", "chex"}
 
 
@@ -49,7 +54,7 @@ def imports(path):
 
 def test_imports_go_forward():
     modules = {p.stem: [p] for p in PACKAGE.glob("*.py") if p.stem != "__init__"}
-    modules["tracing"] = list((PACKAGE / "tracing").glob("*.py"))
+    modules |= {name: list((PACKAGE / name).glob("*.py")) for name in FOLDERS}
     assert set(modules) == set(ALLOWED)
     for name, paths in modules.items():
         for path in paths:
@@ -58,13 +63,15 @@ def test_imports_go_forward():
             assert found <= allowed, f"{path} imports {found - allowed}"
 
 
-def test_imports_inside_tracing_go_forward():
-    paths = {p.stem: p for p in (PACKAGE / "tracing").glob("*.py")}
-    assert set(paths) - {"__init__"} == set(TRACING)
-    for i, name in enumerate(TRACING):
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_imports_inside_folders_go_forward(folder):
+    order = FOLDERS[folder]
+    paths = {p.stem: p for p in (PACKAGE / folder).glob("*.py")}
+    assert set(paths) - {"__init__"} == set(order)
+    for i, name in enumerate(order):
         for module in imports(paths[name]):
-            if module.startswith("sdp_jax.tracing."):
-                assert module.split(".")[2] in TRACING[:i], f"{name} imports {module}"
+            if module.startswith(f"sdp_jax.{folder}."):
+                assert module.split(".")[2] in order[:i], f"{name} imports {module}"
 
 
 def test_the_core_imports_only_its_dependencies():
@@ -95,5 +102,6 @@ def test_every_public_name_is_documented():
 
 
 def test_a_test_file_beside_each_module():
-    tests = {p.stem for p in (ROOT / "tests").glob("test_*.py")}
-    assert {f"test_{name}" for name in ALLOWED} <= tests
+    tests = {p.stem for p in (ROOT / "tests").rglob("test_*.py")}
+    modules = set(ALLOWED) - {"valley"} | set(FOLDERS["valley"])
+    assert {f"test_{name}" for name in modules} <= tests

@@ -11,6 +11,7 @@ from tests import toy
 
 PARAMS = toy.mlp_params()
 GROUPS = toy.mlp_groups(PARAMS)
+BASIS = jax.tree.map(lambda p: jnp.ones((1, *p.shape)), PARAMS)
 PRODUCER = sdp_jax.producer("layer0/kernel", 1)
 
 
@@ -20,6 +21,11 @@ def from_axes(*members, params=PARAMS, **keywords):
 
 def altsdp(base=0.1, groups=GROUPS, strength=0.1, **keywords):
     return sdp_jax.altsdp(base, groups, strength=strength, **keywords)
+
+
+def certify(params=PARAMS, data=None, loss=toy.loss, **keywords):
+    data = [toy.batch()] if data is None else data
+    return sdp_jax.certify(loss, PARAMS, params, data, **keywords)
 
 
 def update(tx, params=PARAMS, grads=None, **keywords):
@@ -288,6 +294,182 @@ CASES = {
     ),
     "rank of zero": (lambda: altsdp(valley={"rank": 0}), ValueError, "at least 1"),
     "decay of zero": (lambda: altsdp(valley={"decay": 0.0}), ValueError, r"\(0, 1\]"),
+    "unknown estimator": (
+        lambda: altsdp(valley={"estimator": "pca"}),
+        ValueError,
+        r"one of \['svd', 'frequent_directions', 'oja'\] or None; got 'pca'",
+    ),
+    "Oja without a learning rate": (
+        lambda: altsdp(valley={"estimator": "oja", "decay": 1.0}),
+        ValueError,
+        "decay must be below 1",
+    ),
+    "sketch every zero steps": (
+        lambda: altsdp(valley={"every": 0}),
+        ValueError,
+        "every must be an integer of at least 1; got 0",
+    ),
+    "sketch in integers": (
+        lambda: altsdp(valley={"storage_dtype": jnp.int8}),
+        ValueError,
+        "storage_dtype must be a floating-point dtype",
+    ),
+    # The valley.
+    "data that is an iterator": (
+        lambda: sdp_jax.curvature_product(toy.loss, PARAMS, iter([toy.batch()])),
+        TypeError,
+        "again and again.*make it a list",
+    ),
+    "data that is a generator": (
+        lambda: sdp_jax.top_eigenpairs(toy.loss, PARAMS, (toy.batch() for _ in "ab")),
+        TypeError,
+        "got generator: make it a list",
+    ),
+    "a batch instead of batches": (
+        lambda: sdp_jax.curvature_product(toy.loss, PARAMS, toy.batch()[0]),
+        TypeError,
+        "a list of batches or a loader",
+    ),
+    "no batch": (
+        lambda: sdp_jax.curvature_product(toy.loss, PARAMS, []),
+        ValueError,
+        "data has no batch",
+    ),
+    "complex parameters have no Hessian here": (
+        lambda: sdp_jax.curvature_product(
+            toy.loss, {"w": jnp.ones(2, complex)}, [toy.batch()]
+        ),
+        TypeError,
+        "real parameters only",
+    ),
+    "integer parameters": (
+        lambda: sdp_jax.top_eigenpairs(
+            toy.loss, {"w": jnp.ones(2, int)}, [jnp.ones(1)]
+        ),
+        TypeError,
+        "has dtype int32",
+    ),
+    "no parameters": (
+        lambda: sdp_jax.top_eigenpairs(toy.loss, {}, [toy.batch()]),
+        ValueError,
+        "params has no leaf",
+    ),
+    "a vector of another tree": (
+        lambda: sdp_jax.curvature_product(toy.loss, PARAMS, [toy.batch()])({"w": 1.0}),
+        ValueError,
+        "the vector has structure",
+    ),
+    "more eigenpairs than parameters": (
+        lambda: sdp_jax.top_eigenpairs(toy.loss, PARAMS, [toy.batch()], 10_000),
+        ValueError,
+        "between 1 and 83, the number of parameters; got 10000",
+    ),
+    "a loss that is not finite": (
+        lambda: sdp_jax.top_eigenpairs(
+            lambda p, b: toy.loss(p, b) * jnp.nan, PARAMS, [toy.batch()], 2
+        ),
+        ValueError,
+        "curvature is not finite",
+    ),
+    "a density without steps": (
+        lambda: sdp_jax.spectral_density(toy.loss, PARAMS, [toy.batch()], steps=0),
+        ValueError,
+        "steps must be an integer of at least 1",
+    ),
+    "a width of zero": (
+        lambda: sdp_jax.SpectralDensity(np.ones((1, 1)), np.ones((1, 1)), 1).at([0], 0),
+        ValueError,
+        "width must be positive",
+    ),
+    "SDP without a strength": (
+        lambda: sdp_jax.sdp(PARAMS, GROUPS, None, BASIS),
+        ValueError,
+        "give either strength, or None and sparsity=",
+    ),
+    "SDP of two strengths": (
+        lambda: sdp_jax.sdp(PARAMS, GROUPS, 0.1, BASIS, sparsity=0.5),
+        ValueError,
+        "give either strength, or None and sparsity=",
+    ),
+    "SDP of negative strength": (
+        lambda: sdp_jax.sdp(PARAMS, GROUPS, -0.1, BASIS),
+        ValueError,
+        "strength must be a non-negative number; got -0.1",
+    ),
+    "SDP of all channels": (
+        lambda: sdp_jax.sdp(PARAMS, GROUPS, None, BASIS, sparsity=1.0),
+        ValueError,
+        r"sparsity must be a number in \[0, 1\); got 1.0",
+    ),
+    "SDP by an unknown method": (
+        lambda: sdp_jax.sdp(PARAMS, GROUPS, 0.1, BASIS, method="second_order"),
+        ValueError,
+        "one of .'exact', 'first_order'.; got 'second_order'",
+    ),
+    "SDP with directions of another tree": (
+        lambda: sdp_jax.sdp(PARAMS, GROUPS, 0.1, {"w": jnp.ones((2, 3))}),
+        ValueError,
+        "leaves of the parameters, each with one leading axis",
+    ),
+    "SDP of parameters that are not finite": (
+        lambda: sdp_jax.sdp(
+            jax.tree.map(lambda p: p * jnp.nan, PARAMS), GROUPS, 0.1, BASIS
+        ),
+        ValueError,
+        "params has entries that are not finite",
+    ),
+    "scores with directions that are not finite": (
+        lambda: sdp_jax.directional_scores(
+            PARAMS, GROUPS, jax.tree.map(lambda p: p * jnp.nan, BASIS)
+        ),
+        ValueError,
+        "basis has entries that are not finite",
+    ),
+    "certifying another tree": (
+        lambda: certify(params=without("layer1/bias")),
+        ValueError,
+        "params has the leaves",
+    ),
+    "certifying parameters after the cut": (
+        lambda: certify(params=jax.tree.map(lambda p: p[:1], PARAMS)),
+        ValueError,
+        "before they are cut",
+    ),
+    "certifying a NaN": (
+        lambda: certify(params=jax.tree.map(lambda p: p * jnp.nan, PARAMS)),
+        ValueError,
+        "params has entries that are not finite",
+    ),
+    "certifying on an iterator": (
+        lambda: certify(data=iter([toy.batch()])),
+        TypeError,
+        "make it a list",
+    ),
+    "statistics without their update": (
+        lambda: certify(stats={"mean": jnp.zeros(3)}),
+        ValueError,
+        "update_stats and stats belong together",
+    ),
+    "a path of one point": (
+        lambda: certify(points=1),
+        ValueError,
+        "points must be an integer of at least 2; got 1",
+    ),
+    "a tolerance of zero": (
+        lambda: certify(tolerance=0.0),
+        ValueError,
+        "tolerance must be a positive number",
+    ),
+    "metrics without the loss": (
+        lambda: certify(evaluate=lambda params, batch: {"accuracy": jnp.ones(())}),
+        ValueError,
+        "a dictionary of means with 'loss' among them",
+    ),
+    "a loss of zero parameters that measures nothing": (
+        certify,  # Untrained parameters are worse than none.
+        ValueError,
+        "give scale=",
+    ),
     # Using it.
     "another tree in init": (
         lambda: altsdp().init(without("layer1/bias")),

@@ -1,21 +1,18 @@
 """The picture of a certificate."""
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-
-if TYPE_CHECKING:
-    from sdp_jax.valley.certificate import Certificate
 
 REFERENCE, PRUNED, OTHER = "#666666", "#d1495b", "#2e86ab"
 
 
-def draw(certificate: "Certificate", path: str | os.PathLike[str] | None = None) -> Any:
+def draw(certificate: Any, path: str | os.PathLike[str] | None = None) -> Any:
     """Draws the loss along the paths, training curves and spectrum.
 
     Args:
-      certificate: what to draw.
+      certificate: a :class:`sdp_jax.Certificate`.
       path: file to write.
 
     Returns:
@@ -45,7 +42,7 @@ def draw(certificate: "Certificate", path: str | os.PathLike[str] | None = None)
     return figure
 
 
-def _paths(axes: Any, certificate: "Certificate") -> None:
+def _paths(axes: Any, certificate: Any) -> None:
     for found, colour, label in (
         (certificate.line, PRUNED, "straight line"),
         (certificate.curve, OTHER, "trained curve"),
@@ -65,7 +62,7 @@ def _paths(axes: Any, certificate: "Certificate") -> None:
     axes.legend(frameon=False, fontsize="small")
 
 
-def _histories(axes: Any, certificate: "Certificate") -> None:
+def _histories(axes: Any, certificate: Any) -> None:
     colours = (REFERENCE, PRUNED, OTHER)
     for i, (name, values) in enumerate(certificate.histories.items()):
         epochs = np.arange(1, len(values) + 1)
@@ -74,7 +71,7 @@ def _histories(axes: Any, certificate: "Certificate") -> None:
     axes.legend(frameon=False, fontsize="small")
 
 
-def _moves(axes: Any, certificate: "Certificate") -> None:
+def _moves(axes: Any, certificate: Any) -> None:
     moves = certificate.displacements
     names = list(moves)
     shares = [moves[name].sharp_share for name in names]
@@ -89,7 +86,7 @@ def _moves(axes: Any, certificate: "Certificate") -> None:
     axes.margins(y=0.15)
 
 
-def _spectrum(axes: Any, certificate: "Certificate") -> None:
+def _spectrum(axes: Any, certificate: Any) -> None:
     values, errors = certificate.eigenvalues, certificate.eigenvalue_errors
     places = np.arange(1, len(values) + 1)
     if certificate.density is None:
