@@ -154,22 +154,25 @@ def _batches(split: data.Split, order: np.ndarray) -> Iterator[data.Split]:
 class Reporter:
     """Progress bars for :func:`sdp_jax.certify`, one for each stage."""
 
-    def __init__(self, progress: rich.progress.Progress):
-        """Draws into ``progress``."""
+    def __init__(self, progress: rich.progress.Progress, name: str = ""):
+        """Draws into ``progress``, with ``name`` before each stage."""
         self._progress = progress
+        self._name = name
         self._tasks: dict[str, rich.progress.TaskID] = {}
 
     def __call__(self, stage: str, done: int, total: int | None) -> None:
         """Moves the bar of a stage on."""
         if stage not in self._tasks:
-            self._tasks[stage] = self._progress.add_task(stage, total=total)
+            self._tasks[stage] = self._progress.add_task(
+                self._name + stage, total=total
+            )
         self._progress.update(self._tasks[stage], completed=done, total=total)
 
 
 def progress_bars(console: rich.console.Console) -> rich.progress.Progress:
     """Bars with a count, for stages whose length may be unknown."""
     return rich.progress.Progress(
-        rich.progress.TextColumn("{task.description:<16}"),
+        rich.progress.TextColumn("{task.description}"),
         rich.progress.BarColumn(),
         rich.progress.MofNCompleteColumn(),
         rich.progress.TimeRemainingColumn(),

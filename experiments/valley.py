@@ -1,0 +1,239 @@
+"""Who stays in the valley: certificates of several ways to prune one network.
+
+``python -m experiments.valley runs/SGD --pruned runs/ALTSDP runs/PROX --other runs/B``
+
+All are compared with one reference, a finished run of plain SGD: runs that pruned while
+they trained (of the same seed), and from the reference itself, at the same share of
+channels, magnitude pruning and SDP in one shot; then two counter-examples, pruning far
+past the limit and a run of another seed. A table is printed; the certificates are
+written to ``--out``, each when it is done, and are not computed again.
+"""
+
+import dataclasses
+import pathlib
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import rich.console
+import tyro
+
+import sdp_jax
+from experiments import data
+from experiments.certify import (
+    Reporter,
+    config_of,
+    load_run,
+    make_task,
+    progress_bars,
+)
+from experiments.train import Run
+
+
+@dataclasses.dataclass(frozen=True)
+class Valley:
+    """What to compare.
+
+    Attributes:
+      reference: directory of a run of plain SGD.
+      pruned: directories of runs of the same seed that pruned; the sparsity of the
+        first is what all others are brought to.
+      other: directory of a run of plain SGD of another seed.
+      far: share of channels that is far past the limit.
+      data_dir: directory of the data, as for experiments.train.
+      examples: training examples along the paths; 0 for all.
+      curvature_examples: training examples for the curvature; 0 for all.
+      rank: number of sharp directions.
+      points: points of each path.
+      curve_steps: steps of training a curve.
+      out: directory of the certificates.
+    """
+
+    reference: tyro.conf.Positional[pathlib.Path]
+    pruned: tuple[pathlib.Path, ...]
+    other: pathlib.Path | None = None
+    far: float = 0.9
+    data_dir: pathlib.Path | None = None
+    examples: int = 10_000
+    curvature_examples: int = 2_000
+    rank: int = 10
+    points: int = 11
+    curve_steps: int = 300
+    out: pathlib.Path = pathlib.Path("valley")
+
+
+def prune_to(groups: sdp_jax.Groups, params: Any, sparsity: float) -> Any:
+    """Sets the channels of smallest norm to zero.
+
+    Args:
+      groups: the channel dimensions.
+      params: the parameters.
+      sparsity: share of all channels that shall be zero.
+
+    Returns:
+      The parameters.
+    """
+    cut = sdp_jax.plan_cut(
+        groups, params, scores=sdp_jax.channel_norms(groups, params), sparsity=sparsity
+    )
+    keep = {
+        d.name: jnp.zeros(d.size).at[jnp.asarray(kept)].set(1)
+        for d, kept in zip(groups, cut.kept, strict=True)
+    }
+    return sdp_jax.scale_channels(groups, params, keep)
+
+
+def sparsity_of(groups: sdp_jax.Groups, params: Any) -> float:
+    """Share of the channels that are zero."""
+    alive = sdp_jax.channels_alive(groups, params).values()
+    return 1 - sum(int(a.sum()) for a in alive) / groups.num_channels
+
+
+def solutions(
+    options: Valley, reference: Run, pairs: sdp_jax.Eigenpairs
+) -> dict[str, tuple[Any, bool]]:
+    """Parameters by name, and whether they come from the seed of the reference.
+
+    Args:
+      options: what to compare.
+      reference: the run of SGD.
+      pairs: its sharp directions.
+
+    Returns:
+      In the order of the table.
+    """
+    groups, dense = reference.groups.at("params"), reference.state.params
+    found: dict[str, tuple[Any, bool]] = {}
+    sparsity = None
+    for path in options.pruned:
+        run = load_run(path, options.data_dir)
+        config = config_of(path, options.data_dir)
+        params, name = run.state.params, config.method
+        if config.method == "altsdp":
+            name = f"altsdp, {config.dual if config.valley == 'none' else 'explicit'}"
+        if sparsity is None:
+            sparsity = sparsity_of(groups, params)
+        elif sparsity_of(groups, params) < sparsity:
+            params, name = prune_to(groups, params, sparsity), f"{name}, then magnitude"
+        found[name] = params, True
+    assert sparsity is not None
+    found["magnitude"] = prune_to(groups, dense, sparsity), True
+    for method in ("exact", "first_order"):
+        result = sdp_jax.sdp(
+            dense, groups, None, pairs.vectors, sparsity=sparsity, method=method
+        )
+        found[f"one-shot SDP, {method.replace('_', ' ')}"] = result.params, True
+    far = sdp_jax.sdp(dense, groups, None, pairs.vectors, sparsity=options.far)
+    found[f"one-shot SDP, {options.far:.0%}"] = far.params, True
+    if options.other is not None:
+        other = load_run(options.other, options.data_dir)
+        found["SGD, another seed"] = other.state.params, False
+    return found
+
+
+def main(options: Valley) -> dict[str, sdp_jax.Certificate]:
+    """Certifies all solutions and prints the table.
+
+    Args:
+      options: what to compare.
+
+    Returns:
+      The certificates by name.
+
+    Raises:
+      ValueError: if a run is not finished, or none is given.
+    """
+    if not options.pruned:
+        raise ValueError("give at least one run that pruned with --pruned")
+    console = rich.console.Console()
+    reference = load_run(options.reference, options.data_dir)
+    config = config_of(options.reference, options.data_dir)
+    dataset = data.load(config.dataset, options.data_dir, downscale=config.downscale)
+    task = make_task(
+        reference,
+        dataset,
+        examples=options.examples,
+        curvature_examples=options.curvature_examples,
+    )
+    groups, dense = reference.groups.at("params"), reference.state.params
+    options.out.mkdir(parents=True, exist_ok=True)
+    certificates: dict[str, sdp_jax.Certificate] = {}
+    with progress_bars(console) as progress:
+        pairs = sdp_jax.top_eigenpairs(
+            task.loss_fn,
+            dense,
+            task.curvature,
+            options.rank,
+            tol=0.01,
+            progress=Reporter(progress),
+        )
+        for name, (params, same_seed) in solutions(options, reference, pairs).items():
+            file = options.out / (name.replace(", ", "-").replace(" ", "-") + ".json")
+            if file.is_file():
+                text = file.read_text()
+                certificates[name] = sdp_jax.Certificate.from_json(text)
+                continue
+            certificate = sdp_jax.certify(
+                task.loss_fn,
+                dense,
+                params,
+                task.training,
+                test_data=task.test,
+                groups=groups,
+                eigenpairs=pairs,
+                curvature_data=task.curvature,
+                points=options.points,
+                curve_steps=options.curve_steps,
+                same_seed=same_seed,
+                progress=Reporter(progress, f"{name}: "),
+                **task.keywords,
+            )
+            temporary = file.with_suffix(".tmp")
+            temporary.write_text(certificate.to_json() + "\n")
+            temporary.replace(file)
+            certificates[name] = certificate
+            jax.clear_caches()
+    console.print(markdown(certificates), soft_wrap=True, highlight=False)
+    return certificates
+
+
+def markdown(certificates: dict[str, sdp_jax.Certificate]) -> str:
+    """The certificates as a Markdown table.
+
+    Args:
+      certificates: by name.
+
+    Returns:
+      Markdown.
+    """
+    lines = [
+        "| | channels zero | test accuracy | training loss | gap | barrier, line "
+        "| barrier, curve | move in sharp directions | in the valley |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    first = next(iter(certificates.values()))
+    lines.append(
+        f"| SGD | 0 % | {first.reference['test']['accuracy']:.2%} "
+        f"| {first.reference['train']['loss']:.4f} | | | | | |"
+    )
+    for name, c in certificates.items():
+        lines.append(
+            f"| {name} | {c.sparsity:.0%} | {c.pruned['test']['accuracy']:.2%} "
+            f"| {c.pruned['train']['loss']:.4f} | {c.gap:.4f} | {c.line.barrier:.4f} "
+            f"| {c.curve.barrier:.4f} | {c.displacements['pruned'].sharp_share:.4f} "
+            f"| {'yes' if c.in_valley else 'no'} |"
+        )
+    some = [c.displacements["random"].sharp_share for c in certificates.values()]
+    lines.append(
+        f"\nA random move has a share of {min(some):.4f} to {max(some):.4f} in the "
+        f"sharp directions; the tolerance is {first.tolerance:.4f}."
+    )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Valley))
+    except (ValueError, FileNotFoundError, ImportError) as error:
+        sys.exit(f"error: {error}")
