@@ -13,6 +13,7 @@ import numpy as np
 Name: TypeAlias = Literal["digits", "mnist", "cifar10"]
 
 CIFAR10_FILE = "cifar10-jpeg.tar.xz"
+CIFAR10_COUNTS = {"train": 50_000, "test": 10_000}
 CIFAR10_CLASSES: tuple[str, ...] = (
     *("airplane", "automobile", "bird", "cat", "deer"),
     *("dog", "frog", "horse", "ship", "truck"),
@@ -230,7 +231,7 @@ def _cifar10_file(data_dir: pathlib.Path) -> Dataset:
             "train/<class>/<n>.jpg and test/<class>/<n>.jpg. Fetch it again"
         ) from error
     parts = []
-    for part, count in (("train", 50_000), ("test", 10_000)):
+    for part, count in CIFAR10_COUNTS.items():
         shapes = {image.shape for image, _ in found[part]}
         if len(found[part]) != count or shapes != {(32, 32, 3)}:
             raise ValueError(

@@ -111,6 +111,9 @@ def _settings(config: dict[str, Any]) -> str:
         for k in (
             "dual",
             "valley",
+            "valley_decay",
+            "valley_rank",
+            "valley_every",
             "ranking",
             "norm",
             "widths",

@@ -88,7 +88,7 @@ class Config:
     dual: Literal["full", "radial"] = "full"
     valley: Literal["none", "hessian", "svd", "frequent_directions", "oja"] = "none"
     valley_rank: int = 8
-    valley_decay: float = 0.99
+    valley_decay: float = 0.5
     valley_every: int = 1
     norm: Literal["plain", "size", "cost"] = "plain"
     floor: int = 1

@@ -14,7 +14,6 @@ import pathlib
 import sys
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import rich.console
 import tyro
@@ -193,7 +192,6 @@ def main(options: Valley) -> dict[str, sdp_jax.Certificate]:
             temporary.write_text(certificate.to_json() + "\n")
             temporary.replace(file)
             certificates[name] = certificate
-            jax.clear_caches()
     console.print(markdown(certificates), soft_wrap=True, highlight=False)
     return certificates
 

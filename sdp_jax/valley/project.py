@@ -60,7 +60,7 @@ def project_onto_valley(
     *,
     rank: int = 8,
     estimator: Estimator | None = "svd",
-    decay: float = 0.99,
+    decay: float = 0.5,
     every: int = 1,
     basis: PyTree | None = None,
     storage_dtype: Any = None,

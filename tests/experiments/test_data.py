@@ -1,7 +1,10 @@
 import builtins
+import io
 import pathlib
+import tarfile
 
 import numpy as np
+import PIL.Image
 import pytest
 
 from experiments import data
@@ -82,8 +85,8 @@ def test_without_tensorflow_datasets(monkeypatch):
 
 
 def test_unknown_data_set():
-    with pytest.raises(ValueError, match="'digits' or 'mnist'; got 'cifar'"):
-        data.load("cifar")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="'mnist' or 'cifar10'; got 'imagenet'"):
+        data.load("imagenet")  # pyright: ignore[reportArgumentType]
 
 
 def numbered(size):
@@ -127,3 +130,70 @@ def test_hold_out_takes_from_every_class():
 def test_data_dir_may_be_a_path():
     with pytest.raises(FileNotFoundError):
         data.load("mnist", pathlib.Path("no/such/directory"))
+
+
+def cifar10_archive(path, sizes=None, shape=(32, 32, 3)):
+    """Three images of each part, in the layout of the real archive."""
+    rng = np.random.default_rng(0)
+    images = {}
+    with tarfile.open(path / data.CIFAR10_FILE, "w:xz") as archive:
+        for part, count in (sizes or {"train": 3, "test": 2}).items():
+            for n in range(count):
+                colour = rng.integers(256, size=(1, 1, 3))
+                pixels = np.broadcast_to(colour, shape).astype(np.uint8)
+                file = io.BytesIO()
+                PIL.Image.fromarray(pixels).save(file, "JPEG", quality=100)
+                label = data.CIFAR10_CLASSES[(3 * n) % 10]
+                member = tarfile.TarInfo(f"{part}/{label}/{n:04}.jpg")
+                member.size = file.tell()
+                file.seek(0)
+                archive.addfile(member, file)
+                images[part, n] = pixels
+    return images
+
+
+def test_cifar10_from_jpeg_files(tmp_path, monkeypatch):
+    images = cifar10_archive(tmp_path)
+    monkeypatch.setattr(data, "CIFAR10_COUNTS", {"train": 3, "test": 2})
+    dataset = data.load("cifar10", tmp_path)
+    assert dataset.train.images.shape == (3, 32, 32, 3)
+    assert dataset.train.images.dtype == np.float32
+    assert dataset.train.labels.tolist() == [0, 3, 6]
+    assert dataset.test.labels.tolist() == [0, 3]
+    back = dataset.train.images * data.CIFAR10_DEVIATION + data.CIFAR10_MEAN
+    for n in range(3):
+        np.testing.assert_allclose(255 * back[n], images["train", n], atol=3)
+    small = data.load("cifar10", tmp_path, downscale=4)
+    assert small.train.images.shape == (3, 8, 8, 3)
+    np.testing.assert_allclose(
+        small.train.images[0, 0, 0],
+        dataset.train.images[0, :4, :4].mean((0, 1)),
+        rtol=1e-5,
+    )
+
+
+@pytest.mark.parametrize(
+    "spoil,message",
+    [
+        (lambda path: None, "3 images of shapes .* in train; expected 50000"),
+        (lambda path: path.write_bytes(path.read_bytes()[:300]), "cannot be read"),
+        (lambda path: path.write_bytes(b"<html>"), "cannot be read"),
+    ],
+    ids=["too few", "half", "no archive"],
+)
+def test_a_wrong_cifar10_file_says_so(tmp_path, spoil, message):
+    cifar10_archive(tmp_path)
+    spoil(tmp_path / data.CIFAR10_FILE)
+    with pytest.raises(ValueError, match=message):
+        data.load("cifar10", tmp_path)
+
+
+def test_cifar10_that_is_not_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match="there is no cifar10-jpeg.tar.xz"):
+        data.load("cifar10", tmp_path)
+
+
+@pytest.mark.parametrize("downscale", [0, 3])
+def test_downscale_must_divide(downscale):
+    with pytest.raises(ValueError, match=f"the side of the images, 8; got {downscale}"):
+        data.load("digits", downscale=downscale)

@@ -1,0 +1,24 @@
+import json
+
+from experiments.estimators import STREAMS, Estimators, main
+
+
+def test_compares_every_estimate(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("experiments.estimators.STREAMS", STREAMS[2:4])
+    options = Estimators(
+        widths=(6, 4), epochs=2, rank=2, seeds=2, out=tmp_path / "out.json"
+    )
+    figures = main(options)
+    names = ["svd, decay 0.5", "frequent_directions, decay 0.99"]
+    for share in figures["overlap"]:
+        assert list(share) == [*names, "hessian, of the check before"]
+        assert all(0 <= value <= 1 + 1e-6 for value in share.values())
+    assert all(len(values) == 2 for values in figures["loss"].values())
+    assert {"plain", "radial", "hessian, rank 2, every 10", *names} <= set(
+        figures["loss"]
+    )
+    written = json.loads(options.out.read_text())
+    assert {k: written[k] for k in ("overlap", "loss")} == {
+        k: figures[k] for k in ("overlap", "loss")
+    }
+    assert capsys.readouterr().out.count("|\n") > 6
