@@ -14,6 +14,7 @@ import pathlib
 import sys
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import rich.console
 import tyro
@@ -43,7 +44,8 @@ class Valley:
       data_dir: directory of the data, as for experiments.train.
       examples: training examples along the paths; 0 for all.
       curvature_examples: training examples for the curvature; 0 for all.
-      rank: number of sharp directions.
+      rank: number of sharp directions for the certificates.
+      sdp_rank: number of sharp directions for SDP in one shot, at least ``rank``.
       points: points of each path.
       curve_steps: steps of training a curve.
       out: directory of the certificates.
@@ -57,6 +59,7 @@ class Valley:
     examples: int = 10_000
     curvature_examples: int = 2_000
     rank: int = 10
+    sdp_rank: int = 20
     points: int = 11
     curve_steps: int = 300
     out: pathlib.Path = pathlib.Path("valley")
@@ -119,12 +122,22 @@ def solutions(
     assert sparsity is not None
     found["magnitude"] = prune_to(groups, dense, sparsity), True
     for method in ("exact", "first_order"):
-        result = sdp_jax.sdp(
-            dense, groups, None, pairs.vectors, sparsity=sparsity, method=method
-        )
-        found[f"one-shot SDP, {method.replace('_', ' ')}"] = result.params, True
-    far = sdp_jax.sdp(dense, groups, None, pairs.vectors, sparsity=options.far)
-    found[f"one-shot SDP, {options.far:.0%}"] = far.params, True
+        for restore in (False, True):
+            result = sdp_jax.sdp(
+                dense,
+                groups,
+                None,
+                pairs.vectors,
+                sparsity=sparsity,
+                method=method,
+                restore=restore,
+            )
+            name = f"one-shot SDP, {method.replace('_', ' ')}"
+            found[name + (", restored" if restore else "")] = result.params, True
+    far = sdp_jax.sdp(
+        dense, groups, None, pairs.vectors, sparsity=options.far, restore=True
+    )
+    found[f"one-shot SDP, restored, {options.far:.0%}"] = far.params, True
     if options.other is not None:
         other = load_run(options.other, options.data_dir)
         found["SGD, another seed"] = other.state.params, False
@@ -163,9 +176,16 @@ def main(options: Valley) -> dict[str, sdp_jax.Certificate]:
             task.loss_fn,
             dense,
             task.curvature,
-            options.rank,
+            max(options.rank, options.sdp_rank),
             tol=0.01,
             progress=Reporter(progress),
+        )
+        few = sdp_jax.Eigenpairs(
+            pairs.values[: options.rank],
+            jax.tree.map(lambda u: u[: options.rank], pairs.vectors),
+            pairs.errors[: options.rank],
+            pairs.angles[: options.rank],
+            pairs.products,
         )
         for name, (params, same_seed) in solutions(options, reference, pairs).items():
             file = options.out / (name.replace(", ", "-").replace(" ", "-") + ".json")
@@ -180,7 +200,7 @@ def main(options: Valley) -> dict[str, sdp_jax.Certificate]:
                 task.training,
                 test_data=task.test,
                 groups=groups,
-                eigenpairs=pairs,
+                eigenpairs=few,
                 curvature_data=task.curvature,
                 points=options.points,
                 curve_steps=options.curve_steps,

@@ -40,6 +40,28 @@ def test_example():
     assert names["cut"].widths["layer0"] < 20
 
 
+def test_valley_examples(tmp_path, monkeypatch, capsys):
+    params = toy.mlp_params(widths=(4, 12, 3))
+    batches = [toy.batch(seed=i) for i in range(3)]
+    names = {"sdp_jax": sdp_jax, "loss": toy.loss, "batches": batches}
+    step = jax.jit(
+        lambda p, b: jax.tree.map(lambda w, g: w - 0.1 * g, p, jax.grad(toy.loss)(p, b))
+    )
+    for i in range(300):
+        params = step(params, batches[i % 3])
+    names["twin"] = params
+    names["params"] = jax.tree.map(lambda p: 0.99 * p, params)
+    names["groups"] = sdp_jax.find_groups(toy.mlp_apply, params, batches[0][0])
+    monkeypatch.chdir(tmp_path)
+    exec(next(b for b in blocks() if "certify(" in b), names)
+    assert names["certificate"].verdict in capsys.readouterr().out
+    assert (tmp_path / "certificate.png").exists()
+    exec(next(b for b in blocks() if "top_eigenpairs" in b), names)
+    alive = sdp_jax.channels_alive(names["groups"], names["pruned"])["layer0"]
+    assert int(alive.sum()) == 12 - round(0.3 * 12)
+    sdp_jax.plan_cut(names["groups"], params, scores=names["scores"], sparsity=0.5)
+
+
 def test_modules_are_taken_apart():
     block = next(b for b in blocks() if "nnx.split" in b)
     names = {"sdp_jax": sdp_jax, "nnx": nnx, "eqx": eqx, "x": jnp.ones(4)}

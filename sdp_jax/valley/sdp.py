@@ -50,7 +50,7 @@ class SdpResult:
       sparsity: share of all channels that are zero.
       scores: the directional scores ``s_g`` of the given parameters.
       residual: how far ``params`` is from the valley, ``‖Uᵀ(w − w*)‖ / ‖w − w*‖``;
-        about the rounding error for the exact method.
+        about the rounding error for the exact method, and if restored.
       iterations: Newton steps of the exact method, for the last ``λ``.
     """
 
@@ -164,6 +164,7 @@ def sdp(
     *,
     sparsity: float | None = None,
     method: Method = "exact",
+    restore: bool = False,
     floor: int | Mapping[str, int] = 1,
     norm: Norm | Mapping[str, float] = "plain",
     tol: float | None = None,
@@ -182,9 +183,12 @@ def sdp(
     agree with the exact ones to first order in ``λ``, but at large ``λ`` it leaves the
     valley.
 
-    No training data are needed beyond those behind the directions. Where the loss has
-    more sharp directions than ``basis``, moving along them costs; take as many as
-    memory allows.
+    Both shrink the channels that stay as well, by about ``λ`` each, which is free only
+    as far as ``basis`` holds all directions in which the loss curves. For a network,
+    whose curvature falls off slowly, take ``restore=True``: the method then only says
+    which channels go, and the point of the valley nearest to ``w*`` with these zeros is
+    returned. No training data are needed beyond those behind the directions; take as
+    many directions as memory allows.
 
     Args:
       params: trained parameters ``w*``.
@@ -196,6 +200,7 @@ def sdp(
       sparsity: share of all channels that shall be zero, in [0, 1): the least ``λ``
         that reaches it is sought (to a relative 1e-3 for the exact method).
       method: ``"exact"`` or ``"first_order"``.
+      restore: give the channels that stay back what was taken off them.
       floor: channels that stay in each dimension, a number or one for each name: if
         fewer would, the largest ones are not shrunk at all.
       norm: the weighting ``k``, see :func:`sdp_jax.channel_weights`.
@@ -251,6 +256,8 @@ def sdp(
     else:
         check_number("sparsity", sparsity, low=0, rule="a number in [0, 1)")
         strength, found, steps = _reach(solver, groups, float(sparsity))
+    if restore:
+        found = _restored(params, groups, basis, found)
     moved = jax.tree.map(jnp.subtract, found, params)
     length = float(optax.tree.norm(moved))
     sharp = float(jnp.linalg.norm(coefficients(basis, moved)))

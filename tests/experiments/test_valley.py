@@ -37,7 +37,8 @@ def test_compares_all_ways(tmp_path, capsys):
         far=0.7,
         examples=200,
         curvature_examples=100,
-        rank=2,
+        rank=1,
+        sdp_rank=2,
         points=3,
         curve_steps=2,
         out=tmp_path / "out",
@@ -48,15 +49,17 @@ def test_compares_all_ways(tmp_path, capsys):
         "prox_sgd, then magnitude",
         "magnitude",
         "one-shot SDP, exact",
+        "one-shot SDP, exact, restored",
         "one-shot SDP, first order",
-        "one-shot SDP, 70%",
+        "one-shot SDP, first order, restored",
+        "one-shot SDP, restored, 70%",
         "SGD, another seed",
     ]
-    for name in list(found)[:5]:
+    for name in list(found)[:7]:
         assert found[name].sparsity == pytest.approx(0.3)
     assert not found["SGD, another seed"].same_seed
     table = capsys.readouterr().out
-    assert table.count("| no |") + table.count("| yes |") == 7
+    assert table.count("| no |") + table.count("| yes |") == 9
     # What is written is not computed again.
     (tmp_path / "out/magnitude.json").write_text(
         dataclasses.replace(found["magnitude"], sparsity=0.123).to_json()

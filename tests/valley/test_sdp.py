@@ -248,3 +248,28 @@ def test_cut_by_importance():
     scores = sdp_jax.directional_importance(params, groups, basis)
     cut = sdp_jax.plan_cut(groups, params, scores=scores, sparsity=0.5)
     assert sum(cut.widths.values()) == 11 - round(0.5 * 11)
+
+
+@pytest.mark.parametrize("method", ["exact", "first_order"])
+def test_restored_is_the_nearest_point_of_the_valley_with_these_zeros(method, x64):
+    params, groups, basis = toy_problem(4)
+    shrunk = sdp_jax.sdp(params, groups, None, basis, sparsity=0.4, method=method)
+    found = sdp_jax.sdp(
+        params, groups, None, basis, sparsity=0.4, method=method, restore=True
+    )
+    alive = sdp_jax.channels_alive(groups, found.params)
+    chex.assert_trees_all_equal(alive, sdp_jax.channels_alive(groups, shrunk.params))
+    # Least squares on the entries that may differ from zero.
+    mask = {n: a.astype(float) for n, a in alive.items()}
+    ones = jax.tree.map(jnp.ones_like, params)
+    free = ravel(sdp_jax.scale_channels(groups, ones, mask)) > 0
+    start = ravel(params)
+    U = np.concatenate(
+        [np.asarray(u).reshape(4, -1) for u in jax.tree.leaves(basis)], axis=1
+    )
+    want = np.where(free, start, 0)
+    want[free] += np.linalg.pinv(U[:, free]) @ (U @ (start - want))
+    np.testing.assert_allclose(ravel(found.params), want, atol=1e-9)
+    assert found.residual < 1e-10
+    near, far = (np.linalg.norm(ravel(r.params) - start) for r in (found, shrunk))
+    assert near < far
