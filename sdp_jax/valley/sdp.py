@@ -464,6 +464,17 @@ def exact_point(
     return scaled(point, factors(point)[0]), excess, count
 
 
+def _restored(params: PyTree, groups: Groups, basis: PyTree, found: PyTree) -> PyTree:
+    """The point of the valley nearest to ``params`` that has the zeros of ``found``."""
+    alive = channels_alive(groups, found)
+    mask = {name: value.astype(jnp.float32) for name, value in alive.items()}
+    kept = scale_channels(groups, params, mask)
+    left = jax.vmap(lambda u: scale_channels(groups, u, mask))(basis)
+    lost = coefficients(basis, jax.tree.map(jnp.subtract, params, kept))
+    weights = symmetric_power(inner(left, left), -1.0) @ lost
+    return jax.tree.map(jnp.add, kept, combine(weights, left))
+
+
 def _prepare(params: PyTree, groups: Groups, basis: PyTree) -> tuple[PyTree, PyTree]:
     """Checked parameters, at least float32, and orthonormal directions."""
     check_kind(groups)
