@@ -18,6 +18,7 @@ from sdp_jax.groups import (
     channel_norms,
     channel_products,
     channel_weights,
+    channels_alive,
     join_channels,
     scale_channels,
     split_channels,
@@ -32,6 +33,7 @@ from sdp_jax.valley.vectors import (
     inner,
     orthonormal,
     sharp_part,
+    symmetric_power,
     wide,
 )
 
