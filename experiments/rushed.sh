@@ -3,27 +3,28 @@
 # bash experiments/rushed.sh DIRECTORY_WITH_MNIST_NPZ_AND_CIFAR10_JPEG_TAR_XZ
 set -euo pipefail
 PYTHON=${PYTHON:-$(dirname "$0")/../.venv/bin/python}  # made by `make demo`
-train() {  # directory, data set, method, seed, estimate, what else it needs
-  "$PYTHON" -m experiments.train --data-dir "$1" --dataset "$2" --method "$3" \
-    --seed "$4" --out "runs/rushed-$2-$5-seed$4" "${@:6}"
+data_dir=$1
+train() {  # data set, method, estimate, what else it needs
+  for seed in 0 1 2; do
+    "$PYTHON" -m experiments.train --data-dir "$data_dir" --dataset "$1" --method "$2" \
+      --seed $seed --out "runs/rushed-$1-$3-seed$seed" "${@:4}"
+  done
 }
-mnist() { train "$1" mnist "${@:2}" --epochs 3; }
+mnist() { train mnist "$@" --epochs 3; }
 cifar10() {
-  train "$1" cifar10 "${@:2}" --epochs 2 --downscale 2 --model conv \
+  train cifar10 "$@" --epochs 2 --downscale 2 --model conv \
     --widths 32 32 64 64 128 128 256 --learning-rate 0.05 --schedule cosine --momentum 0.9
 }
-for seed in 0 1 2; do
-  for data in mnist cifar10; do
-    $data "$1" sgd $seed sgd
-    run() { $data "$1" altsdp $seed "$2" --sparsity 0.5 "${@:3}"; }
-    run "$1" none
-    run "$1" svd-short --valley svd
-    run "$1" hessian --valley hessian --valley-every 200
-  done
-  data=mnist
-  run "$1" radial --dual radial
-  run "$1" svd-long --valley svd --valley-decay 0.99
-  run "$1" oja --valley oja
-  run "$1" frequent --valley frequent_directions --valley-rank 16 --valley-decay 0.99
-done
+mnist sgd sgd
+mnist altsdp none --sparsity 0.5
+mnist altsdp radial --sparsity 0.5 --dual radial
+mnist altsdp svd --sparsity 0.5 --valley svd
+mnist altsdp svd-long --sparsity 0.5 --valley svd --valley-decay 0.99
+mnist altsdp frequent --sparsity 0.5 --valley frequent_directions --valley-decay 0.99
+mnist altsdp oja --sparsity 0.5 --valley oja
+mnist altsdp hessian --sparsity 0.5 --valley hessian --valley-every 200
+cifar10 sgd sgd
+cifar10 altsdp none --sparsity 0.5
+cifar10 altsdp svd --sparsity 0.5 --valley svd
+cifar10 altsdp hessian --sparsity 0.5 --valley hessian --valley-every 200
 "$PYTHON" -m experiments.table runs/rushed-mnist-* runs/rushed-cifar10-*

@@ -56,12 +56,12 @@ class Valley:
     other: pathlib.Path | None = None
     far: float = 0.9
     data_dir: pathlib.Path | None = None
-    examples: int = 10_000
-    curvature_examples: int = 2_000
+    examples: int = 5000
+    curvature_examples: int = 1000
     rank: int = 10
     sdp_rank: int = 20
-    points: int = 11
-    curve_steps: int = 300
+    points: int = 9
+    curve_steps: int = 200
     out: pathlib.Path = pathlib.Path("valley")
 
 
