@@ -38,7 +38,7 @@ class Quadratic:
 
     dimension: int = 100
     sharp: int = 10
-    c: float = 0.3
+    c: float = 0.1
     mu: float = 0.51
     time: float = 2000.0
     seeds: int = 4
@@ -108,13 +108,13 @@ def trajectory(
         steps = round(float(time) / GAMMA)
         carry = run(carry, steps - done)
         done = steps
-        strength = options.c * GAMMA**0.5 * float(time) ** options.mu
+        strength = options.c * GAMMA**0.5 * (steps * GAMMA) ** options.mu
         exact = sdp_jax.sdp(solution, groups, strength, directions, floor=0).params
         w = np.asarray(carry[0]["w"])
         error = (w.reshape(-1) - centre) @ hessian @ (w.reshape(-1) - centre) / 2
         records.append(
             {
-                "time": float(time),
+                "time": steps * GAMMA,
                 "distance": float(np.linalg.norm(w - np.asarray(exact["w"]))),
                 "loss": max(float(error), 0.0),
                 "zero": int((np.abs(w).max(axis=1) == 0).sum()),

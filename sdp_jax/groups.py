@@ -713,20 +713,36 @@ def _check_groups(groups: Groups) -> None:
             _check_member(groups, d, m)
 
 
-def _check_overlap(groups: Groups) -> None:
-    taken: dict[str, list[tuple[str, int, np.ndarray]]] = {}
+def overlaps(groups: Groups) -> Iterator[tuple[str, Dimension, Dimension]]:
+    """Where two dimensions share entries of a producer.
+
+    Args:
+      groups: the channel dimensions.
+
+    Yields:
+      The path of the leaf and the two dimensions, the earlier first.
+    """
+    taken: dict[str, list[tuple[Dimension, int, np.ndarray]]] = {}
     for d in groups.dimensions:
         for m in d.producers:
             mask = np.zeros(groups.shapes[m.path][m.axis], bool)
             mask[m.positions(d.size)] = True
             for other, axis, other_mask in taken.setdefault(m.path, []):
                 if axis != m.axis or (mask & other_mask).any():
-                    raise ValueError(
-                        f"producers overlap: {m.path!r} belongs to dimension "
-                        f"{other!r} along axis {axis} and to {d.name!r} along axis "
-                        f"{m.axis}; an entry can be thresholded by one dimension only"
-                    )
-            taken[m.path].append((d.name, m.axis, mask))
+                    yield m.path, other, d
+            taken[m.path].append((d, m.axis, mask))
+
+
+def _check_overlap(groups: Groups) -> None:
+    for path, first, second in overlaps(groups):
+        axes = [
+            next(m.axis for m in d.producers if m.path == path) for d in (first, second)
+        ]
+        raise ValueError(
+            f"producers overlap: {path!r} belongs to dimension {first.name!r} along "
+            f"axis {axes[0]} and to {second.name!r} along axis {axes[1]}; an entry can "
+            "be thresholded by one dimension only"
+        )
 
 
 def _check_member(groups: Groups, d: Dimension, m: Member) -> None:

@@ -1,5 +1,7 @@
 """Bad input: a clear error, or a documented behaviour. One case a test."""
 
+import collections
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,6 +23,16 @@ def from_axes(*members, params=PARAMS, **keywords):
 
 def altsdp(base=0.1, groups=GROUPS, strength=0.1, **keywords):
     return sdp_jax.altsdp(base, groups, strength=strength, **keywords)
+
+
+class Once:
+    """A loader that gives the same iterator again."""
+
+    def __init__(self):
+        self.batches = iter([toy.batch()])
+
+    def __iter__(self):
+        return self.batches
 
 
 def certify(params=PARAMS, data=None, loss=toy.loss, **keywords):
@@ -450,10 +462,53 @@ CASES = {
         ValueError,
         "update_stats and stats belong together",
     ),
-    "a path of one point": (
-        lambda: certify(points=1),
+    "a path without a point between": (
+        lambda: certify(points=2),
         ValueError,
-        "points must be an integer of at least 2; got 1",
+        "points must be an integer of at least 3; got 2",
+    ),
+    "a scale that is no number": (
+        lambda: certify(scale=float("nan")),
+        ValueError,
+        "scale must be a positive loss; got nan",
+    ),
+    "SDP to a tolerance that is no number": (
+        lambda: sdp_jax.sdp(PARAMS, GROUPS, 0.1, BASIS, tol=float("nan")),
+        ValueError,
+        "tol must be a non-negative number; got nan",
+    ),
+    "one named tuple instead of batches": (
+        lambda: sdp_jax.curvature_product(
+            toy.loss, PARAMS, collections.namedtuple("Batch", "x y")(*toy.batch())
+        ),
+        TypeError,
+        "a list of batches or a loader; got Batch",
+    ),
+    "a basis without directions": (
+        lambda: sdp_jax.sdp(
+            PARAMS, GROUPS, 0.1, jax.tree.map(lambda p: jnp.ones((0, *p.shape)), PARAMS)
+        ),
+        ValueError,
+        "basis has no direction",
+    ),
+    "a basis that is not finite": (
+        lambda: altsdp(
+            valley={"basis": jax.tree.map(lambda p: p * jnp.nan, BASIS)}
+        ).init(PARAMS),
+        ValueError,
+        "basis has entries that are not finite",
+    ),
+    "a linear loss has no sharp direction": (
+        lambda: sdp_jax.top_eigenpairs(
+            lambda p, b: p["w"].sum(), {"w": jnp.ones(99)}, [toy.batch()], 2
+        ),
+        RuntimeError,
+        "Is the curvature zero everywhere",
+    ),
+    "data that can be gone through once": (
+        lambda: sdp_jax.curvature_product(toy.loss, PARAMS, Once())(PARAMS),
+        ValueError,
+        "not the second time",
     ),
     "a tolerance of zero": (
         lambda: certify(tolerance=0.0),

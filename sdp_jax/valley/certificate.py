@@ -29,7 +29,7 @@ class Displacement:
     train: Metrics
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Certificate:
     """What :func:`sdp_jax.certify` found: numbers, which go to JSON and back.
 

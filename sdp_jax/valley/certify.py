@@ -41,8 +41,8 @@ from sdp_jax.valley.path import (
 )
 from sdp_jax.valley.statistics import make_reestimate
 from sdp_jax.valley.vectors import (
-    check_basis,
     coefficients,
+    fit_basis,
     inner,
     sharp_part,
     wide,
@@ -174,6 +174,9 @@ def certify(
                 "for the tolerance; give scale=, a loss that counts as knowing nothing"
             )
         scale = nothing
+    else:
+        scale = float(scale)
+        check_number("scale", scale, low=1e-12, rule="a positive loss")
     curvature_data = data if curvature_data is None else curvature_data
     if eigenpairs is None:
         eigenpairs = top_eigenpairs(
@@ -185,7 +188,7 @@ def certify(
             seed=seed,
             progress=progress,
         )
-    check_basis(eigenpairs.vectors, reference)
+    basis, _ = fit_basis(eigenpairs.vectors, reference)
     density = None
     if density_steps:
         density = spectral_density(
@@ -201,7 +204,7 @@ def certify(
     for name, point in _others(reference, params, groups, seed).items():
         moved[name] = point, measure(point)[0]
     displacements = {
-        name: _displacement(reference, point, train, eigenpairs.vectors, product)
+        name: _displacement(reference, point, train, basis, product)
         for name, (point, train) in moved.items()
     }
     places = np.linspace(0, 1, points)
@@ -248,8 +251,8 @@ def certify(
         eigenvalues=np.asarray(eigenpairs.values),
         eigenvalue_errors=np.asarray(eigenpairs.errors),
         density=density,
-        tolerance=tolerance * scale,
-        same_seed=same_seed,
+        tolerance=float(tolerance * scale),
+        same_seed=bool(same_seed),
         histories={k: [float(x) for x in v] for k, v in (histories or {}).items()},
     )
 
@@ -268,9 +271,14 @@ def _check(
         if not all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(tree)):
             raise ValueError(f"{name} has entries that are not finite")
     have, want = leaf_table(params), leaf_table(reference)
-    if jax.tree.structure(params) != jax.tree.structure(reference):
+    if have.keys() != want.keys():
         raise ValueError(
             f"params has the leaves {sorted(have)}, but reference {sorted(want)}"
+        )
+    if jax.tree.structure(params) != jax.tree.structure(reference):
+        raise ValueError(
+            "params and reference have the same leaves in different containers: "
+            f"{jax.tree.structure(params)} and {jax.tree.structure(reference)}"
         )
     for path, leaf in want.items():
         if np.shape(have[path]) != np.shape(leaf):
@@ -282,7 +290,7 @@ def _check(
     if groups is not None:
         check_kind(groups)
         check_params(groups, reference)
-    low = {"points": 2, "curve_steps": 0, "density_steps": 0}
+    low = {"points": 3, "curve_steps": 0, "density_steps": 0}
     given = {
         "points": points,
         "curve_steps": curve_steps,
@@ -330,6 +338,8 @@ def _measurement(
             count += size
             for name, value in compiled(params, state, batch).items():
                 totals[name] = totals.get(name, 0.0) + size * float(value)
+        if batches is not None and not count:
+            raise ValueError("data had batches once, but not the second time")
         return {name: total / count for name, total in totals.items()}
 
     def measure(params: PyTree) -> tuple[Metrics, Metrics]:

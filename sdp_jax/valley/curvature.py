@@ -5,7 +5,6 @@ at a time: memory for a few vectors, time linear in data and in products.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias
 
@@ -24,7 +23,7 @@ Progress: TypeAlias = Callable[[str, int, int | None], None]
 LossFn: TypeAlias = Callable[[PyTree, Any], jax.Array]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Eigenpairs:
     """Eigenvalues and eigenvectors of a curvature matrix, the largest first.
 
@@ -46,7 +45,7 @@ class Eigenpairs:
     products: int
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class SpectralDensity:
     """Density of the eigenvalues of a curvature matrix, by Lanczos quadrature.
 
@@ -110,7 +109,7 @@ def curvature_product(
       loss_fn: ``loss_fn(params, batch)``, the mean loss of a batch.
       params: where; real parameters, which are taken in at least float32.
       data: batches that can be gone through again and again: a list, a loader; each a
-        tree of arrays whose first axis counts the examples.
+        tree of arrays; the first axis of the largest counts the examples.
       output_fn: gives products with the Gauss–Newton matrix instead:
         ``output_fn(params, batch)`` is what the model computes, and ``loss_fn(outputs,
         batch)`` the mean loss of that.
@@ -138,10 +137,7 @@ def curvature_product(
     check_data(data)
     params = jax.tree.map(wide, params)
 
-    try:
-        on_batch = _product_on_batch(loss_fn, output_fn)
-    except TypeError:  # The functions cannot be hashed, so they are compiled anew.
-        on_batch = _product_on_batch.__wrapped__(loss_fn, output_fn)
+    on_batch = _product_on_batch(loss_fn, output_fn)
     add = jax.jit(lambda a, b, w: jax.tree.map(lambda x, y: x + w * y, a, b))
 
     def product(vector: PyTree) -> PyTree:
@@ -156,6 +152,8 @@ def curvature_product(
             size = examples(batch)
             total = add(total, on_batch(params, vector, batch), float(size))
             count += size
+        if not count:
+            raise ValueError("data had batches once, but not the second time")
         return jax.tree.map(lambda x: x / count, total)
 
     return product
@@ -217,7 +215,8 @@ def top_eigenpairs(
     """
     product = curvature_product(loss_fn, params, data, output_fn=output_fn)
     size = sum(np.size(x) for x in jax.tree.leaves(params))
-    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= size:
+    whole = isinstance(rank, int | np.integer) and not isinstance(rank, bool)
+    if not whole or not 1 <= rank <= size:
         raise ValueError(
             f"rank must be an integer between 1 and {size}, the number of parameters; "
             f"got {rank!r}"
@@ -252,6 +251,10 @@ def top_eigenpairs(
                 f"{len(error.eigenvalues)} of {rank + 1} eigenpairs converged in "
                 f"{apply.count} products; give a larger tol (now {tol}), a larger "
                 "max_products, or a smaller rank"
+            ) from error
+        except linear.ArpackError as error:
+            raise RuntimeError(
+                f"ARPACK gave up: {error}. Is the curvature zero everywhere?"
             ) from error
     order = np.argsort(-values)[: rank + 1]
     values, columns = values[order], columns[:, order]
@@ -378,6 +381,7 @@ def check_data(data: Any) -> None:
         first is None
         or first is data
         or isinstance(data, dict | jax.Array | np.ndarray)
+        or hasattr(data, "_fields")  # One batch that is a named tuple.
     ):
         raise TypeError(
             "data must be batches that can be gone through again and again, such as a "
@@ -389,15 +393,15 @@ def check_data(data: Any) -> None:
 
 
 def examples(batch: Any) -> int:
-    """Number of examples in a batch: the first axis of its first array that has one."""
-    return next((x.shape[0] for x in jax.tree.leaves(batch) if np.ndim(x)), 1)
+    """Number of examples in a batch: the first axis of its largest array, else 1."""
+    arrays = [x for x in jax.tree.leaves(batch) if np.ndim(x)]
+    return max(arrays, key=np.size).shape[0] if arrays else 1
 
 
-@functools.lru_cache(maxsize=8)
 def _product_on_batch(
     loss_fn: LossFn, output_fn: Callable[[PyTree, Any], Any] | None
 ) -> Callable[[PyTree, PyTree, Any], PyTree]:
-    """``point, vector, batch -> product``; kept, as a loss comes at many points."""
+    """``point, vector, batch -> product``, compiled."""
 
     def hessian(point: PyTree, vector: PyTree, batch: Any) -> PyTree:
         gradient = jax.grad(lambda p: loss_fn(p, batch))

@@ -16,7 +16,7 @@ from sdp_jax.valley.vectors import wide
 Metrics = dict[str, float]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class PathLoss:
     """Metrics along a path.
 
@@ -36,9 +36,9 @@ class PathLoss:
         """How far the training loss rises above the line between its two ends.
 
         As in Frankle, Dziugaite, Roy, Carbin, ICML 2020, arXiv 1912.05671; 0 if it
-        nowhere does.
+        nowhere does, infinite where the loss is not a number.
         """
-        loss = self.train["loss"]
+        loss = np.nan_to_num(self.train["loss"], nan=np.inf, posinf=np.inf)
         chord = (1 - self.places) * loss[0] + self.places * loss[-1]
         return float(np.max(loss - chord))
 

@@ -29,7 +29,7 @@ from sdp_jax.transforms import (
     wide_copy,
 )
 from sdp_jax.valley.sketch import ESTIMATORS, Estimator, track
-from sdp_jax.valley.vectors import check_basis, inner, orthonormal, sharp_part
+from sdp_jax.valley.vectors import fit_basis, inner, orthonormal, sharp_part
 
 
 class ProjectOntoValleyState(NamedTuple):
@@ -184,8 +184,9 @@ def project_onto_valley(
             )
             energy = jnp.zeros((rank,))
         else:
-            energy = jnp.ones((check_basis(basis, dual),))
-            directions = jax.tree.map(wide_copy, basis)
+            fitted, given = fit_basis(basis, dual)
+            energy = jnp.ones((given,))
+            directions = jax.tree.map(wide_copy, fitted)
         return ProjectOntoValleyState(
             rule.init(groups.sizes, floors),
             dual,
@@ -284,16 +285,13 @@ def set_basis(opt_state: chex.ArrayTree, basis: PyTree) -> Any:
     def changed(node: Any) -> Any:
         if not found(node):
             return node
-        rank = check_basis(basis, node.dual)
+        fitted, rank = fit_basis(basis, node.dual)
         if rank != node.energy.shape[0]:
             raise ValueError(
                 f"basis has {rank} directions, but the state was made for "
                 f"{node.energy.shape[0]}; give project_onto_valley rank={rank}"
             )
-        directions = orthonormal(basis)
-        finite = [jnp.isfinite(u).all() for u in jax.tree.leaves(directions)]
-        if not all(bool(x) for x in finite):
-            raise ValueError("basis has entries that are not finite")
+        directions = orthonormal(fitted)
         directions = jax.tree.map(
             lambda new, old: jnp.asarray(new, old.dtype), directions, node.basis
         )

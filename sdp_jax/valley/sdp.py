@@ -12,6 +12,7 @@ import optax
 
 from sdp_jax import prox
 from sdp_jax.groups import (
+    Dimension,
     Groups,
     Norm,
     PyTree,
@@ -20,6 +21,7 @@ from sdp_jax.groups import (
     channel_weights,
     channels_alive,
     join_channels,
+    overlaps,
     scale_channels,
     split_channels,
 )
@@ -27,13 +29,13 @@ from sdp_jax.strength import check_number
 from sdp_jax.transforms import check_inexact, check_kind, check_params
 from sdp_jax.valley.vectors import (
     HIGHEST,
-    check_basis,
     coefficients,
     combine,
+    fit_basis,
+    gram_inverse,
     inner,
     orthonormal,
     sharp_part,
-    symmetric_power,
     wide,
 )
 
@@ -52,7 +54,8 @@ class SdpResult:
       sparsity: share of all channels that are zero.
       scores: the directional scores ``s_g`` of the given parameters.
       residual: how far ``params`` is from the valley, ``‖Uᵀ(w − w*)‖ / ‖w − w*‖``;
-        about the rounding error for the exact method, and if restored.
+        about the rounding error of ``params`` for the exact method, and if restored,
+        unless the zeros leave no such point.
       iterations: Newton steps of the exact method, for the last ``λ``.
     """
 
@@ -76,7 +79,8 @@ def directional_scores(
     ``ŵ`` holds the unit vectors ``w_g / ‖w_g‖`` of all channels, ``k`` their weights
     and ``P₀`` projects onto the valley, the complement of the sharp directions. A score
     of ``k`` means that shrinking all channels together moves this one within the
-    valley; at 0 or below, the valley wants it to stay or grow.
+    valley; at 0 or below, the valley wants it to stay or grow. Where groups share
+    entries (heads and head dimensions) each has its own unit vector, and they add up.
 
     Args:
       params: trained parameters.
@@ -199,8 +203,8 @@ def sdp(
       basis: the sharp directions ``U``: a tree shaped like the parameters with one more
         leading axis, for example ``top_eigenpairs(...).vectors``; made orthonormal
         here.
-      sparsity: share of all channels that shall be zero, in [0, 1): the least ``λ``
-        that reaches it is sought (to a relative 1e-3 for the exact method).
+      sparsity: share of all channels that shall be zero, in [0, 1): a ``λ`` is sought,
+        by bisection to a relative 1e-3, that reaches it and just so.
       method: ``"exact"`` or ``"first_order"``.
       restore: give the channels that stay back what was taken off them.
       floor: channels that stay in each dimension, a number or one for each name: if
@@ -216,10 +220,11 @@ def sdp(
     Raises:
       ValueError: if parameters, groups and basis do not fit each other, a parameter is
         not finite, an argument is out of range, both or neither of strength and
-        sparsity are given, or the sparsity cannot be reached.
+        sparsity are given, the sparsity cannot be reached, or groups share entries and
+        the method is exact.
       TypeError: if a parameter is not floating-point or complex.
-      RuntimeError: if the exact method does not converge; it does unless groups
-        share entries.
+      RuntimeError: if the exact method does not converge: in float32 it may not at a
+        strength far above all norms.
 
     References:
       The problem is ours, the first-order form our reading of Li, Liu, Shao, Wang,
@@ -246,10 +251,20 @@ def sdp(
     if method not in get_args(Method):
         raise ValueError(f"method must be one of {get_args(Method)}; got {method!r}")
     if strength is not None:
+        strength = float(strength)
         check_number("strength", strength, low=0, rule="a non-negative number")
+    if tol is not None:
+        check_number("tol", tol, low=0, rule="a non-negative number")
     original = params
     params, basis = _prepare(params, groups, basis)
     floors = _plain_floors(groups, floor)
+    for path, first, second in overlaps(groups) if method == "exact" else ():
+        raise ValueError(
+            f"dimensions {first.name!r} and {second.name!r} share entries of {path!r}, "
+            "as heads and head dimensions do; the exact method needs groups that share "
+            "none. Use method='first_order', or leave one of the two out: "
+            "dataclasses.replace(groups, dimensions=...)"
+        )
     scores = _scores(params, groups, basis, norm)
     solver = _Solver(params, groups, basis, norm, scores, method, floors, tol)
     if sparsity is None:
@@ -260,13 +275,14 @@ def sdp(
         strength, found, steps = _reach(solver, groups, float(sparsity))
     if restore:
         found = _restored(params, groups, basis, found)
-    moved = jax.tree.map(jnp.subtract, found, params)
+    result = jax.tree.map(lambda w, p: w.astype(jnp.asarray(p).dtype), found, original)
+    moved = jax.tree.map(lambda w, p: wide(w) - p, result, params)
     length = float(optax.tree.norm(moved))
     sharp = float(jnp.linalg.norm(coefficients(basis, moved)))
     return SdpResult(
-        jax.tree.map(lambda w, p: w.astype(jnp.asarray(p).dtype), found, original),
+        result,
         float(strength),
-        solver.zeros(found) / groups.num_channels,
+        solver.zeros(result) / groups.num_channels,
         scores,
         sharp / length if length else 0.0,
         steps,
@@ -473,7 +489,7 @@ def _restored(params: PyTree, groups: Groups, basis: PyTree, found: PyTree) -> P
     kept = scale_channels(groups, params, mask)
     left = jax.vmap(lambda u: scale_channels(groups, u, mask))(basis)
     lost = coefficients(basis, jax.tree.map(jnp.subtract, params, kept))
-    weights = symmetric_power(inner(left, left), -1.0) @ lost
+    weights = gram_inverse(inner(left, left)) @ lost
     return jax.tree.map(jnp.add, kept, combine(weights, left))
 
 
@@ -482,10 +498,9 @@ def _prepare(params: PyTree, groups: Groups, basis: PyTree) -> tuple[PyTree, PyT
     check_kind(groups)
     check_inexact(params)
     check_params(groups, params)
-    check_basis(basis, params)
-    for name, tree in (("params", params), ("basis", basis)):
-        if not all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(tree)):
-            raise ValueError(f"{name} has entries that are not finite")
+    basis, _ = fit_basis(basis, params)
+    if not all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(params)):
+        raise ValueError("params has entries that are not finite")
     return jax.tree.map(wide, params), orthonormal(basis)
 
 
@@ -497,18 +512,38 @@ def _plain_floors(groups: Groups, floor: Any) -> dict[str, int]:
 def _scores(
     params: PyTree, groups: Groups, basis: PyTree, norm: Any
 ) -> dict[str, jax.Array]:
-    norms = channel_norms(groups, params)
     weights = channel_weights(groups, norm)
-    inverse = {
-        n: jnp.where(v > 0, 1 / jnp.where(v > 0, v, 1), 0) for n, v in norms.items()
-    }
-    units = _only_producers(groups, scale_channels(groups, params, inverse))
-    pushed = scale_channels(
-        groups, units, {n: jnp.full_like(v, weights[n]) for n, v in norms.items()}
-    )
+    units, pushed = [], None
+    for part in _disjoint(groups):
+        norms = channel_norms(part, params)
+        inverse = {
+            n: jnp.where(v > 0, 1 / jnp.where(v > 0, v, 1), 0) for n, v in norms.items()
+        }
+        unit = _only_producers(part, scale_channels(part, params, inverse))
+        factors = {n: jnp.full_like(v, weights[n]) for n, v in norms.items()}
+        push = scale_channels(part, unit, factors)
+        pushed = push if pushed is None else jax.tree.map(jnp.add, pushed, push)
+        units.append((part, unit))
     sharp = sharp_part(basis, inner(basis, basis), pushed)
     flat = jax.tree.map(jnp.subtract, pushed, sharp)
-    return channel_products(groups, units, flat)
+    found: dict[str, jax.Array] = {}
+    for part, unit in units:
+        found |= channel_products(part, unit, flat)
+    return {name: found[name] for name in groups.sizes}
+
+
+def _disjoint(groups: Groups) -> list[Groups]:
+    """The dimensions in as few parts as it takes for none to share entries."""
+    shared = {frozenset((a.name, b.name)) for _, a, b in overlaps(groups)}
+    parts: list[list[Dimension]] = []
+    for d in groups:
+        for part in parts:
+            if not any(frozenset((d.name, other.name)) in shared for other in part):
+                part.append(d)
+                break
+        else:
+            parts.append([d])
+    return [dataclasses.replace(groups, dimensions=tuple(part)) for part in parts]
 
 
 def _only_producers(groups: Groups, tree: PyTree) -> PyTree:

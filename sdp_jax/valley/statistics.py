@@ -9,6 +9,9 @@ import jax.numpy as jnp
 from sdp_jax.groups import PyTree
 from sdp_jax.valley.curvature import check_data, examples
 
+# As many updates as leave nothing of where an average began, at any momentum.
+MANY = 2**24
+
 
 def reestimate_statistics(
     update_stats: Callable[[PyTree, PyTree, Any], PyTree],
@@ -19,15 +22,16 @@ def reestimate_statistics(
     """Running statistics as they would be after training long at these parameters.
 
     The exact mean over all batches of what the moving average of training takes in, at
-    any momentum: from two starts, all zeros and all ones, the share that an update
-    keeps is known, and with it what it adds.
+    any momentum: from two starts the share that an update keeps is known, and with it
+    what it adds.
 
     Args:
       update_stats: one update of training, ``update_stats(params, stats, batch)``; its
         floating-point leaves are exponential moving averages.
       params: the parameters.
-      stats: statistics of the right shapes; of their values only the leaves that are
-        not floating-point (counters) are used.
+      stats: statistics of the right shapes; their values are not used, except that
+        leaves that are not floating-point come back as they are. Signed integers count
+        updates, and are taken to have counted many.
       data: batches that can be gone through again, see
         :func:`sdp_jax.curvature_product`; each counts by its number of examples.
 
@@ -72,34 +76,46 @@ def make_reestimate(
     """
     check_data(data)
 
-    def filled(value: float) -> PyTree:
-        def leaf(x: jax.Array) -> jax.Array:
-            return jnp.full_like(x, value) if _averaged(x) else x
-
-        return jax.tree.map(leaf, stats)
-
-    starts = [filled(value) for value in (0.0, 1.0, 2.0)]
     update = jax.jit(update_stats)
+
+    def start(scales: PyTree) -> PyTree:
+        """Statistics of these values; counters stand as after many updates."""
+
+        def leaf(x: Any, scale: Any) -> jax.Array:
+            x = jnp.asarray(x)
+            if _averaged(x):
+                return jnp.full_like(x, scale)
+            counts = jnp.issubdtype(x.dtype, jnp.signedinteger)
+            return jnp.full_like(x, MANY) if counts else x
+
+        return jax.tree.map(leaf, stats, scales)
+
+    zeros = jax.tree.map(lambda x: 0.0, stats)
 
     def reestimate(params: PyTree) -> PyTree:
         total: Any = None
-        count, kept = 0, starts[0]
+        count, kept = 0, zeros
         for batch in data:
-            added = update(params, starts[0], batch)
+            added = update(params, start(zeros), batch)
             if total is None:
-                kept = _share_kept(
-                    added, *(update(params, s, batch) for s in starts[1:])
-                )
                 total = jax.tree.map(jnp.zeros_like, added)
+                # As large as what is added, lest the share is lost in rounding.
+                scales = jax.tree.map(_scale, added)
+                twice = jax.tree.map(lambda s: 2 * s, scales)
+                once, again = (update(params, start(s), batch) for s in (scales, twice))
+                kept = jax.tree.map(_share_kept, added, once, again, scales)
             size = examples(batch)
             count += size
             total = jax.tree.map(
                 lambda t, a, n=size: t + n * a if _averaged(a) else a, total, added
             )
         return jax.tree.map(
-            lambda t, m: (t / count / (1 - m)).astype(t.dtype) if _averaged(t) else t,
+            lambda t, m, x: (
+                (t / count / (1 - m)).astype(t.dtype) if _averaged(t) else x
+            ),
             total,
             kept,
+            stats,
         )
 
     return reestimate
@@ -109,21 +125,23 @@ def _averaged(x: Any) -> bool:
     return jnp.issubdtype(jnp.asarray(x).dtype, jnp.floating)
 
 
-def _share_kept(zero: PyTree, one: PyTree, two: PyTree) -> PyTree:
-    """What share of the old statistics an update keeps, by leaf."""
+def _scale(added: jax.Array) -> float:
+    """A value that this leaf is started from."""
+    largest = float(jnp.max(jnp.abs(added), initial=0.0)) if _averaged(added) else 0.0
+    return 100 * largest if largest > 0 else 1.0
 
-    def leaf(a: jax.Array, b: jax.Array, c: jax.Array) -> jax.Array:
-        if not _averaged(a):
-            return a
-        share, again = b - a, c - b
-        coarse = jnp.finfo(a.dtype).eps * (10 + 10 * jnp.abs(c))
-        fits = jnp.abs(share - again) <= 1e-3 + coarse
-        if not bool(jnp.all(fits & (share > -1e-3 - coarse) & (share < 1 - 1e-6))):
-            raise ValueError(
-                "update_stats is not an exponential moving average of statistics of "
-                "the batch: what it keeps of the old statistics is not a fixed share "
-                "below 1. Does it run the model in training mode?"
-            )
-        return share
 
-    return jax.tree.map(leaf, zero, one, two)
+def _share_kept(zero: jax.Array, one: jax.Array, two: jax.Array, scale: float) -> Any:
+    """What share of an old leaf an update keeps: from starts 0, ``scale`` and twice."""
+    if not _averaged(zero):
+        return 0.0
+    share, again = (one - zero) / scale, (two - one) / scale
+    middle = jnp.median(share)
+    off = jnp.maximum(jnp.abs(share - middle), jnp.abs(again - middle))
+    if not bool(jnp.all(off <= 1e-3) & (middle > -1e-3) & (middle < 1 - 1e-6)):
+        raise ValueError(
+            "update_stats is not an exponential moving average of statistics of the "
+            "batch: what it keeps of the old statistics is not a fixed share below 1. "
+            "Does it run the model in training mode?"
+        )
+    return middle

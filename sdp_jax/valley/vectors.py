@@ -10,6 +10,7 @@ import functools
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -36,10 +37,9 @@ def inner(first: PyTree, second: PyTree) -> jax.Array:
     """
 
     def product(a: jax.Array, b: jax.Array) -> jax.Array:
-        a, b = wide(a), wide(b)
-        a, b = (x.reshape(x.shape[0], -1) for x in (a, b))
-        value = jnp.matmul(jnp.conj(a), b.T, precision=HIGHEST)
-        return value.real
+        a, b = jnp.conj(wide(a)), wide(b)
+        axes = tuple(range(1, a.ndim))
+        return jnp.tensordot(a, b, axes=(axes, axes), precision=HIGHEST).real
 
     parts = jax.tree.leaves(jax.tree.map(product, first, second))
     return functools.reduce(jnp.add, parts)
@@ -86,18 +86,53 @@ def symmetric_power(matrix: jax.Array, power: float) -> jax.Array:
     return jnp.matmul(vectors * powers, vectors.T, precision=HIGHEST)
 
 
+def gram_inverse(gram: jax.Array) -> jax.Array:
+    """The pseudo-inverse of a Gram matrix, whatever the lengths of its vectors.
+
+    Lengths are taken out first, so that a short vector is a direction like a long one.
+
+    Args:
+      gram: inner products ``(r, r)``; zero rows for zero vectors.
+
+    Returns:
+      ``(r, r)``.
+    """
+    lengths = jnp.sqrt(jnp.diagonal(gram))
+    inverse = jnp.where(lengths > 0, 1 / jnp.where(lengths > 0, lengths, 1), 0)
+    scales = inverse[:, None] * inverse
+    return scales * symmetric_power(scales * gram, -1.0)
+
+
 def orthonormal(basis: PyTree) -> PyTree:
     """The orthonormal basis of the same space that is nearest to this one.
 
     Directions that depend on others make it smaller: then some of its directions are
-    shorter than 1, and projecting with them needs :func:`symmetric_power` as well.
+    shorter than 1, and projecting with them needs :func:`sharp_part`.
 
     Args:
-      basis: a basis.
+      basis: a basis; its directions may be of any length.
 
     Returns:
       A basis, at least float32.
     """
+
+    def row(value: jax.Array, u: jax.Array) -> jax.Array:
+        return value.reshape(-1, *(1,) * (u.ndim - 1)).astype(u.real.dtype)
+
+    def unit(basis: PyTree, measure: Any) -> PyTree:
+        size = measure(basis)
+        inverse = jnp.where(size > 0, 1 / jnp.where(size > 0, size, 1), 0)
+        return jax.tree.map(lambda u: u * row(inverse, u), basis)
+
+    def largest(basis: PyTree) -> jax.Array:
+        parts = [
+            jnp.max(jnp.abs(u).reshape(u.shape[0], -1), axis=1, initial=0)
+            for u in jax.tree.leaves(basis)
+        ]
+        return functools.reduce(jnp.maximum, parts)
+
+    basis = unit(jax.tree.map(wide, basis), largest)  # Squares must not underflow.
+    basis = unit(basis, lambda b: jnp.sqrt(jnp.diagonal(inner(b, b))))
     for _ in range(2):  # Once leaves an error of the square root of the rounding.
         basis = combine(symmetric_power(inner(basis, basis), -0.5), basis)
     return basis
@@ -114,28 +149,29 @@ def sharp_part(basis: PyTree, gram: jax.Array, tree: PyTree) -> PyTree:
     Returns:
       A tree like the parameters, at least float32.
     """
-    weights = symmetric_power(gram, -1.0) @ coefficients(basis, tree)
+    weights = gram_inverse(gram) @ coefficients(basis, tree)
     return combine(weights, basis)
 
 
-def check_basis(basis: PyTree, params: optax.Params) -> int:
-    """Checks that a basis fits the parameters.
+def fit_basis(basis: PyTree, params: optax.Params) -> tuple[PyTree, int]:
+    """Checks that a basis fits the parameters, and gives it their structure.
 
     A tree without leaves passes: ``optax.tree.map_params`` initialises with one.
 
     Args:
-      basis: what was given.
+      basis: what was given: the leaves of the parameters, in any container.
       params: the parameters.
 
     Returns:
-      Its rank.
+      The basis as a tree like ``params``, and its rank.
 
     Raises:
-      ValueError: if leaves are missing, or of another shape.
+      ValueError: if leaves are missing or of another shape, there is no direction, or
+        (where it can be seen) an entry is not finite.
     """
     have, want = leaf_table(basis), leaf_table(params)
     if not want:
-        return 1
+        return basis, 1
     ranks = {np.shape(leaf)[:1] for leaf in have.values()}
     if have.keys() != want.keys() or len(ranks) != 1 or ranks == {()}:
         raise ValueError(
@@ -149,8 +185,16 @@ def check_basis(basis: PyTree, params: optax.Params) -> int:
                 f"basis leaf {path!r} has shape {np.shape(leaf)}; expected (rank, "
                 f"*{np.shape(want[path])})"
             )
-    (rank,) = ranks
-    return int(rank[0])
+    ((rank,),) = ranks
+    if rank == 0:
+        raise ValueError("basis has no direction; give at least one")
+    leaves = [jnp.asarray(have[path]) for path in want]
+    if any(
+        not isinstance(u, jax.core.Tracer) and not bool(jnp.isfinite(u).all())
+        for u in leaves
+    ):
+        raise ValueError("basis has entries that are not finite")
+    return jax.tree.unflatten(jax.tree.structure(params), leaves), int(rank)
 
 
 def unravel(vector: Any, like: PyTree) -> PyTree:
@@ -168,7 +212,7 @@ def unravel(vector: Any, like: PyTree) -> PyTree:
     parts = np.split(np.asarray(vector), np.cumsum(sizes)[:-1], axis=-1)
     return treedef.unflatten(
         jnp.asarray(
-            part.reshape(*part.shape[:-1], *np.shape(leaf)),
+            part.reshape((*part.shape[:-1], *np.shape(leaf))),
             jnp.promote_types(leaf.dtype, jnp.float32),
         )
         for part, leaf in zip(parts, leaves, strict=True)

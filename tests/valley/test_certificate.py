@@ -55,6 +55,17 @@ def test_verdicts(gap, line, curve, in_valley, connected, verdict):
     assert found.verdict in str(found)
 
 
+def test_a_loss_that_is_no_number_is_a_wall():
+    broken = sdp_jax.PathLoss(
+        np.linspace(0, 1, 3), {"loss": np.asarray([0, np.nan, 0])}, {}
+    )
+    found = certificate()
+    assert dataclasses.replace(found, line=broken).line.barrier == np.inf
+    assert not dataclasses.replace(found, line=broken).in_valley
+    assert dataclasses.replace(found, line=broken).connected
+    assert not dataclasses.replace(found, line=broken, curve=broken).connected
+
+
 def test_summary_has_every_number():
     text = certificate().summary()
     for part in ("train loss", "test accuracy", "25.0%", "pruned", "random", "5 to 2"):

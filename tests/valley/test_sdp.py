@@ -273,3 +273,50 @@ def test_restored_is_the_nearest_point_of_the_valley_with_these_zeros(method, x6
     assert found.residual < 1e-10
     near, far = (np.linalg.norm(ravel(r.params) - start) for r in (found, shrunk))
     assert near < far
+
+
+def test_groups_that_share_entries(x64):
+    # Rows and columns of one matrix, as heads and head dimensions have them.
+    rng = np.random.default_rng(0)
+    w = rng.normal(size=(3, 4))
+    params = {"w": jnp.asarray(w), "v": jnp.asarray(rng.normal(size=(4, 2)))}
+    dimensions = (
+        sdp_jax.Dimension("rows", 3, (sdp_jax.producer("w", 0),)),
+        sdp_jax.Dimension("columns", 4, (sdp_jax.producer("w", 1),)),
+    )
+    leaves = (sdp_jax.Leaf("w", (3, 4)), sdp_jax.Leaf("v", (4, 2)))
+    groups = sdp_jax.Groups(dimensions, leaves)
+    U = np.linalg.qr(rng.normal(size=(20, 2)))[0].T
+    basis = {
+        "w": jnp.asarray(U[:, :12].reshape(2, 3, 4)),
+        "v": jnp.asarray(U[:, 12:].reshape(2, 4, 2)),
+    }
+    rows = w / np.linalg.norm(w, axis=1, keepdims=True)
+    columns = w / np.linalg.norm(w, axis=0, keepdims=True)
+    pushed = np.concatenate([(rows + columns).ravel(), np.zeros(8)])
+    flat = (pushed - U.T @ (U @ pushed))[:12].reshape(3, 4)
+    found = sdp_jax.directional_scores(params, groups, basis)
+    np.testing.assert_allclose(found["rows"], np.sum(rows * flat, axis=1))
+    np.testing.assert_allclose(found["columns"], np.sum(columns * flat, axis=0))
+    # The scale of the parameters does not matter.
+    large = jax.tree.map(lambda p: 10 * p, params)
+    again = sdp_jax.directional_scores(large, groups, basis)
+    chex.assert_trees_all_close(again, found, rtol=1e-10)
+    with pytest.raises(ValueError, match="'rows' and 'columns' share entries of 'w'"):
+        sdp_jax.sdp(params, groups, 0.1, basis)
+    result = sdp_jax.sdp(params, groups, 0.1, basis, method="first_order")
+    factors = [
+        1 - 0.1 * np.asarray(found[n]) / np.linalg.norm(w, axis=axis)
+        for n, axis in (("rows", 1), ("columns", 0))
+    ]
+    np.testing.assert_allclose(
+        result.params["w"], factors[0][:, None] * w * factors[1], rtol=1e-10
+    )
+
+
+def test_what_is_reported_is_what_is_returned():
+    params, groups, basis = toy_problem(3, dtype=jnp.float32)
+    low = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)
+    found = sdp_jax.sdp(low, groups, 0.8, basis)
+    # Rounding to bfloat16 leaves the valley by about its precision.
+    assert 1e-5 < found.residual < 1e-2

@@ -48,22 +48,40 @@ def test_is_the_mean_over_batches(momentum):
     chex.assert_trees_all_equal_shapes_and_dtypes(found, variables["batch_stats"])
 
 
-def test_counters_are_carried_on():
+@pytest.mark.parametrize("decay", [0.9, 0.999])
+@pytest.mark.parametrize("updates", [1, 50])
+def test_haiku_corrects_for_its_first_updates_and_it_does_not_matter(decay, updates):
     def forward(x):
-        return hk.BatchNorm(True, True, 0.9)(x, is_training=True)
+        return hk.BatchNorm(True, True, decay)(x, is_training=True)
 
     net, data = hk.without_apply_rng(hk.transform_with_state(forward)), batches()
     params, state = net.init(None, data[0])
-    for _ in range(200):  # Haiku corrects the bias of the first updates.
+    for _ in range(updates):
         _, state = net.apply(params, state, data[0])
     found = sdp_jax.reestimate_statistics(
         lambda p, s, batch: net.apply(p, s, batch)[1], params, state, data[:2]
     )
-    mean = np.mean([x.mean(0) for x in data[:2]], axis=0)
-    for name in ("average", "hidden"):
-        got = found["batch_norm/~/mean_ema"][name]
-        np.testing.assert_allclose(np.ravel(got), mean, rtol=1e-3)
-    assert int(found["batch_norm/~/mean_ema"]["counter"]) == 201
+    for name, want in {
+        "mean_ema": np.mean([x.mean(0) for x in data[:2]], axis=0),
+        "var_ema": np.mean([x.var(0) for x in data[:2]], axis=0),
+    }.items():
+        for part in ("average", "hidden"):
+            got = found[f"batch_norm/~/{name}"][part]
+            np.testing.assert_allclose(np.ravel(got), want, rtol=1e-3)
+        assert int(found[f"batch_norm/~/{name}"]["counter"]) == updates
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e3, 1e6])
+@pytest.mark.parametrize("momentum", [0.9, 0.999])
+def test_at_any_scale(scale, momentum):
+    data = [scale * x for x in batches((64, 64))]
+
+    def update(params, var, batch):
+        return momentum * var + (1 - momentum) * batch.var(0)
+
+    found = sdp_jax.reestimate_statistics(update, {}, jnp.ones(4), data)
+    want = np.mean([np.asarray(x, np.float64).var(0) for x in data], axis=0)
+    np.testing.assert_allclose(found, want, rtol=2e-3)
 
 
 @pytest.mark.parametrize(

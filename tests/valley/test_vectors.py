@@ -1,4 +1,5 @@
 import chex
+import flax.core
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -87,4 +88,36 @@ def test_ravel_and_back(x64):
     rows = np.stack([vector, 2 * vector])
     back = vectors.unravel(rows, params)
     chex.assert_trees_all_equal(jax.tree.map(lambda x: x[1] / 2, back), params)
-    assert vectors.check_basis(back, params) == 2
+    assert vectors.fit_basis(back, params)[1] == 2
+
+
+def test_scalars_have_a_place_in_a_vector():
+    params = {"scale": jnp.asarray(2.0), "w": jnp.ones((2, 3))}
+    rows = np.arange(14.0).reshape(2, 7)
+    basis = vectors.unravel(rows, params)
+    assert basis["scale"].shape == (2,) and basis["w"].shape == (2, 2, 3)
+    assert vectors.unravel(rows[0], params)["scale"].shape == ()
+    np.testing.assert_allclose(vectors.inner(basis, basis), rows @ rows.T)
+
+
+def test_a_short_direction_is_a_direction(x64):
+    basis = tree_basis(4, dtype=jnp.float32)
+    lengths = jnp.asarray([1.0, 1e-4, 1e-23, 1e12], jnp.float32)
+    stretched = jax.tree.map(
+        lambda u: u * lengths.reshape(-1, *(1,) * (u.ndim - 1)), basis
+    )
+    Q = as_matrix(vectors.orthonormal(stretched))
+    np.testing.assert_allclose(Q @ Q.T, np.eye(4), atol=1e-5)
+    A = as_matrix(basis)
+    np.testing.assert_allclose(A @ Q.T @ Q, A, atol=1e-4)
+
+
+def test_other_containers_will_do():
+    params = toy.mlp_params()
+    basis = [{"w": u} for u in jax.tree.leaves(tree_basis(2))]
+    with pytest.raises(ValueError, match="leaves of the parameters"):
+        vectors.fit_basis(basis, params)
+    frozen = flax.core.freeze(tree_basis(2))
+    fitted, rank = vectors.fit_basis(frozen, params)
+    assert rank == 2
+    assert jax.tree.structure(fitted) == jax.tree.structure(params)
