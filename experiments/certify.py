@@ -24,6 +24,12 @@ import sdp_jax
 from experiments import data
 from experiments.train import Config, Run, make_loss, read_lines, train, variables_of
 
+# What twins have in common; what only pruning uses does not count.
+ALIKE = (
+    *("dataset", "downscale", "model", "widths", "epochs", "batch_size"),
+    *("learning_rate", "schedule", "momentum", "weight_decay", "validation"),
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Certify:
@@ -100,6 +106,13 @@ def config_of(path: pathlib.Path, data_dir: pathlib.Path | None) -> Config:
     raw: dict[str, Any] = read_lines(path / "metrics.jsonl")[0]["config"]
     raw["widths"] = tuple(raw["widths"])
     return Config(**raw, data_dir=data_dir, out=path)
+
+
+def dataset_of(config: Config, data_dir: pathlib.Path | None) -> data.Dataset:
+    """What a run was trained and tested on, without what it held out."""
+    dataset = data.load(config.dataset, data_dir, downscale=config.downscale)
+    training, _ = data.hold_out(dataset.train, config.validation)
+    return dataset._replace(train=training)
 
 
 def make_task(
@@ -202,16 +215,13 @@ def main(options: Certify) -> sdp_jax.Certificate:
     file = directory / "metrics.jsonl"
     if file.is_file() and read_lines(file):
         twin_config = config_of(directory, options.data_dir)
-        # What only pruning uses does not count.
-        used = ("dataset", "downscale", "model", "widths", "epochs", "batch_size")
-        used += ("learning_rate", "schedule", "momentum", "weight_decay", "validation")
-        other = [k for k in used if getattr(twin_config, k) != getattr(config, k)]
+        other = [k for k in ALIKE if getattr(twin_config, k) != getattr(config, k)]
         if other or twin_config.method != "sgd":
             raise ValueError(
                 f"{directory} is no twin of {options.run}: it differs in "
                 f"{', '.join(other) or 'the method, which must be sgd'}"
             )
-    dataset = data.load(config.dataset, options.data_dir, downscale=config.downscale)
+    dataset = dataset_of(config, options.data_dir)
     with progress_bars(console) as progress:
         report = Reporter(progress)
         twin = train(twin_config, on_step=lambda n, all: report("twin", n, all))
@@ -252,5 +262,5 @@ def main(options: Certify) -> sdp_jax.Certificate:
 if __name__ == "__main__":
     try:
         main(tyro.cli(Certify))
-    except (ValueError, FileNotFoundError, ImportError) as error:
+    except (ValueError, RuntimeError, FileNotFoundError, ImportError) as error:
         sys.exit(f"error: {error}")

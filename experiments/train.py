@@ -449,7 +449,8 @@ class Log:
             self._header = {"config": config.key(), **_environment()}
             return
         self._header = lines[0]
-        ours, theirs = config.key(), self._header.get("config", {})
+        # What a run of an earlier version does not name had its default.
+        ours, theirs = config.key(), Config().key() | self._header.get("config", {})
         other = sorted(k for k in ours | theirs if ours.get(k) != theirs.get(k))
         if other:
             raise ValueError(

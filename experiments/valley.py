@@ -3,13 +3,14 @@
 ``python -m experiments.valley runs/SGD --pruned runs/ALTSDP runs/PROX --other runs/B``
 
 All are compared with one reference, a finished run of plain SGD: runs that pruned while
-they trained (of the same seed), and from the reference itself, at the same share of
-channels, magnitude pruning and SDP in one shot; then two counter-examples, pruning far
-past the limit and a run of another seed. A table is printed; the certificates are
-written to ``--out``, each when it is done, and are not computed again.
+they trained (of the same seed), and from the reference itself, at the share of channels
+of the first of them, magnitude pruning and SDP in one shot; then two counter-examples,
+pruning far past the limit and a run of another seed. A table is printed; the
+certificates are written to ``--out``, each when it is done, and are not computed again.
 """
 
 import dataclasses
+import json
 import pathlib
 import sys
 from typing import Any
@@ -20,15 +21,16 @@ import rich.console
 import tyro
 
 import sdp_jax
-from experiments import data
 from experiments.certify import (
+    ALIKE,
     Reporter,
     config_of,
+    dataset_of,
     load_run,
     make_task,
     progress_bars,
 )
-from experiments.train import Run
+from experiments.train import Config, Run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,8 +39,8 @@ class Valley:
 
     Attributes:
       reference: directory of a run of plain SGD.
-      pruned: directories of runs of the same seed that pruned; the sparsity of the
-        first is what all others are brought to.
+      pruned: directories of runs of the same seed that pruned; those that pruned less
+        than the first lose their smallest channels, those that pruned more stay so.
       other: directory of a run of plain SGD of another seed.
       far: share of channels that is far past the limit.
       data_dir: directory of the data, as for experiments.train.
@@ -114,6 +116,9 @@ def solutions(
         params, name = run.state.params, config.method
         if config.method == "altsdp":
             name = f"altsdp, {config.dual if config.valley == 'none' else 'explicit'}"
+        if name in found:
+            name = f"{name}, {path.name}"
+        _check_twin(path, config, same_seed=True, of=options)
         if sparsity is None:
             sparsity = sparsity_of(groups, params)
         elif sparsity_of(groups, params) < sparsity:
@@ -139,9 +144,29 @@ def solutions(
     )
     found[f"one-shot SDP, restored, {options.far:.0%}"] = far.params, True
     if options.other is not None:
+        config = config_of(options.other, options.data_dir)
+        _check_twin(options.other, config, same_seed=False, of=options)
         other = load_run(options.other, options.data_dir)
         found["SGD, another seed"] = other.state.params, False
     return found
+
+
+def _check_twin(
+    path: pathlib.Path, config: Config, *, same_seed: bool, of: Valley
+) -> None:
+    """Refuses runs of another model, or of the wrong seed."""
+    reference = config_of(of.reference, of.data_dir)
+    other = [k for k in ALIKE if getattr(config, k) != getattr(reference, k)]
+    if other:
+        raise ValueError(
+            f"{path} differs from the reference in {', '.join(other)}; they cannot be "
+            "compared"
+        )
+    if (config.seed == reference.seed) != same_seed:
+        raise ValueError(
+            f"{path} has seed {config.seed} and the reference {reference.seed}; "
+            + ("pruned runs need the same" if same_seed else "the other run another")
+        )
 
 
 def main(options: Valley) -> dict[str, sdp_jax.Certificate]:
@@ -161,7 +186,7 @@ def main(options: Valley) -> dict[str, sdp_jax.Certificate]:
     console = rich.console.Console()
     reference = load_run(options.reference, options.data_dir)
     config = config_of(options.reference, options.data_dir)
-    dataset = data.load(config.dataset, options.data_dir, downscale=config.downscale)
+    dataset = dataset_of(config, options.data_dir)
     task = make_task(
         reference,
         dataset,
@@ -170,6 +195,7 @@ def main(options: Valley) -> dict[str, sdp_jax.Certificate]:
     )
     groups, dense = reference.groups.at("params"), reference.state.params
     options.out.mkdir(parents=True, exist_ok=True)
+    _check_options(options)
     certificates: dict[str, sdp_jax.Certificate] = {}
     with progress_bars(console) as progress:
         pairs = sdp_jax.top_eigenpairs(
@@ -216,6 +242,18 @@ def main(options: Valley) -> dict[str, sdp_jax.Certificate]:
     return certificates
 
 
+def _check_options(options: Valley) -> None:
+    """Certificates that were made with other options are not taken for these."""
+    raw = {k: str(v) for k, v in dataclasses.asdict(options).items() if k != "out"}
+    file = options.out / "options.json"
+    if file.is_file() and json.loads(file.read_text()) != raw:
+        raise ValueError(
+            f"{options.out} holds certificates that were made with other options; give "
+            "another --out, or delete it"
+        )
+    file.write_text(json.dumps(raw) + "\n")
+
+
 def markdown(certificates: dict[str, sdp_jax.Certificate]) -> str:
     """The certificates as a Markdown table.
 
@@ -253,5 +291,5 @@ def markdown(certificates: dict[str, sdp_jax.Certificate]) -> str:
 if __name__ == "__main__":
     try:
         main(tyro.cli(Valley))
-    except (ValueError, FileNotFoundError, ImportError) as error:
+    except (ValueError, RuntimeError, FileNotFoundError, ImportError) as error:
         sys.exit(f"error: {error}")

@@ -127,6 +127,12 @@ def altsdp(
                 "valley must be keyword arguments of project_onto_valley, for example "
                 f"{{'rank': 8}}; got {valley!r}"
             )
+        ours = {"groups", "strength", "floor", "norm", "candidates"} & set(valley)
+        if ours:
+            raise ValueError(
+                f"valley has {sorted(ours)}, which altsdp hands on itself; give them "
+                "to altsdp"
+            )
         pieces.append(
             project_onto_valley(
                 groups, rule, floor=floor, norm=norm, candidates=True, **valley

@@ -378,7 +378,7 @@ class Cut:
                 any(keys[: len(h)] == h for h in hidden)
                 for keys in template.keys() - shown.keys()
             )
-            and (not name or self._fits(shown, template))
+            and ((not name and () not in template) or self._fits(shown, template))
         }
         if found:
             # The whole before a part, then the part of that name, then what is cut.

@@ -306,6 +306,11 @@ CASES = {
     ),
     "rank of zero": (lambda: altsdp(valley={"rank": 0}), ValueError, "at least 1"),
     "decay of zero": (lambda: altsdp(valley={"decay": 0.0}), ValueError, r"\(0, 1\]"),
+    "floor given to the wrong one": (
+        lambda: altsdp(valley={"floor": 2}),
+        ValueError,
+        r"valley has \['floor'\], which altsdp hands on itself",
+    ),
     "unknown estimator": (
         lambda: altsdp(valley={"estimator": "pca"}),
         ValueError,
@@ -503,7 +508,7 @@ CASES = {
             lambda p, b: p["w"].sum(), {"w": jnp.ones(99)}, [toy.batch()], 2
         ),
         RuntimeError,
-        "Is the curvature zero everywhere",
+        "is the curvature zero everywhere",
     ),
     "data that can be gone through once": (
         lambda: sdp_jax.curvature_product(toy.loss, PARAMS, Once())(PARAMS),

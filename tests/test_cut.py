@@ -573,3 +573,14 @@ def test_gaps_that_become_uneven_are_followed():
     small = kill(cut.groups, cut.take(params), {"a": (0,)})
     second = sdp_jax.plan_cut(cut.groups, small).take(small)
     assert second["o"].tolist() == [1, 2, 5, 6, 7, 9, 10, 11]
+
+
+def test_state_of_a_bare_array_is_cut():
+    params = jnp.ones((3, 4)).at[:, 1].set(0)
+    groups = sdp_jax.groups_from_axes(params, {"d": [sdp_jax.producer("", 1)]})
+    tx = sdp_jax.altsdp(0.1, groups, strength=0.0, valley={"rank": 2})
+    state = tx.init(params)
+    cut = sdp_jax.plan_cut(groups, params)
+    small, small_state = cut.take(params), cut.take(state)
+    want = sdp_jax.altsdp(0.1, cut.groups, strength=0.0, valley={"rank": 2}).init(small)
+    chex.assert_trees_all_equal_shapes_and_dtypes(small_state, want)

@@ -28,9 +28,9 @@ from sdp_jax.valley.curvature import (
     check_data,
     check_real,
     curvature_product,
+    density_of,
+    eigenpairs_of,
     examples,
-    spectral_density,
-    top_eigenpairs,
 )
 from sdp_jax.valley.path import (
     Metrics,
@@ -178,28 +178,22 @@ def certify(
         scale = float(scale)
         check_number("scale", scale, low=1e-12, rule="a positive loss")
     curvature_data = data if curvature_data is None else curvature_data
+    product = curvature_product(loss_fn, reference, curvature_data)
     if eigenpairs is None:
-        eigenpairs = top_eigenpairs(
-            loss_fn,
-            reference,
-            curvature_data,
-            rank,
-            tol=tol,
-            seed=seed,
-            progress=progress,
+        eigenpairs = eigenpairs_of(
+            product, reference, rank, tol=tol, seed=seed, progress=progress
         )
     basis, _ = fit_basis(eigenpairs.vectors, reference)
     density = None
     if density_steps:
-        density = spectral_density(
-            loss_fn,
+        density = density_of(
+            product,
             reference,
-            curvature_data,
             steps=density_steps,
+            probes=1,
             seed=seed,
             progress=progress,
         )
-    product = curvature_product(loss_fn, reference, curvature_data)
     moved = {"pruned": (params, ends[1][0])}
     for name, point in _others(reference, params, groups, seed).items():
         moved[name] = point, measure(point)[0]

@@ -186,7 +186,8 @@ def top_eigenpairs(
       output_fn: for the Gauss–Newton matrix, see :func:`sdp_jax.curvature_product`.
       tol: relative accuracy of the eigenvalues that is asked for. In float32 a product
         is accurate to about 1e-6 of the largest.
-      seed: of the first vector.
+      seed: of the first vector. Where several eigenvalues are alike, which of their
+        vectors come out is up to ARPACK.
       max_products: give up after about so many products; default: SciPy's limit.
       progress: called as ``progress("eigenpairs", products, None)``.
 
@@ -214,6 +215,28 @@ def top_eigenpairs(
        [1. 0. 0. 0.]]
     """
     product = curvature_product(loss_fn, params, data, output_fn=output_fn)
+    return eigenpairs_of(
+        product,
+        params,
+        rank,
+        tol=tol,
+        seed=seed,
+        max_products=max_products,
+        progress=progress,
+    )
+
+
+def eigenpairs_of(
+    product: Callable[[PyTree], PyTree],
+    params: PyTree,
+    rank: int,
+    *,
+    tol: float,
+    seed: int,
+    max_products: int | None = None,
+    progress: Progress | None = None,
+) -> Eigenpairs:
+    """:func:`top_eigenpairs` of a matrix that is known by its products."""
     size = sum(np.size(x) for x in jax.tree.leaves(params))
     whole = isinstance(rank, int | np.integer) and not isinstance(rank, bool)
     if not whole or not 1 <= rank <= size:
@@ -254,7 +277,7 @@ def top_eigenpairs(
             ) from error
         except linear.ArpackError as error:
             raise RuntimeError(
-                f"ARPACK gave up: {error}. Is the curvature zero everywhere?"
+                f"ARPACK gave up ({error}); is the curvature zero everywhere?"
             ) from error
     order = np.argsort(-values)[: rank + 1]
     values, columns = values[order], columns[:, order]
@@ -327,6 +350,21 @@ def spectral_density(
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be an integer of at least 1; got {value!r}")
     product = curvature_product(loss_fn, params, data, output_fn=output_fn)
+    return density_of(
+        product, params, steps=steps, probes=probes, seed=seed, progress=progress
+    )
+
+
+def density_of(
+    product: Callable[[PyTree], PyTree],
+    params: PyTree,
+    *,
+    steps: int,
+    probes: int,
+    seed: int,
+    progress: Progress | None = None,
+) -> SpectralDensity:
+    """:func:`spectral_density` of a matrix that is known by its products."""
     size = sum(np.size(x) for x in jax.tree.leaves(params))
     steps = min(steps, size)
     apply = _Counted(product, params, "density", progress, steps * probes)

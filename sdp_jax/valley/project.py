@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import chex
 import jax
+import jax.core
 import jax.numpy as jnp
 import optax
 
@@ -83,7 +84,8 @@ def project_onto_valley(
     ``U`` is given once (``basis``), given now and then (``estimator=None`` and
     :func:`sdp_jax.set_basis`, for example with the directions of
     :func:`sdp_jax.top_eigenpairs`), or estimated from the stream of incoming steps. A
-    step that is zero or not finite leaves the estimate unchanged. What rounding, low
+    step that is zero or not finite leaves the estimate unchanged, and nothing is
+    corrected at it. What rounding, low
     precision or a cut have done to the orthogonality of ``U`` is taken into account at
     each step.
 
@@ -153,7 +155,7 @@ def project_onto_valley(
         raise ValueError(
             "with estimator='oja' decay must be below 1: 1 − decay is its learning rate"
         )
-    if storage_dtype is not None and not jnp.issubdtype(storage_dtype, jnp.inexact):
+    if storage_dtype is not None and not jnp.issubdtype(storage_dtype, jnp.floating):
         raise ValueError(
             f"storage_dtype must be a floating-point dtype; got {storage_dtype!r}"
         )
@@ -179,14 +181,17 @@ def project_onto_valley(
         check_params(groups, params)
         dual = jax.tree.map(wide_copy, params)
         if basis is None:
+            # From the parameters, so that it is sharded as they are.
             directions = jax.tree.map(
-                lambda v: jnp.zeros((rank, *v.shape), v.dtype), dual
+                lambda v: jnp.broadcast_to(jnp.zeros_like(v), (rank, *v.shape)), dual
             )
             energy = jnp.zeros((rank,))
         else:
             fitted, given = fit_basis(basis, dual)
             energy = jnp.ones((given,))
-            directions = jax.tree.map(wide_copy, fitted)
+            directions = jax.tree.map(
+                lambda u, v: jnp.array(u, v.dtype, copy=True), fitted, dual
+            )
         return ProjectOntoValleyState(
             rule.init(groups.sizes, floors),
             dual,
@@ -230,6 +235,7 @@ def project_onto_valley(
         shrunk, _ = shrinkage(point, state.strength)
         growth = jax.tree.map(jnp.subtract, shrunk, state.shrunk)
         pull = sharp_part(directions, gram, growth)
+        pull = jax.tree.map(lambda p, v: p.astype(v.dtype), pull, point)
         point = jax.tree.map(jnp.add, point, pull)
         # The threshold sees the corrected point; so must its rule.
         _, strength_state = shrinkage(point, state.strength)
@@ -292,9 +298,15 @@ def set_basis(opt_state: chex.ArrayTree, basis: PyTree) -> Any:
                 f"{node.energy.shape[0]}; give project_onto_valley rank={rank}"
             )
         directions = orthonormal(fitted)
-        directions = jax.tree.map(
-            lambda new, old: jnp.asarray(new, old.dtype), directions, node.basis
-        )
+
+        def placed(new: jax.Array, old: jax.Array) -> jax.Array:
+            new = new.astype(old.dtype)
+            traced = isinstance(new, jax.core.Tracer) or isinstance(
+                old, jax.core.Tracer
+            )
+            return new if traced else jax.device_put(new, old.sharding)
+
+        directions = jax.tree.map(placed, directions, node.basis)
         return node._replace(basis=directions, energy=jnp.ones_like(node.energy))
 
     states = jax.tree.leaves(opt_state, is_leaf=found)

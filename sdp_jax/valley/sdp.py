@@ -187,7 +187,7 @@ def sdp(
     groups take over. The first-order method shrinks each channel by its score instead
     (:func:`directional_scores`), ``w_g = max(0, 1 − λ s_g / ‖w*_g‖) w*_g``; its norms
     agree with the exact ones to first order in ``λ``, but at large ``λ`` it leaves the
-    valley.
+    valley. Channels that are zero already stay so.
 
     Both shrink the channels that stay as well, by about ``λ`` each, which is free only
     as far as ``basis`` holds all directions in which the loss curves. For a network,
@@ -355,6 +355,9 @@ class _Solver:
 
     def _solve(self, strength: float, held: jax.Array) -> tuple[PyTree, int]:
         thresholds = strength * jnp.where(held, 0, self.weights)
+        # What is zero stays so.
+        gone = join_channels(self.norms) == 0
+        thresholds = jnp.where(gone, jnp.inf, thresholds)
         if self.method == "first_order":
             norms = join_channels(self.norms)
             shrink = strength * jnp.where(held, 0, self.scores)

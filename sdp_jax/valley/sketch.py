@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import optax
 
 from sdp_jax.valley.vectors import (
-    HIGHEST,
     coefficients,
     combine,
+    dot,
     symmetric_power,
     wide,
 )
@@ -57,9 +57,8 @@ def oja(
     first = empty & (jnp.cumsum(empty) == 1) & (column[rank] > 0)
     rest = jnp.zeros(rank + 1, column.dtype).at[rank].set(1)
     turn = jnp.where(first[:, None], rest, jnp.where(empty[:, None], 0, turn))
-    gram = jnp.matmul(turn, turn.T, precision=HIGHEST)
-    turn = jnp.matmul(symmetric_power(gram, -0.5), turn, precision=HIGHEST)
-    along = jnp.matmul(turn, column, precision=HIGHEST)
+    turn = dot(symmetric_power(dot(turn, turn.T), -0.5), turn)
+    along = dot(turn, column)
     return turn, decay * energy + along**2
 
 
@@ -99,16 +98,16 @@ def track(
     )
     whiten = symmetric_power(gram, -0.5)
     # Gram-Schmidt twice: once is not enough in float32 when the rest is small.
-    inside = whiten @ coefficients(basis, step)
-    rest = jax.tree.map(jnp.subtract, step, combine(inside @ whiten, basis))
-    again = whiten @ coefficients(basis, rest)
-    rest = jax.tree.map(jnp.subtract, rest, combine(again @ whiten, basis))
+    inside = dot(whiten, coefficients(basis, step))
+    rest = jax.tree.map(jnp.subtract, step, combine(dot(inside, whiten), basis))
+    again = dot(whiten, coefficients(basis, rest))
+    rest = jax.tree.map(jnp.subtract, rest, combine(dot(again, whiten), basis))
     inside = inside + again
     length = optax.tree.norm(rest)
     new = length > 1e-4
     column = jnp.append(inside, jnp.where(new, length, 0))
     turned, values = turn(energy.astype(column.dtype), column, decay)
-    old, fresh = turned[:, :-1] @ whiten, turned[:, -1]
+    old, fresh = dot(turned[:, :-1], whiten), turned[:, -1]
 
     def rotate(u: jax.Array, mixed: jax.Array, r: jax.Array) -> jax.Array:
         r = jnp.where(new, r / jnp.where(new, length, 1), 0)

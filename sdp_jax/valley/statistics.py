@@ -39,8 +39,8 @@ def reestimate_statistics(
       The statistics.
 
     Raises:
-      ValueError: if ``data`` is empty, or ``update_stats`` is no exponential moving
-        average.
+      ValueError: if ``data`` is empty, a leaf is coarser than float32, or
+        ``update_stats`` is no exponential moving average.
       TypeError: if ``data`` can be gone through only once.
 
     Example:
@@ -76,6 +76,13 @@ def make_reestimate(
     """
     check_data(data)
 
+    for leaf in jax.tree.leaves(stats):
+        dtype = jnp.asarray(leaf).dtype
+        if _averaged(leaf) and jnp.finfo(dtype).bits < 32:
+            raise ValueError(
+                f"stats has a leaf of dtype {dtype}, too coarse to tell what an update "
+                "adds; keep running statistics in float32"
+            )
     update = jax.jit(update_stats)
 
     def start(scales: PyTree) -> PyTree:

@@ -37,9 +37,19 @@ def inner(first: PyTree, second: PyTree) -> jax.Array:
     """
 
     def product(a: jax.Array, b: jax.Array) -> jax.Array:
-        a, b = jnp.conj(wide(a)), wide(b)
-        axes = tuple(range(1, a.ndim))
-        return jnp.tensordot(a, b, axes=(axes, axes), precision=HIGHEST).real
+        if a.dtype != b.dtype and 1 in (a.shape[0], b.shape[0]):
+            # Sums of products as they are read: no wide copy of either is made.
+            axes = tuple(range(1, a.ndim))
+            return jnp.sum(wide(a) * wide(b), axis=axes).reshape(len(a), len(b))
+        if a.dtype != b.dtype:
+            a, b = wide(a), wide(b)
+        a, b = (x.reshape(x.shape[0], -1) for x in (jnp.conj(a), b))
+        dtype = jnp.promote_types(a.dtype, jnp.float32)
+        return jax.lax.dot_general(
+            *(a, b, (((1,), (1,)), ((), ()))),
+            precision=HIGHEST,
+            preferred_element_type=dtype,
+        ).real
 
     parts = jax.tree.leaves(jax.tree.map(product, first, second))
     return functools.reduce(jnp.add, parts)
@@ -62,10 +72,25 @@ def combine(weights: jax.Array, basis: PyTree) -> PyTree:
     """
 
     def leaf(u: jax.Array) -> jax.Array:
-        u = wide(u)
-        return jnp.tensordot(weights.astype(u.dtype), u, axes=1, precision=HIGHEST)
+        if u.dtype == wide(u).dtype:
+            values = weights.astype(u.dtype)
+            return jnp.tensordot(values, u, axes=1, precision=HIGHEST)
+
+        def one(w: jax.Array) -> jax.Array:
+            # Read once, in its own precision, and added up in the wide one.
+            terms = [w[i] * wide(u[i]) for i in range(len(u))]
+            return functools.reduce(jnp.add, terms)
+
+        if weights.ndim == 1:
+            return one(weights)
+        return jnp.stack([one(w) for w in weights])
 
     return jax.tree.map(leaf, basis)
+
+
+def dot(first: jax.Array, second: jax.Array) -> jax.Array:
+    """Matrix product at full precision."""
+    return jnp.matmul(first, second, precision=HIGHEST)
 
 
 def symmetric_power(matrix: jax.Array, power: float) -> jax.Array:
@@ -83,7 +108,7 @@ def symmetric_power(matrix: jax.Array, power: float) -> jax.Array:
     tiny = matrix.shape[0] * jnp.finfo(matrix.dtype).eps * jnp.max(jnp.abs(values))
     good = values > 10 * tiny
     powers = jnp.where(good, jnp.where(good, values, 1) ** power, 0)
-    return jnp.matmul(vectors * powers, vectors.T, precision=HIGHEST)
+    return dot(vectors * powers, vectors.T)
 
 
 def gram_inverse(gram: jax.Array) -> jax.Array:
@@ -147,10 +172,11 @@ def sharp_part(basis: PyTree, gram: jax.Array, tree: PyTree) -> PyTree:
       tree: a tree like the parameters.
 
     Returns:
-      A tree like the parameters, at least float32.
+      A tree like the parameters, at least float32; zero if ``tree`` is not finite.
     """
-    weights = gram_inverse(gram) @ coefficients(basis, tree)
-    return combine(weights, basis)
+    weights = dot(gram_inverse(gram), coefficients(basis, tree))
+    finite = jnp.isfinite(weights).all()
+    return combine(jnp.where(finite, weights, 0), basis)
 
 
 def fit_basis(basis: PyTree, params: optax.Params) -> tuple[PyTree, int]:

@@ -13,6 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+import sdp_jax
 from experiments.train import Config, main, read_lines, train
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -62,6 +63,52 @@ def test_twins_of_one_seed_start_alike_and_a_run_repeats_itself(tmp_path):
     assert not np.array_equal(
         d.state.params["head"]["kernel"], b.state.params["head"]["kernel"]
     )
+
+
+def test_a_sketch_is_part_of_the_state(tmp_path):
+    changed = {"sparsity": 0.5, "valley": "svd", "valley_rank": 2, "epochs": 2}
+    done = run(tmp_path, valley_decay=0.9, **changed)
+    kernel = done.state.opt_state[-2].basis["head"]["kernel"]
+    assert kernel.shape == (2, 8, 10) and kernel.any()
+    assert sum(done.result["widths"].values()) == 10
+    other = run(tmp_path, "other", valley_decay=0.1, **changed)
+    energies = [r.state.opt_state[-2].energy for r in (done, other)]
+    assert not np.array_equal(*energies)
+
+
+def test_directions_are_refreshed_as_often_as_asked_for(tmp_path, monkeypatch):
+    found = []
+    top_eigenpairs = sdp_jax.top_eigenpairs
+
+    def counted(*args, **keywords):
+        found.append(top_eigenpairs(*args, **keywords))
+        return found[-1]
+
+    monkeypatch.setattr(sdp_jax, "top_eigenpairs", counted)
+    done = run(
+        tmp_path,
+        sparsity=0.5,
+        valley="hessian",
+        valley_rank=2,
+        valley_every=6,
+        epochs=2,
+    )
+    steps = 2 * (1437 // 256)
+    assert len(found) == -(-steps // 6)
+    last = done.state.opt_state[-2].basis["head"]["kernel"]
+    np.testing.assert_allclose(last, found[-1].vectors["head"]["kernel"], atol=1e-4)
+
+
+def test_a_run_from_before_an_option_was_there_goes_on(tmp_path):
+    run(tmp_path)
+    path = tmp_path / "run/metrics.jsonl"
+    lines = path.read_text().splitlines()
+    header = json.loads(lines[0])
+    del header["config"]["valley_decay"]
+    path.write_text("\n".join([json.dumps(header), *lines[1:]]) + "\n")
+    assert run(tmp_path).result["test_accuracy"] > 0
+    with pytest.raises(ValueError, match="it differs in valley_decay"):
+        run(tmp_path, valley_decay=0.9)
 
 
 def test_metrics_are_json_lines(tmp_path):

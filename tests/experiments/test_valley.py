@@ -65,6 +65,14 @@ def test_compares_all_ways(tmp_path, capsys):
         dataclasses.replace(found["magnitude"], sparsity=0.123).to_json()
     )
     assert main(options)["magnitude"].sparsity == 0.123
+    with pytest.raises(ValueError, match="made with other options"):
+        main(dataclasses.replace(options, points=4))
+    for changed, message in (
+        ({"pruned": (tmp_path / "other",)}, "pruned runs need the same"),
+        ({"other": tmp_path / "prox"}, "the other run another"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            main(dataclasses.replace(options, **changed, out=tmp_path / "out2"))
 
 
 def test_needs_a_pruned_run(tmp_path):

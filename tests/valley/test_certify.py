@@ -163,6 +163,16 @@ def test_on_a_network(trained):
     assert not bad.in_valley and bad.gap > 0.5
     assert set(good.displacements) == {"pruned", "random", "magnitude"}
     assert good.reference["train"]["accuracy"] > 0.99
+    # Magnitude pruning: the smallest go, as many of each dimension as AltSDP lost.
+    alive = sdp_jax.channels_alive(groups, runs["altsdp"].state.params)
+    norms = sdp_jax.channel_norms(groups, reference)
+    keep = {
+        n: jnp.zeros(len(v)).at[jnp.argsort(-v)[: int(alive[n].sum())]].set(1)
+        for n, v in norms.items()
+    }
+    straw = sdp_jax.scale_channels(groups, reference, keep)
+    length = float(optax.tree.norm(jax.tree.map(jnp.subtract, straw, reference)))
+    assert good.displacements["magnitude"].length == pytest.approx(length, rel=1e-5)
     shares = [d.sharp_share for d in good.displacements.values()]
     assert all(0 < s < 1 for s in shares)
     assert good.tolerance == pytest.approx(0.02 * math.log(10), rel=1e-5)

@@ -124,6 +124,10 @@ def test_error_estimates_hold_at_coarse_tolerances(x64):
         lambda w, _: w @ H @ w / 2, jnp.zeros(400), [jnp.ones(1)], 8, tol=0.05
     )
     assert pairs.errors.max() > 1e-6  # There is something to estimate.
+    U = np.asarray(pairs.vectors)
+    errors = np.linalg.norm(U @ H - pairs.values[:, None] * U, axis=1)
+    np.testing.assert_allclose(pairs.errors, errors, rtol=1e-6, atol=1e-13)
+    assert pairs.angles.min() < 0.1  # They are not all unknown.
     off = np.abs(spectrum[:, None] - pairs.values).min(axis=0)
     assert (off <= pairs.errors + 1e-12).all()
     sines = np.sqrt(
@@ -169,6 +173,8 @@ def test_density_of_all_eigenvalues(x64):
     for power in (1, 2, 3):
         mean, error = few.moment(power)
         assert abs(mean - (values**power).mean()) < 4 * error
+        each = (few.weights * few.nodes**power).sum(axis=1)
+        assert error == pytest.approx(each.std(ddof=1) / 200**0.5)
     np.testing.assert_allclose(few.weights.sum(axis=1), 1, rtol=1e-10)
     grid = np.linspace(-10, 20, 4001)
     assert np.trapezoid(few.at(grid, 0.1), grid) == pytest.approx(1, abs=1e-3)
@@ -215,6 +221,19 @@ def test_products_grow_linearly_with_data_and_rank():
             product(params)
         jax.effects_barrier()
         assert len(calls) == 2 * batches
+    # For each pair a few products: twice the rank about twice as many.
+    spectrum = jnp.geomspace(1.0, 1e-4, 2000)
+    counts = [
+        sdp_jax.top_eigenpairs(
+            lambda w, _: jnp.sum(spectrum * w**2) / 2,
+            jnp.zeros(2000),
+            [jnp.ones(1)],
+            rank,
+            tol=0.01,
+        ).products
+        for rank in (10, 20, 40)
+    ]
+    assert all(1.2 < b / a < 3 for a, b in zip(counts[:-1], counts[1:], strict=True))
 
 
 def test_on_digits_within_its_own_error():

@@ -199,6 +199,60 @@ def test_set_basis_reaches_into_any_state():
     updates, _ = tx.update(grads, changed, params)
     chex.assert_tree_all_finite(updates)
     assert not np.asarray(state.inner_state[1][-2].energy).any()
+    np.testing.assert_array_equal(changed.inner_state[1][-2].energy, [1, 1])
+    traced = jax.jit(sdp_jax.set_basis)(state, twice)
+    chex.assert_trees_all_close(traced, changed, atol=1e-6)
+
+
+def test_a_gradient_that_is_not_finite_stays_where_it_is():
+    # As in plain AltSDP: only its own entry is lost.
+    params = toy.mlp_params()
+    tx = sdp_jax.altsdp(
+        0.1, toy.mlp_groups(params), strength=STRENGTH, valley={"rank": 2}
+    )
+    state = tx.init(params)
+    for i in range(4):
+        grads = toy.mlp_grads(params, seed=i)
+        if i == 2:
+            bias = grads["layer2"]["bias"].at[0].set(jnp.nan)  # Outside the groups.
+            grads["layer2"]["bias"] = bias
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    lost = [int(jnp.isnan(p).sum()) for p in jax.tree.leaves(params)]
+    assert sum(lost) == 1
+    chex.assert_tree_all_finite(state[-2].basis)
+
+
+def test_state_keeps_its_dtypes(x64):
+    params = toy.mlp_params(dtype=jnp.float32)
+    basis = jax.tree.map(lambda u: u.astype(jnp.float64), random_basis(params, 2))
+    tx = sdp_jax.altsdp(
+        0.1, toy.mlp_groups(params), strength=STRENGTH, valley={"basis": basis}
+    )
+    state = tx.init(params)
+    _, after = tx.update(toy.mlp_grads(params), state, params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
+
+
+def test_directions_are_sharded_like_the_parameters():
+    mesh = jax.make_mesh((8,), ("m",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec(None, "m")
+    sharding = jax.sharding.NamedSharding(mesh, spec)
+    params = {"w": jax.device_put(jnp.ones((4, 16)), sharding)}
+    groups = sdp_jax.groups_from_axes(params, {"d": [sdp_jax.producer("w", 1)]})
+    tx = sdp_jax.altsdp(
+        0.1, groups, strength=0.1, valley={"rank": 2, "estimator": None}
+    )
+    state = tx.init(params)
+    state = sdp_jax.set_basis(
+        state,
+        {"w": np.random.default_rng(0).normal(size=(2, 4, 16)).astype(np.float32)},
+    )
+    assert len(state[-2].basis["w"].sharding.device_set) == 8
+    shard = state[-2].basis["w"].addressable_shards[0].data
+    assert shard.shape == (2, 4, 2)
+    _, after = jax.jit(tx.update)(params, state, params)
+    assert after[-2].basis["w"].addressable_shards[0].data.shape == (2, 4, 2)
 
 
 def test_set_basis_refuses_what_does_not_fit():

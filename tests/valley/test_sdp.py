@@ -108,6 +108,9 @@ def test_first_order_is_its_closed_form(x64):
     result = sdp_jax.sdp(params, groups, 2.0, directions, method="first_order", floor=0)
     factor = np.maximum(0, 1 - 2.0 * scores / np.linalg.norm(w, axis=1))
     np.testing.assert_allclose(result.params["w"], factor[:, None] * w, atol=1e-12)
+    # A weight of 2 pushes twice as hard.
+    double = sdp_jax.directional_scores(params, groups, directions, norm={"all": 2.0})
+    np.testing.assert_allclose(double["all"], 2 * scores, rtol=1e-10)
     importance = sdp_jax.directional_importance(params, groups, directions)["all"]
     np.testing.assert_allclose(importance, np.linalg.norm(w, axis=1) / scores)
     dead = np.abs(np.asarray(result.params["w"])).max(axis=1) == 0
@@ -180,6 +183,14 @@ def test_floors_hold_the_largest_channels(method, x64):
     found = sdp_jax.sdp(params, groups, 50.0, basis, floor=floor, method=method)
     alive = sdp_jax.channels_alive(groups, found.params)
     assert int(alive["hidden0"].sum()) >= 4 and int(alive["hidden1"].sum()) >= 2
+    # Those that go last by the method's own order stay.
+    order = {
+        "exact": lambda: sdp_jax.channel_norms(groups, params),
+        "first_order": lambda: sdp_jax.directional_importance(params, groups, basis),
+    }[method]()
+    for name, count in floor.items():
+        best = np.argsort(-np.asarray(order[name]), kind="stable")[:count]
+        assert np.asarray(alive[name])[best].all()
     none = sdp_jax.sdp(params, groups, 50.0, basis, floor=0, method=method)
     assert found.sparsity <= none.sparsity
 
@@ -239,8 +250,13 @@ def test_channels_that_are_zero_already_stay_so(x64):
     params = sdp_jax.scale_channels(groups, params, keep)
     assert sdp_jax.directional_scores(params, groups, basis)["hidden0"][1] == 0
     assert sdp_jax.directional_importance(params, groups, basis)["hidden0"][1] == 0
-    found = sdp_jax.sdp(params, groups, 0.3, basis, method="first_order", floor=6 - 1)
-    assert not sdp_jax.channels_alive(groups, found.params)["hidden0"][1]
+    for method in ("exact", "first_order"):
+        for restore in (False, True):
+            found = sdp_jax.sdp(
+                params, groups, 0.3, basis, method=method, restore=restore, floor=5
+            )
+            alive = sdp_jax.channels_alive(groups, found.params)["hidden0"]
+            assert not alive[1] and not alive[4]
 
 
 def test_cut_by_importance():

@@ -125,3 +125,14 @@ def test_a_tiny_step_counts_like_any_other():
     basis, energy = take(basis, inner(basis, basis), energy, step)
     np.testing.assert_allclose(jnp.abs(basis["w"]), [[1, 0, 0]], atol=1e-6)
     np.testing.assert_allclose(energy, [1], rtol=1e-6)
+
+
+def test_small_news_is_seen_in_float32():
+    # Steps that nearly repeat: what is new in each is a thousandth of it.
+    rng = np.random.default_rng(6)
+    main, side = np.linalg.qr(rng.normal(size=(DIM, 2)))[0].T
+    stream = main + 1e-3 * np.where(np.arange(400) % 2, 1, -1)[:, None] * side
+    low, _ = sketch(stream.astype(np.float32), 2, "svd", 1.0, jnp.float32)
+    np.testing.assert_allclose(np.abs(low @ main), [1, 0], atol=1e-3)
+    np.testing.assert_allclose(np.abs(low @ side), [0, 1], atol=1e-3)
+    np.testing.assert_allclose(low @ low.T, np.eye(2), atol=1e-6)

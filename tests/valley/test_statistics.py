@@ -95,3 +95,13 @@ def test_at_any_scale(scale, momentum):
 def test_what_is_no_moving_average_is_refused(update):
     with pytest.raises(ValueError, match="not an exponential moving average"):
         sdp_jax.reestimate_statistics(update, {}, jnp.zeros(4), batches())
+
+
+def test_half_precision_statistics_are_refused():
+    with pytest.raises(ValueError, match="dtype bfloat16, too coarse"):
+        sdp_jax.reestimate_statistics(
+            lambda params, stats, batch: stats,
+            {},
+            jnp.zeros(4, jnp.bfloat16),
+            batches(),
+        )
