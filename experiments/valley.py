@@ -12,6 +12,7 @@ certificates are written to ``--out``, each when it is done, and are not compute
 import dataclasses
 import json
 import pathlib
+import re
 import sys
 from typing import Any
 
@@ -214,7 +215,8 @@ def main(options: Valley) -> dict[str, sdp_jax.Certificate]:
             pairs.products,
         )
         for name, (params, same_seed) in solutions(options, reference, pairs).items():
-            file = options.out / (name.replace(", ", "-").replace(" ", "-") + ".json")
+            slug = re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-")
+            file = options.out / f"{slug}.json"
             if file.is_file():
                 text = file.read_text()
                 certificates[name] = sdp_jax.Certificate.from_json(text)
