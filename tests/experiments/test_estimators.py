@@ -1,10 +1,19 @@
 import json
+import types
 
 from experiments.estimators import STREAMS, Estimators, main
 
 
 def test_compares_every_estimate(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("experiments.estimators.STREAMS", STREAMS[2:4])
+    configs = []
+
+    def quick(config):
+        configs.append(config)
+        return types.SimpleNamespace(epochs=[{"train_loss": 1.0 + config.seed}])
+
+    # How these train is tested beside it.
+    monkeypatch.setattr("experiments.estimators.train", quick)
     options = Estimators(
         widths=(6, 4), epochs=2, rank=2, seeds=2, out=tmp_path / "out.json"
     )
@@ -13,7 +22,13 @@ def test_compares_every_estimate(tmp_path, monkeypatch, capsys):
     for share in figures["overlap"]:
         assert list(share) == [*names, "hessian, of the check before"]
         assert all(0 <= value <= 1 + 1e-6 for value in share.values())
-    assert all(len(values) == 2 for values in figures["loss"].values())
+    assert all(values == [1.0, 2.0] for values in figures["loss"].values())
+    assert {(c.valley, c.valley_rank, c.valley_decay) for c in configs} >= {
+        ("svd", 2, 0.5),
+        ("svd", 16, 0.9),
+        ("hessian", 2, 0.5),
+        ("frequent_directions", 2, 0.99),
+    }
     assert {"plain", "radial", "hessian, rank 2, every 10", *names} <= set(
         figures["loss"]
     )
