@@ -23,8 +23,6 @@ mnist altsdp svd-long --sparsity 0.5 --valley svd --valley-decay 0.99
 mnist altsdp frequent --sparsity 0.5 --valley frequent_directions --valley-decay 0.99
 mnist altsdp oja --sparsity 0.5 --valley oja
 mnist altsdp hessian --sparsity 0.5 --valley hessian --valley-every 200
-cifar10 sgd sgd
 cifar10 altsdp none --sparsity 0.5
 cifar10 altsdp svd --sparsity 0.5 --valley svd
-cifar10 altsdp hessian --sparsity 0.5 --valley hessian --valley-every 200
 "$PYTHON" -m experiments.table runs/rushed-mnist-* runs/rushed-cifar10-*

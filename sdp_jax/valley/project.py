@@ -89,11 +89,11 @@ def project_onto_valley(
     precision or a cut have done to the orthogonality of ``U`` is taken into account at
     each step.
 
-    The gradient pulls back fastest what this piece anticipates, the sharpest
-    directions; what is left behind lies in the many directions of middling curvature,
-    which a small rank does not reach. On quadratics whose sharp directions are all
-    given, the loss at the end is 10⁷ times lower and more. See the README for what it
-    does on networks, where it is not on by default.
+    On quadratics whose sharp directions are all given, the loss at the end is 10⁷ times
+    lower and more. On networks a few leading eigenvectors of the Hessian do not help:
+    along them the gradient pulls back at once anyway. The span of the last few steps
+    (a small ``decay``) helped much in short training without batch normalisation, and
+    did harm with it: see the README. It is off by default.
 
     Args:
       groups: the channel dimensions.
@@ -103,7 +103,7 @@ def project_onto_valley(
         exponential forgetting; ``"frequent_directions"``, the same less the energy of
         what is dropped; ``"oja"``, Oja's rule with rate ``1 − decay``; or ``None``.
       decay: what share of the past the estimate keeps each step, in (0, 1]; below 1 for
-        Oja's rule.
+        Oja's rule. The default keeps the last few steps.
       every: the estimate takes in only each ``every``-th step.
       basis: fixed orthonormal directions instead of an estimate: a tree shaped like
         the parameters with one more leading axis.
