@@ -145,10 +145,10 @@ def losses(options: Estimators) -> dict[str, list[float]]:
     for name, decay in STREAMS:
         choices[f"{name}, decay {decay}"] = {"valley": name, "valley_decay": decay}
     for rank in (options.rank, 8 * options.rank):
-        choices[f"hessian, rank {rank}, every 10"] = {
+        choices[f"hessian, rank {rank}, every 50"] = {
             "valley": "hessian",
             "valley_rank": rank,
-            "valley_every": 10,
+            "valley_every": 50,
         }
     wide = {"valley": "svd", "valley_decay": 0.9, "valley_rank": 8 * options.rank}
     choices[f"svd, rank {8 * options.rank}, decay 0.9"] = wide

@@ -29,7 +29,7 @@ def test_compares_every_estimate(tmp_path, monkeypatch, capsys):
         ("hessian", 2, 0.5),
         ("frequent_directions", 2, 0.99),
     }
-    assert {"plain", "radial", "hessian, rank 2, every 10", *names} <= set(
+    assert {"plain", "radial", "hessian, rank 2, every 50", *names} <= set(
         figures["loss"]
     )
     written = json.loads(options.out.read_text())
