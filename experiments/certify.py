@@ -22,7 +22,15 @@ import tyro
 
 import sdp_jax
 from experiments import data
-from experiments.train import Config, Run, make_loss, read_lines, train, variables_of
+from experiments.train import (
+    Config,
+    Run,
+    make_loss,
+    progress_bars,
+    read_lines,
+    train,
+    variables_of,
+)
 
 # What twins have in common; what only pruning uses does not count.
 ALIKE = (
@@ -180,17 +188,6 @@ class Reporter:
                 self._name + stage, total=total
             )
         self._progress.update(self._tasks[stage], completed=done, total=total)
-
-
-def progress_bars(console: rich.console.Console) -> rich.progress.Progress:
-    """Bars with a count, for stages whose length may be unknown."""
-    return rich.progress.Progress(
-        rich.progress.TextColumn("{task.description}"),
-        rich.progress.BarColumn(),
-        rich.progress.MofNCompleteColumn(),
-        rich.progress.TimeRemainingColumn(),
-        console=console,
-    )
 
 
 def main(options: Certify) -> sdp_jax.Certificate:

@@ -518,6 +518,17 @@ def _environment() -> dict[str, Any]:
     }
 
 
+def progress_bars(console: rich.console.Console) -> rich.progress.Progress:
+    """Bars with a count, for stages whose length may be unknown."""
+    return rich.progress.Progress(
+        rich.progress.TextColumn("{task.description}"),
+        rich.progress.BarColumn(),
+        rich.progress.MofNCompleteColumn(),
+        rich.progress.TimeRemainingColumn(),
+        console=console,
+    )
+
+
 def main(config: Config) -> Run:
     """Trains with a progress bar and prints a line per epoch and the result.
 
@@ -528,13 +539,7 @@ def main(config: Config) -> Run:
       The finished run.
     """
     console = rich.console.Console()
-    with rich.progress.Progress(
-        rich.progress.TextColumn("{task.description}"),
-        rich.progress.BarColumn(),
-        rich.progress.MofNCompleteColumn(),
-        rich.progress.TimeRemainingColumn(),
-        console=console,
-    ) as progress:
+    with progress_bars(console) as progress:
         task = progress.add_task(config.method, total=None)
 
         def on_step(step: int, steps: int) -> None:

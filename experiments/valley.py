@@ -29,9 +29,8 @@ from experiments.certify import (
     dataset_of,
     load_run,
     make_task,
-    progress_bars,
 )
-from experiments.train import Config, Run
+from experiments.train import Config, Run, progress_bars
 
 
 @dataclasses.dataclass(frozen=True)
