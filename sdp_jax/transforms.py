@@ -274,12 +274,9 @@ def group_soft_threshold(
         del extra_args
         params = need_params(params, updates, "group_soft_threshold")
         candidate = updates if candidates else add_step(params, updates)
-        norms = channel_norms(groups, candidate, norm=norm)
-        thresholds, strength_state = rule.update(state.strength, norms, floors)
-        flat = join_channels(norms)
-        factor = prox.soft_threshold_factor(flat, join_channels(thresholds))
-        factors = split_channels(factor, groups.sizes)
-        point = scale_channels(groups, candidate, factors)
+        point, factor, strength_state = proximal_point(
+            groups, rule, floors, norm, candidate, state.strength
+        )
         probe = join_channels(probe_channels(groups, params))
         intact = state.intact & ~jnp.any(~state.alive.per_channel & (probe != 0))
         alive = PerChannel(factor != 0)
@@ -455,6 +452,34 @@ def need_params(
                 f"parameter has {jnp.shape(p)}"
             )
     return params
+
+
+def proximal_point(
+    groups: Groups,
+    rule: Strength,
+    floors: prox.Floors,
+    norm: Norm | Mapping[str, float],
+    candidate: optax.Params,
+    state: Any,
+) -> tuple[optax.Params, jax.Array, Any]:
+    """The group soft-threshold of a candidate, at the strength of this step.
+
+    Args:
+      groups: the channel dimensions.
+      rule: the strength.
+      floors: channels that survive, by dimension.
+      norm: the weighting of the norms.
+      candidate: where to threshold.
+      state: state of the strength.
+
+    Returns:
+      The point, the factor of each channel ``(num_channels,)``, and the next state.
+    """
+    norms = channel_norms(groups, candidate, norm=norm)
+    thresholds, state = rule.update(state, norms, floors)
+    factor = prox.soft_threshold_factor(join_channels(norms), join_channels(thresholds))
+    factors = split_channels(factor, groups.sizes)
+    return scale_channels(groups, candidate, factors), factor, state
 
 
 def step_to(point: optax.Params, params: optax.Params) -> optax.Updates:

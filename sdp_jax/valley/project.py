@@ -9,15 +9,10 @@ import jax.core
 import jax.numpy as jnp
 import optax
 
-from sdp_jax import prox
 from sdp_jax.groups import (
     Groups,
     Norm,
     PyTree,
-    channel_norms,
-    join_channels,
-    scale_channels,
-    split_channels,
 )
 from sdp_jax.strength import StrengthLike, check_number
 from sdp_jax.transforms import (
@@ -27,6 +22,7 @@ from sdp_jax.transforms import (
     check_rule,
     emit,
     need_params,
+    proximal_point,
     wide_copy,
 )
 from sdp_jax.valley.sketch import ESTIMATORS, Estimator, track
@@ -168,12 +164,7 @@ def project_onto_valley(
 
     def shrinkage(point: optax.Params, state: Any) -> tuple[optax.Params, Any]:
         """What the threshold takes off ``point``, and the next state of the rule."""
-        norms = channel_norms(groups, point, norm=norm)
-        thresholds, state = rule.update(state, norms, floors)
-        factor = prox.soft_threshold_factor(
-            join_channels(norms), join_channels(thresholds)
-        )
-        kept = scale_channels(groups, point, split_channels(factor, groups.sizes))
+        kept, _, state = proximal_point(groups, rule, floors, norm, point, state)
         return jax.tree.map(jnp.subtract, point, kept), state
 
     def init_fn(params: optax.Params) -> ProjectOntoValleyState:
