@@ -5,9 +5,10 @@ Groups: :func:`find_groups`, :func:`groups_from_axes`, :class:`Groups`. Training
 :func:`target_sparsity`. Cutting: :func:`plan_cut`, :class:`Cut`, :func:`narrow`.
 The valley: :func:`top_eigenpairs`, :func:`sdp`, :func:`certify`. Measuring:
 :func:`cost`, :func:`latency`. Keeping: :func:`save`, :func:`load`,
-:func:`export_stablehlo`.
+:func:`export_stablehlo`. Other published methods: :mod:`sdp_jax.methods`.
 """
 
+from sdp_jax import methods
 from sdp_jax.altsdp import altsdp, grda, prox_sgd
 from sdp_jax.cut import Cut
 from sdp_jax.export import export_stablehlo
@@ -113,6 +114,7 @@ __all__ = [
     "groups_from_axes",
     "latency",
     "load",
+    "methods",
     "narrow",
     "plan_cut",
     "producer",

@@ -12,11 +12,10 @@ from sdp_jax.strength import (
     Strength,
     StrengthLike,
     as_strength,
-    check_momentum,
-    check_number,
     valley_strength,
 )
 from sdp_jax.transforms import (
+    as_base,
     dual_averaging,
     group_soft_threshold,
     radial_dual_averaging,
@@ -254,23 +253,7 @@ def _base_and_strength(
     base: Any, strength: StrengthLike, momentum: Any, nesterov: bool
 ) -> tuple[optax.GradientTransformation, StrengthLike]:
     """The base optimizer, and the strength with its learning rate filled in."""
-    if isinstance(base, optax.GradientTransformation):
-        if momentum is not None or nesterov:
-            raise ValueError(
-                "momentum and nesterov belong to the SGD that a learning rate stands "
-                "for; base is a transformation and brings its own"
-            )
-        return base, strength
-    if not callable(base):
-        check_number(
-            "base",
-            base,
-            low=0,
-            rule="a non-negative learning rate, a schedule or an Optax transformation",
-        )
-    if momentum is not None:
-        check_momentum(momentum)
-    if isinstance(strength, Strength) and strength.bind is not None:
+    optimizer = as_base(base, momentum, nesterov)
+    if optimizer is not base and isinstance(strength, Strength) and strength.bind:
         strength = strength.bind(base, momentum)
-    rate: Any = base
-    return optax.sgd(rate, momentum, nesterov), strength
+    return optimizer, strength

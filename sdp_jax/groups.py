@@ -923,6 +923,53 @@ def channel_products(
     return _reduce_channels(groups, products, lambda x: x, jnp.sum, jnp.add)
 
 
+def member_sums(
+    groups: Groups,
+    tree: PyTree,
+    entry: Callable[[jax.Array], jax.Array],
+    *,
+    roles: Sequence[Role] = ("producer",),
+) -> dict[str, list[tuple[Member, jax.Array]]]:
+    """Sums ``entry(leaf)`` over each channel, member by member.
+
+    What a method weighs in its own way (only matrices, only scales, also what reads the
+    channel) is told apart by the member; :func:`channel_norms` is the common case.
+
+    Args:
+      groups: the channel dimensions.
+      tree: a tree that has the members of these roles as leaves.
+      entry: a function of one leaf, in the leaf's shape and at least float32.
+      roles: which members count.
+
+    Returns:
+      For each dimension pairs of a member and its sums ``(size,)``.
+
+    Raises:
+      ValueError: if a member is missing or has another shape.
+    """
+    table = producer_leaves(groups, tree)
+    lines: dict[tuple[str, int], jax.Array] = {}
+    out: dict[str, list[tuple[Member, jax.Array]]] = {}
+    for d in groups:
+        out[d.name] = []
+        for m in d.members:
+            if m.role not in roles:
+                continue
+            if m.path not in table or np.shape(table[m.path]) != groups.shapes[m.path]:
+                raise ValueError(
+                    f"dimension {d.name!r}: the tree has no leaf {m.path!r} of shape "
+                    f"{groups.shapes[m.path]}, which is counted here; give groups and "
+                    "parameters of the same model"
+                )
+            key = (m.path, m.axis)
+            if key not in lines:
+                leaf = entry(jnp.asarray(table[m.path]))
+                lines[key] = _reduce_to_axis(leaf, m.axis, jnp.sum)
+            value = jnp.sum(_blocks(lines[key], m, d.size), axis=(0, 2))
+            out[d.name].append((m, value))
+    return out
+
+
 def channels_alive(groups: Groups, tree: PyTree) -> dict[str, jax.Array]:
     """Which channels have a producer entry that is not exactly zero.
 

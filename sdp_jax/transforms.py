@@ -12,6 +12,7 @@ emits steps.
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -34,7 +35,13 @@ from sdp_jax.groups import (
     scale_channels,
     split_channels,
 )
-from sdp_jax.strength import Strength, StrengthLike, as_strength
+from sdp_jax.strength import (
+    Strength,
+    StrengthLike,
+    as_strength,
+    check_momentum,
+    check_number,
+)
 
 
 class DualAveragingState(NamedTuple):
@@ -495,6 +502,46 @@ def step_to(point: optax.Params, params: optax.Params) -> optax.Updates:
     return jax.tree.map(
         lambda x, p: (x - p.astype(x.dtype)).astype(p.dtype), point, params
     )
+
+
+def as_base(
+    base: optax.ScalarOrSchedule | optax.GradientTransformation,
+    momentum: chex.Numeric | None = None,
+    nesterov: bool = False,
+) -> optax.GradientTransformation:
+    """The base optimizer: SGD where a learning rate is given.
+
+    Args:
+      base: a learning rate, a schedule or an Optax transformation.
+      momentum: momentum of the SGD.
+      nesterov: whether it is Nesterov's.
+
+    Returns:
+      An Optax transformation.
+
+    Raises:
+      ValueError: if the rate is negative, the momentum outside [0, 1), or momentum is
+        given beside a transformation.
+      TypeError: if ``base`` is of another kind.
+    """
+    if isinstance(base, optax.GradientTransformation):
+        if momentum is not None or nesterov:
+            raise ValueError(
+                "momentum and nesterov belong to the SGD that a learning rate stands "
+                "for; base is a transformation and brings its own"
+            )
+        return base
+    if not callable(base):
+        check_number(
+            "base",
+            base,
+            low=0,
+            rule="a non-negative learning rate, a schedule or an Optax transformation",
+        )
+    if momentum is not None:
+        check_momentum(momentum)
+    rate: Any = base
+    return optax.sgd(rate, momentum, nesterov)
 
 
 def check_rule(

@@ -1,0 +1,97 @@
+"""A base optimizer followed by a transformation that prunes, its *host*.
+
+Hosts stand behind the base optimizer, as :func:`sdp_jax.group_soft_threshold` does, and
+set channels to zero. Many of them score channels by the raw gradient, which the base
+has already turned into a step: :func:`hosted` hands it on beside the step.
+"""
+
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import optax
+
+from sdp_jax.groups import Groups, PyTree
+
+
+class Score(Protocol):
+    """The one signature of all scores: the lowest is pruned first.
+
+    ``score(groups, params, grads=None, activations=None)`` returns for each dimension
+    an
+    array ``(size,)`` of non-negative numbers. A score raises ``ValueError`` if it needs
+    gradients or activations and gets none.
+    """
+
+    def __call__(
+        self,
+        groups: Groups,
+        params: PyTree,
+        grads: PyTree | None = None,
+        activations: Any = None,
+    ) -> dict[str, jax.Array]:
+        """The score of each channel."""
+        ...
+
+
+class HostedState(NamedTuple):
+    """State of :func:`hosted`.
+
+    Attributes:
+      base: state of the base optimizer.
+      host: state of the host.
+    """
+
+    base: Any
+    host: Any
+
+
+def hosted(
+    base: optax.GradientTransformation, host: optax.GradientTransformation
+) -> optax.GradientTransformationExtraArgs:
+    """Runs ``host`` on the steps of ``base``, and hands it the gradients as well.
+
+    It is ``optax.chain(base, host)``, except that the host's ``update`` gets what
+    arrived here as the keyword argument ``gradients``.
+
+    Args:
+      base: the optimizer.
+      host: what prunes, for example :func:`sdp_jax.methods.remove_lowest`.
+
+    Returns:
+      An Optax transformation; its ``update`` needs ``params``.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, sdp_jax
+      >>> from sdp_jax import methods
+      >>> params = {"w": jnp.array([[3., 1.], [4., 1.]])}
+      >>> groups = sdp_jax.groups_from_axes(
+      ...     params, {"hidden": [sdp_jax.producer("w", 1)]})
+      >>> host = methods.remove_lowest(
+      ...     groups, sdp_jax.target_sparsity(0.5, 0, 1), methods.taylor())
+      >>> tx = methods.hosted(optax.sgd(0.1), host)
+      >>> grads = {"w": jnp.array([[0., 1.], [0., 1.]])}
+      >>> updates, _ = tx.update(grads, tx.init(params), params)
+      >>> print(optax.apply_updates(params, updates)["w"])  # No gradient: it goes.
+      [[0.  0.9]
+       [0.  0.9]]
+    """
+    base, host = (
+        optax.with_extra_args_support(base),
+        optax.with_extra_args_support(host),
+    )
+
+    def init_fn(params: optax.Params) -> HostedState:
+        return HostedState(base.init(params), host.init(params))
+
+    def update_fn(
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, HostedState]:
+        steps, base_state = base.update(updates, state.base, params, **extra_args)
+        extra_args = extra_args | {"gradients": updates}
+        steps, host_state = host.update(steps, state.host, params, **extra_args)
+        return steps, HostedState(base_state, host_state)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)

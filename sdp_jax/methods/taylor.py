@@ -1,0 +1,66 @@
+"""First-order Taylor expansion of the loss as a score."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from sdp_jax.groups import Groups, PyTree, channel_products
+from sdp_jax.methods.hosted import Score
+
+
+def need_gradients(grads: PyTree | None, name: str) -> PyTree:
+    """Returns the gradients, after checking that they are there.
+
+    Args:
+      grads: what the score was given.
+      name: name of the score, for the message.
+
+    Returns:
+      ``grads``.
+
+    Raises:
+      ValueError: if they are ``None``.
+    """
+    if grads is None:
+        raise ValueError(
+            f"{name} needs gradients: call score(groups, params, grads), or put the "
+            "host behind its base with sdp_jax.methods.hosted(base, host), which hands "
+            "them on"
+        )
+    return grads
+
+
+def taylor() -> Score:
+    """The change of the loss when a channel goes, ``|Σ g w|`` to first order.
+
+    Returns:
+      A score; it needs gradients of the shapes of the parameters.
+
+    References:
+      Molchanov, Mallya, Tyree, Frosio, Kautz, "Importance Estimation for Neural Network
+      Pruning", CVPR 2019, arXiv 1906.10771, eq. 8 (its square root, which ranks alike).
+
+    Example:
+      >>> import jax.numpy as jnp, sdp_jax
+      >>> from sdp_jax import methods
+      >>> params = {"w": jnp.array([[3., 1.], [4., 1.]])}
+      >>> groups = sdp_jax.groups_from_axes(
+      ...     params, {"hidden": [sdp_jax.producer("w", 1)]})
+      >>> grads = {"w": jnp.array([[4., 1.], [-3., 0.]])}
+      >>> print(methods.taylor()(groups, params, grads)["hidden"])
+      [0. 1.]
+    """
+
+    def score(
+        groups: Groups,
+        params: PyTree,
+        grads: PyTree | None = None,
+        activations: Any = None,
+    ) -> dict[str, jax.Array]:
+        del activations
+        grads = need_gradients(grads, "taylor")
+        products = channel_products(groups, params, grads)
+        return {name: jnp.abs(value) for name, value in products.items()}
+
+    return score
