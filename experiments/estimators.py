@@ -20,7 +20,8 @@ import tyro
 
 import sdp_jax
 from experiments import data, models
-from experiments.train import Config, State, make_loss, make_optimizer, make_step, train
+from experiments.optimizers import make_optimizer
+from experiments.train import Config, State, make_loss, make_step, train
 from sdp_jax.valley.sketch import ESTIMATORS, track
 from sdp_jax.valley.vectors import inner
 

@@ -1,9 +1,12 @@
 """Networks in Flax, with their widths as arguments."""
 
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import flax.linen as nn
 import jax
+import numpy as np
+
+import sdp_jax
 
 Name: TypeAlias = Literal["dnn", "conv"]
 
@@ -57,3 +60,28 @@ class ConvNet(nn.Module):
 
 Model: TypeAlias = Dnn | ConvNet
 MODELS: dict[str, type[Model]] = {"dnn": Dnn, "conv": ConvNet}
+
+
+def feature_maps(
+    model: Model, groups: sdp_jax.Groups, variables: Any, images: np.ndarray
+) -> dict[str, jax.Array]:
+    """What the channels of each dimension put out, behind the relu.
+
+    Args:
+      model: the network.
+      groups: its channel dimensions, on the parameters.
+      variables: its variables.
+      images: images.
+
+    Returns:
+      For each dimension an array ``(batch, …, size)``.
+    """
+    _, found = model.apply(variables, images, capture_intermediates=True, mutable=True)
+    maps = {}
+    for d in groups:
+        # The last producer is the bias of the layer that puts the channel out.
+        layer = d.producers[-1].path.split("/")[0]
+        norms = [m.path.split("/")[0] for m in d.producers if "norm" in m.path]
+        (output,) = found["intermediates"][norms[0] if norms else layer]["__call__"]
+        maps[d.name] = nn.relu(output)
+    return maps

@@ -26,7 +26,9 @@ import rich.progress
 import tyro
 
 import sdp_jax
-from experiments import data, models
+from experiments import data, models, optimizers
+from experiments.optimizers import Counted, Method, make_optimizer
+from sdp_jax import methods
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Config:
       dataset: digits (bundled), mnist or cifar10.
       downscale: images become the means of squares of this side.
       model: dnn or conv.
-      method: sgd, altsdp or prox_sgd.
+      method: the method, see :mod:`experiments.optimizers`.
       widths: hidden widths; default: the model's.
       epochs: passes over the training set.
       batch_size: examples in a batch.
@@ -47,11 +49,16 @@ class Config:
       weight_decay: added to the gradient, ``weight_decay`` times the parameters.
       c: altsdp: scale of the threshold c √γ (nγ)^μ.
       mu: altsdp: its exponent.
-      sparsity: altsdp: share of channels to prune, instead of c and mu.
+      sparsity: share of the target that goes; with altsdp instead of c and mu.
+      target: what it is a share of: channels, params or flops.
       ranking: altsdp with sparsity: all channels together, or within each dimension.
-      begin: altsdp with sparsity: share of the steps after which pruning begins.
-      end: altsdp with sparsity: share of the steps after which it is done.
-      penalty: prox_sgd: the weight of the group lasso.
+      begin: with sparsity: share of the steps after which pruning begins.
+      end: with sparsity: share of the steps after which it is done; what goes in one
+        shot goes halfway between.
+      penalty: weight of the penalty, for methods that have one.
+      decay_steps: steps of the Decay Pruning Method around its hosts; 1 for none.
+      release_rate: its threshold of the escape rate; none releases no channel.
+      release_length: its threshold of the gradient's length.
       dual: altsdp: full or radial dual variable.
       valley: altsdp: how sharp directions are estimated that shrinkage keeps out of;
         none for plain AltSDP, hessian for eigenvectors on some training examples.
@@ -61,6 +68,8 @@ class Config:
       norm: weighting of the channel norms.
       floor: channels that stay in each dimension.
       validation: training examples held out and evaluated every epoch.
+      evaluate_every: epochs from one evaluation on the whole training set to the next;
+        the last epoch has one in any case.
       seed: of initialisation and data order.
       data_dir: directory with mnist.npz or cifar10-jpeg.tar.xz; default:
         tensorflow-datasets.
@@ -70,7 +79,7 @@ class Config:
     dataset: data.Name = "digits"
     downscale: int = 1
     model: models.Name = "dnn"
-    method: Literal["sgd", "altsdp", "prox_sgd"] = "altsdp"
+    method: Method = "altsdp"
     widths: tuple[int, ...] = ()
     epochs: int = 30
     batch_size: int = 128
@@ -81,10 +90,14 @@ class Config:
     c: float = 0.1
     mu: float = 0.6
     sparsity: float | None = None
+    target: Literal["channels", "params", "flops"] = "channels"
     ranking: Literal["global", "per_dimension"] = "global"
     begin: float = 0.1
     end: float = 0.6
     penalty: float = 1e-3
+    decay_steps: int = 1
+    release_rate: float | None = None
+    release_length: float = 1.0
     dual: Literal["full", "radial"] = "full"
     valley: Literal["none", "hessian", "svd", "frequent_directions", "oja"] = "none"
     valley_rank: int = 8
@@ -93,6 +106,7 @@ class Config:
     norm: Literal["plain", "size", "cost"] = "plain"
     floor: int = 1
     validation: int = 0
+    evaluate_every: int = 1
     seed: int = 0
     data_dir: pathlib.Path | None = None
     out: pathlib.Path | None = None
@@ -115,8 +129,10 @@ class Config:
                 else f"sparsity{self.sparsity:g}"
             )
             parts.append(self.dual if self.valley == "none" else self.valley)
-        elif self.method == "prox_sgd":
+        elif self.method != "sgd":
             parts.append(f"{self.penalty:g}")
+            if self.sparsity is not None:
+                parts.append(f"sparsity{self.sparsity:g}")
         return pathlib.Path("runs") / "-".join([*parts, f"seed{self.seed}"])
 
 
@@ -155,45 +171,6 @@ class Run(NamedTuple):
     state: State
     epochs: list[dict[str, Any]]
     result: dict[str, Any]
-
-
-def make_optimizer(
-    config: Config, groups: sdp_jax.Groups, steps: int
-) -> optax.GradientTransformation:
-    """The optimizer of a run of ``steps`` updates."""
-    rate: Any = config.learning_rate
-    if config.schedule == "cosine":
-        rate = optax.cosine_decay_schedule(rate, steps)
-    momentum = config.momentum or None
-    pruning: Any = {"norm": config.norm, "floor": config.floor, "momentum": momentum}
-    if config.method == "sgd":
-        tx = optax.sgd(rate, momentum)
-    elif config.method == "prox_sgd":
-        tx = sdp_jax.prox_sgd(rate, groups, strength=config.penalty, **pruning)
-    else:
-        strength = sdp_jax.valley_strength(config.c, config.mu)
-        if config.sparsity is not None:
-            begin, end = round(config.begin * steps), round(config.end * steps)
-            per_dimension = config.ranking == "per_dimension"
-            strength = sdp_jax.target_sparsity(
-                config.sparsity, begin, end, per_dimension=per_dimension
-            )
-        valley: Any = None
-        if config.valley == "hessian":
-            valley = {"rank": config.valley_rank, "estimator": None}
-        elif config.valley != "none":
-            valley = {
-                "rank": config.valley_rank,
-                "estimator": config.valley,
-                "decay": config.valley_decay,
-                "every": config.valley_every,
-            }
-        tx = sdp_jax.altsdp(
-            rate, groups, strength=strength, dual=config.dual, valley=valley, **pruning
-        )
-    if config.weight_decay:
-        return optax.chain(optax.add_decayed_weights(config.weight_decay), tx)
-    return tx
 
 
 def make_loss(
@@ -256,6 +233,23 @@ def make_refresh(
     return refresh
 
 
+def make_scores(
+    model: models.Model, groups: sdp_jax.Groups, training: data.Split, config: Config
+) -> Callable[[State], State]:
+    """Gives the optimizer discriminant information of 2,000 examples as scores."""
+    size = min(2000, len(training.labels))
+    batch = next(data.batches(training, size, seed=config.seed, epoch=0))
+    score = methods.discriminant_score(jnp.asarray(batch.labels))
+
+    def refresh(state: State) -> State:
+        maps = models.feature_maps(model, groups, state.variables, batch.images)
+        scores = score(groups, state.params, activations=maps)
+        opt_state = methods.set_scores(state.opt_state, groups, scores)
+        return state._replace(opt_state=opt_state)
+
+    return refresh
+
+
 def make_evaluate(
     apply: Callable[..., Any],
 ) -> Callable[[dict[str, Any], data.Split], tuple[float, float]]:
@@ -300,8 +294,11 @@ def train(
       FileNotFoundError: if the data is not there.
       ImportError: if tensorflow-datasets is needed and not installed.
     """
-    if config.epochs < 1:
-        raise ValueError(f"epochs must be at least 1; got {config.epochs}")
+    if config.epochs < 1 or config.evaluate_every < 1:
+        raise ValueError(
+            f"epochs and evaluate_every must be at least 1; got {config.epochs} and "
+            f"{config.evaluate_every}"
+        )
     dataset = data.load(config.dataset, config.data_dir, downscale=config.downscale)
     training, validation = data.hold_out(dataset.train, config.validation)
     per_epoch = data.steps_per_epoch(training, config.batch_size)
@@ -312,7 +309,8 @@ def train(
     example = jnp.zeros((1, *training.images.shape[1:]))
     variables: Any = model.init(jax.random.key(config.seed), example)
     groups = sdp_jax.find_groups(model.apply, variables, example)
-    tx = make_optimizer(config, groups.at("params"), steps)
+    counted = Counted(groups, model.apply, variables, (example,))
+    tx = make_optimizer(config, groups.at("params"), steps, counted)
     params = variables["params"]
     state = State(params, variables.get("batch_stats", {}), tx.init(params))
 
@@ -339,9 +337,13 @@ def train(
         for record in log.epochs:
             on_epoch(record)
         step, evaluate = make_step(model, tx), make_evaluate(model.apply)
-        refresh = None
+        refresh, due = None, range(0)
         if config.method == "altsdp" and config.valley == "hessian":
             refresh = make_refresh(model, training, state.batch_stats, config)
+            due = range(0, steps, config.valley_every)
+        elif config.method in optimizers.FROM_OUTSIDE:
+            refresh = make_scores(model, groups.at("params"), training, config)
+            due = range(optimizers.one_shot_step(config, steps) - 1, steps, steps)
         for epoch in range(done + 1, config.epochs + 1):
             start = time.perf_counter()
             order = data.batches(
@@ -350,25 +352,26 @@ def train(
             losses = []
             for i, batch in enumerate(order):
                 number = (epoch - 1) * per_epoch + i
-                if refresh is not None and number % config.valley_every == 0:
+                if refresh is not None and number in due:
                     state = refresh(state)
                 state, loss = step(state, batch)
                 losses.append(loss)
                 on_step(number + 1, steps)
             record: dict[str, Any] = {"epoch": epoch}
             record["batch_loss"] = float(np.mean(jax.device_get(losses)))
-            record["train_loss"], record["train_accuracy"] = evaluate(
-                state.variables, training
-            )
-            if not np.isfinite(record["train_loss"]):
+            if epoch % config.evaluate_every == 0 or epoch == config.epochs:
+                found = evaluate(state.variables, training)
+                record["train_loss"], record["train_accuracy"] = found
+            loss = record.get("train_loss", record["batch_loss"])
+            if not np.isfinite(loss):
                 raise ValueError(
-                    f"the training loss is {record['train_loss']} after epoch {epoch}; "
-                    "lower learning_rate"
+                    f"the training loss is {loss} after epoch {epoch}; lower "
+                    "learning_rate"
                 )
             if config.validation:
                 found = evaluate(state.variables, validation)
                 record["validation_loss"], record["validation_accuracy"] = found
-            if config.method != "sgd":
+            if config.method in optimizers.THRESHOLD:
                 sdp_jax.check_zeros(state.opt_state)
             alive = sdp_jax.channels_alive(groups, state.variables)
             record["channels"] = {k: int(v.sum()) for k, v in alive.items()}
@@ -408,6 +411,8 @@ def _result(
         "dense_widths": groups.sizes,
         "parameters": _count(variables["params"]),
         "small_parameters": _count(small_variables["params"]),
+        "flops": sdp_jax.cost(model.apply, variables, images[:1]).flops,
+        "small_flops": sdp_jax.cost(small, small_variables, images[:1]).flops,
     }
 
 
@@ -548,7 +553,7 @@ def main(config: Config) -> Run:
         def on_epoch(record: dict[str, Any]) -> None:
             channels = " ".join(str(n) for n in record["channels"].values())
             console.print(
-                f"epoch {record['epoch']:3d}  train loss {record['train_loss']:.4f}  "
+                f"epoch {record['epoch']:3d}  batch loss {record['batch_loss']:.4f}  "
                 f"channels {channels}"
             )
 

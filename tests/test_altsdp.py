@@ -1,5 +1,6 @@
 """AltSDP against independent oracles."""
 
+import functools
 import os
 import pathlib
 import platform
@@ -30,6 +31,13 @@ def quadratic(rank, seed):
     return hessian, basis, centre, start, minimizer
 
 
+@functools.cache
+def exact_points(rank, strength, size):
+    """The exact points of the problems of four seeds."""
+    problems = (quadratic(rank, seed) for seed in range(4))
+    return [exact_sdp(p[-1], p[1], strength, size) for p in problems]
+
+
 def exact_sdp(minimizer, basis, strength, size, steps=5000):
     """argmin ½‖w − w*‖² + λ Σ ‖w_g‖ over w* + null space, by ADMM."""
     z, u = minimizer.copy(), np.zeros_like(minimizer)
@@ -44,27 +52,40 @@ def exact_sdp(minimizer, basis, strength, size, steps=5000):
     return x
 
 
-def train_on_quadratic(problem, c, mu, time, size, explicit, gamma=0.01):
-    hessian, basis, centre, start, _ = problem
-    params = {"w": jnp.asarray(start.reshape(-1, size))}
-    groups = sdp_jax.groups_from_axes(params, {"all": [sdp_jax.producer("w", 0)]})
+def train_on_quadratics(problems, c, mu, time, size, explicit, gamma=0.01):
+    """Trains on all problems at once, each from its own start in its own valley."""
+    params = {"w": jnp.stack([start.reshape(-1, size) for *_, start, _ in problems])}
+    one = jax.tree.map(lambda x: x[0], params)
+    groups = sdp_jax.groups_from_axes(one, {"all": [sdp_jax.producer("w", 0)]})
     valley = None
     if explicit:
-        valley = {"basis": {"w": jnp.asarray(basis.T.reshape(-1, DIM // size, size))}}
+        valley = {"rank": problems[0][1].shape[1], "estimator": None}
     tx = sdp_jax.altsdp(
         gamma, groups, strength=sdp_jax.valley_strength(c, mu), valley=valley
     )
 
-    def step(carry, _):
-        params, state = carry
-        flat = params["w"].reshape(-1)
-        grads = {"w": (jnp.asarray(hessian) @ (flat - centre)).reshape(-1, size)}
-        updates, state = tx.update(grads, state, params)
-        return (optax.apply_updates(params, updates), state), None
+    def run(params, state, hessian, centre):
+        def step(carry, _):
+            params, state = carry
+            flat = params["w"].reshape(-1)
+            grads = {"w": (hessian @ (flat - centre)).reshape(-1, size)}
+            updates, state = tx.update(grads, state, params)
+            return (optax.apply_updates(params, updates), state), None
 
-    scan = jax.jit(lambda c: jax.lax.scan(step, c, None, length=round(time / gamma)))
-    (params, _), _ = scan((params, tx.init(params)))
-    return np.asarray(params["w"]).reshape(-1)
+        steps = round(time / gamma)
+        return jax.lax.scan(step, (params, state), None, length=steps)[0][0]
+
+    states = []
+    for i, (_, basis, *_) in enumerate(problems):
+        state = tx.init(jax.tree.map(lambda x, i=i: x[i], params))
+        if explicit:
+            directions = {"w": jnp.asarray(basis.T.reshape(-1, DIM // size, size))}
+            state = sdp_jax.set_basis(state, directions)
+        states.append(state)
+    state = jax.tree.map(lambda *x: jnp.stack(x), *states)
+    hessians, centres = (jnp.stack([p[i] for p in problems]) for i in (0, 2))
+    params = jax.jit(jax.vmap(run))(params, state, hessians, centres)
+    return np.asarray(params["w"]).reshape(len(problems), -1)
 
 
 # c, μ, sharp directions, training time, group size; distance to the exact point and
@@ -84,11 +105,12 @@ def test_reaches_the_exact_sdp_point(case, explicit, x64):
     c, mu, rank, time, size, plain_bounds, explicit_bounds = case
     strength = c * 0.01**0.5 * time**mu
     distances, losses = [], []
-    for seed in range(4):
-        problem = quadratic(rank, seed)
-        hessian, basis, centre, _, minimizer = problem
-        w = train_on_quadratic(problem, c, mu, time, size, explicit)
-        exact = exact_sdp(minimizer, basis, strength, size)
+    problems = [quadratic(rank, seed) for seed in range(4)]
+    found = train_on_quadratics(problems, c, mu, time, size, explicit)
+    for problem, w, exact in zip(
+        problems, found, exact_points(rank, strength, size), strict=True
+    ):
+        hessian, _, centre, _, minimizer = problem
         zero = np.abs(w.reshape(-1, size)).max(axis=1) == 0
         np.testing.assert_array_equal(
             zero, np.abs(exact.reshape(-1, size)).max(axis=1) == 0
@@ -346,10 +368,10 @@ def test_layer_collapse_is_stopped_by_the_floor():
     tx = sdp_jax.altsdp(
         0.1, groups, strength=optax.linear_schedule(0, 100, 20), floor={"hidden1": 3}
     )
-    state = tx.init(params)
+    state, update = tx.init(params), jax.jit(tx.update)
     for i in range(30):
         grads = jax.grad(toy.loss)(params, toy.batch(seed=i))
-        updates, state = tx.update(grads, state, params)
+        updates, state = update(grads, state, params)
         params = optax.apply_updates(params, updates)
     left = {k: int(v.sum()) for k, v in sdp_jax.channels_alive(groups, params).items()}
     assert left == {"hidden0": 1, "hidden1": 3}

@@ -111,7 +111,7 @@ def test_flattened_convolution_heads_and_concatenation():
     check_against_reference(groups, params)
 
 
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(
     outer=st.integers(1, 3),
     size=st.integers(1, 4),

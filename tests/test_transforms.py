@@ -1,5 +1,7 @@
 """The contract that every transformation keeps, and the pieces of the chain."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -48,6 +50,12 @@ final = pytest.mark.parametrize("name", FINAL)
 grouped = pytest.mark.parametrize("name", GROUPED)
 
 
+@functools.cache
+def made(name):
+    """One for all tests, so that they share what is compiled."""
+    return FINAL[name](toy.mlp_groups())
+
+
 def make_step(tx):
     def step(params, state, grads):
         updates, state = tx.update(grads, state, params)
@@ -56,8 +64,13 @@ def make_step(tx):
     return step
 
 
+@functools.cache
+def compiled_step(tx, donate=()):
+    return jax.jit(make_step(tx), donate_argnums=donate)
+
+
 def train(tx, params, steps=6, jit=True):
-    step = jax.jit(make_step(tx)) if jit else make_step(tx)
+    step = compiled_step(tx) if jit else make_step(tx)
     state = tx.init(params)
     for i in range(steps):
         params, state = step(params, state, toy.mlp_grads(params, seed=i))
@@ -67,7 +80,7 @@ def train(tx, params, steps=6, jit=True):
 @final
 def test_same_with_and_without_jit(name):
     params = toy.mlp_params()
-    tx = FINAL[name](toy.mlp_groups(params))
+    tx = made(name)
     a = train(tx, params)
     with jax.disable_jit():
         b = train(tx, params, jit=False)
@@ -77,7 +90,7 @@ def test_same_with_and_without_jit(name):
 @final
 def test_state_is_stable_and_compiles_once(name):
     params = toy.mlp_params()
-    tx = FINAL[name](toy.mlp_groups(params))
+    tx = made(name)
     abstract = jax.eval_shape(tx.init, params)
     traces = 0
 
@@ -101,9 +114,11 @@ def test_state_is_stable_and_compiles_once(name):
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
 def test_no_dtype_is_promoted(name, dtype):
     params = toy.mlp_params(dtype=dtype)
-    tx = FINAL[name](toy.mlp_groups(params))
-    state = tx.init(params)
-    updates, state = tx.update(toy.mlp_grads(params), state, params)
+    tx = made(name)
+    # Dtypes are known without computing anything.
+    updates, state = jax.eval_shape(
+        lambda p, g: tx.update(g, tx.init(p), p), params, toy.mlp_grads(params)
+    )
     chex.assert_trees_all_equal_dtypes(updates, params)
     for node in jax.tree.leaves(
         state, is_leaf=lambda x: isinstance(x, sdp_jax.DualAveragingState)
@@ -128,7 +143,7 @@ def test_float64(name, x64):
 def test_zero_channels_are_exactly_zero(name, dtype):
     params = toy.mlp_params(dtype=dtype)
     groups = toy.mlp_groups(params)
-    params, state = train(FINAL[name](groups), params)
+    params, state = train(made(name), params)
     alive = sdp_jax.channels_alive(groups, params)
     told = np.asarray(state[-1].alive.per_channel)
     flat = np.concatenate([np.asarray(a) for a in alive.values()])
@@ -145,7 +160,7 @@ def test_zero_channels_are_exactly_zero(name, dtype):
 @grouped
 def test_vmap_over_an_ensemble(name):
     groups = toy.mlp_groups()
-    tx = FINAL[name](groups)
+    tx = made(name)
     members = [toy.mlp_params(seed=s) for s in range(3)]
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *members)
     state = jax.vmap(tx.init)(stacked)
@@ -164,9 +179,9 @@ def test_vmap_over_an_ensemble(name):
 @final
 def test_donated_buffers(name):
     params = toy.mlp_params()
-    tx = FINAL[name](toy.mlp_groups(params))
+    tx = made(name)
     expected, _ = train(tx, params)
-    step = jax.jit(make_step(tx), donate_argnums=(0, 1))
+    step = compiled_step(tx, donate=(0, 1))
     params = jax.tree.map(jnp.copy, params)
     state = jax.jit(tx.init)(params)
     for i in range(6):
@@ -177,8 +192,8 @@ def test_donated_buffers(name):
 @final
 def test_donating_what_init_returned_without_jit(name):
     params = toy.mlp_params()
-    tx = FINAL[name](toy.mlp_groups(params))
-    step = jax.jit(make_step(tx), donate_argnums=(0, 1))
+    tx = made(name)
+    step = compiled_step(tx, donate=(0, 1))
     params, state = step(params, tx.init(params), toy.mlp_grads(params))
     chex.assert_tree_all_finite(params)
 
@@ -208,7 +223,7 @@ def test_sharded_parameters(name):
 @final
 def test_params_are_required(name):
     params = toy.mlp_params()
-    tx = FINAL[name](toy.mlp_groups(params))
+    tx = made(name)
     with pytest.raises(ValueError, match=r"needs the current parameters|params"):
         tx.update(toy.mlp_grads(params), tx.init(params))
 
@@ -216,7 +231,7 @@ def test_params_are_required(name):
 @final
 def test_map_params_finds_the_parameter_shaped_state(name):
     params = toy.mlp_params()
-    tx = FINAL[name](toy.mlp_groups(params))
+    tx = made(name)
     state = tx.init(params)
     doubled = optax.tree.map_params(tx, lambda x: 2 * x, state)
     assert jax.tree.structure(doubled) == jax.tree.structure(state)
@@ -232,7 +247,7 @@ def test_map_params_finds_the_parameter_shaped_state(name):
 @final
 def test_extra_arguments_are_accepted(name):
     params = toy.mlp_params()
-    tx = FINAL[name](toy.mlp_groups(params))
+    tx = made(name)
     grads, state = toy.mlp_grads(params), tx.init(params)
     plain = tx.update(grads, state, params)
     chex.assert_trees_all_equal(

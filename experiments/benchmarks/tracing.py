@@ -233,6 +233,7 @@ def main(config: Config) -> dict[str, dict[str, float]]:
         "ViT-B/16": (ViT(768, 12, **flat), None),
     }
     x = jnp.ones((2, config.image, config.image, 3))
+    rounds = min(config.repeats, 5)
     print(
         f"{'network':<14} trace  groups  narrow  channels  forward ms  "
         "dense/small: FLOPs  "
@@ -241,13 +242,13 @@ def main(config: Config) -> dict[str, dict[str, float]]:
     figures: dict[str, dict[str, float]] = {}
     for name, (network, twin) in networks.items():
         shapes = jax.eval_shape(network.init, jax.random.key(0), x)
-        trace, extra, groups = time_groups(network.apply, shapes, x, 5)
-        more = _time_narrow(network.apply, groups, shapes, x, 5) - trace
+        trace, extra, groups = time_groups(network.apply, shapes, x, rounds)
+        more = _time_narrow(network.apply, groups, shapes, x, rounds) - trace
         found = {"trace": trace, "groups": extra, "narrow": more}
         found["channels"] = groups.num_channels
         line = f"{name:<14} {trace:5.2f}  {extra:6.2f}  {more:6.2f}  "
         line += f"{groups.num_channels:8d}"
-        variables = network.init(jax.random.key(0), x)
+        variables = jax.jit(network.init)(jax.random.key(0), x)
         if twin is None:
             args = [(variables, x)]
             (dense,) = sdp_jax.latency(network.apply, args=args, repeats=config.repeats)
@@ -312,7 +313,7 @@ def _speed(
     """Seconds of dense and small function and of its twin; ratio of the FLOPs."""
     cut = _half(groups)
     small = cut.take(variables)
-    written = twin.init(jax.random.key(0), x)
+    written = jax.jit(twin.init)(jax.random.key(0), x)
     have, want = (jax.tree.map(jnp.shape, tree) for tree in (small, written))
     assert have == want, "the twin has other shapes than the small network"
     narrowed = sdp_jax.narrow(network.apply, cut)

@@ -129,7 +129,7 @@ def curvature_cost(config: Config) -> dict[str, float]:
     """
     split = data.load("digits").train
     model = models.ConvNet(widths=(16, 16, 32, 32, 64))
-    variables: Any = model.init(jax.random.key(0), split.images[:1])
+    variables: Any = jax.jit(model.init)(jax.random.key(0), split.images[:1])
     params, stats = variables["params"], variables["batch_stats"]
     loss_fn = make_loss(model)
 

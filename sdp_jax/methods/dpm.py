@@ -143,7 +143,7 @@ def decay_pruning(
             host.init(params),
             jnp.zeros((), jnp.int32),
             PerChannel(jnp.zeros(size, jnp.int32)),
-            PerChannel(jnp.zeros(size, jnp.float32)),
+            PerChannel(jnp.zeros(size, jnp.result_type(float))),
             jnp.zeros((), jnp.int32),
         )
 
@@ -180,7 +180,7 @@ def decay_pruning(
         decaying = (marked | (before > 0)) & alive & ~release
         done = jnp.where(decaying, before + 1, 0)
 
-        goal = start * (1 - done / steps)
+        goal = start * (steps - done) / steps
         safe = jnp.where(free_norms > 0, free_norms, 1)
         imposed = jnp.where(done < steps, goal.astype(norms.dtype) / safe, 0)
         # The others follow the host to the last bit; where dimensions share entries,
@@ -197,7 +197,7 @@ def decay_pruning(
             host_state,
             count,
             PerChannel(jnp.where(done < steps, done, 0)),
-            PerChannel(start.astype(jnp.float32)),
+            PerChannel(start.astype(state.start.per_channel.dtype)),
             state.releases + jnp.sum(release, dtype=jnp.int32),
         )
         return out, new_state

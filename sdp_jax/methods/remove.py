@@ -128,16 +128,38 @@ def remove_lowest(
         if released is not None:
             gone = gone & ~released
         total = state.total.per_channel
-        if score is not None:
+        if score is not None and (accumulate or every == 1):
             found = check_scores(groups, score(groups, params, gradients))
             total = total + found if accumulate else found
-        # What is gone comes first, so that it counts towards the target.
-        ranked = jnp.where(gone, -1, total / every if accumulate else total)
-        thresholds, strength_state = rule.update(
-            state.strength, split_channels(ranked, groups.sizes), floors
-        )
-        due = count % every == 0
-        gone = gone | (due & (ranked < join_channels(thresholds)))
+
+        def decide() -> tuple[jax.Array, Any]:
+            latest = total / every
+            if not accumulate:
+                latest = total
+                if score is not None and every > 1:
+                    latest = check_scores(groups, score(groups, params, gradients))
+            # What is gone comes first, so that it counts towards the target.
+            ranked = jnp.where(gone, -1, latest)
+            values = split_channels(ranked, groups.sizes)
+
+            def advance(_: Any, carry: Any) -> Any:
+                thresholds, inner = rule.update(carry[1], values, floors)
+                flat = join_channels({k: thresholds[k] for k in groups.sizes})
+                return flat.astype(ranked.dtype), inner
+
+            # The strength counts every update, and decides by the scores of this one.
+            start = (jnp.zeros_like(ranked), state.strength)
+            flat, inner = jax.lax.fori_loop(0, every, advance, start)
+            return gone | (ranked < flat), inner
+
+        if every == 1:
+            due = True
+            gone, strength_state = decide()
+        else:
+            due = count % every == 0
+            gone, strength_state = jax.lax.cond(
+                due, decide, lambda: (gone, state.strength)
+            )
         if accumulate:
             total = jnp.where(due, 0, total)
         factor = jnp.where(gone, 0.0, 1.0)

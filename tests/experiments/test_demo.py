@@ -5,9 +5,9 @@ from experiments.demo import Demo, main
 
 def test_demo_in_small(tmp_path, capsys):
     figures = main(
-        Demo(sparsity=0.5, epochs=2, widths=(4, 4, 4, 4, 8), out=tmp_path / "demo")
+        Demo(sparsity=0.5, epochs=2, widths=(4, 4, 8), out=tmp_path / "demo")
     )
-    assert sum(figures["widths"].values()) == 12
+    assert sum(figures["widths"].values()) == 8
     assert figures["small_parameters"] < figures["dense_parameters"]
     assert figures["difference"] < 1e-4
     assert figures["small_seconds"] > 0

@@ -15,7 +15,7 @@ def test_compares_every_estimate(tmp_path, monkeypatch, capsys):
     # How these train is tested beside it.
     monkeypatch.setattr("experiments.estimators.train", quick)
     options = Estimators(
-        widths=(6, 4), epochs=2, rank=2, seeds=2, out=tmp_path / "out.json"
+        widths=(6, 4), epochs=1, rank=2, seeds=2, out=tmp_path / "out.json"
     )
     figures = main(options)
     names = ["svd, decay 0.5", "frequent_directions, decay 0.99"]

@@ -7,7 +7,7 @@ from experiments.train import Config, train
 
 
 def test_one_row_for_all_seeds_of_a_configuration(tmp_path):
-    base = Config(widths=(12, 8), epochs=2, batch_size=256)
+    base = Config(widths=(12, 8), epochs=1, batch_size=256)
     runs = []
     for changed in ({"method": "sgd"}, {"sparsity": 0.5, "dual": "radial"}):
         for seed in (0, 1):

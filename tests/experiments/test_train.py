@@ -3,6 +3,7 @@ import json
 import os
 import pathlib
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -34,7 +35,7 @@ def run(tmp_path, name="run", **changed):
         {"method": "altsdp", "sparsity": 0.5, "ranking": "per_dimension", "floor": 2},
         {"method": "altsdp", "sparsity": 0.5, "dual": "radial", "norm": "size"},
         {"method": "prox_sgd", "penalty": 0.1},
-        {"model": "conv", "widths": (4, 4, 4, 4, 8), "sparsity": 0.5, "validation": 99},
+        {"model": "conv", "widths": (4, 4, 8), "sparsity": 0.5, "validation": 99},
     ],
     ids=str,
 )
@@ -141,10 +142,18 @@ def test_another_configuration_is_refused(tmp_path):
     assert len(read_lines(tmp_path / "run/metrics.jsonl")) == 3
 
 
+CONV = {"model": "conv", "widths": (4, 4, 8), "sparsity": 0.5}
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    return run(folder, **CONV), folder / "run"
+
+
 @pytest.mark.parametrize("when", ["before the checkpoint", "torn line"])
-def test_what_a_crash_leaves_behind(tmp_path, when, monkeypatch):
-    changed = {"model": "conv", "widths": (4, 4, 4, 4, 8), "sparsity": 0.5}
-    whole = run(tmp_path, "whole", **changed)
+def test_what_a_crash_leaves_behind(tmp_path, when, monkeypatch, whole_run):
+    whole, folder = whole_run
     if when == "before the checkpoint":
         save = ocp.CheckpointManager.save
 
@@ -156,14 +165,14 @@ def test_what_a_crash_leaves_behind(tmp_path, when, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(ocp.CheckpointManager, "save", crash)
             with pytest.raises(KeyboardInterrupt):
-                run(tmp_path, "part", **changed)
+                run(tmp_path, "part", **CONV)
     else:
         # The checkpoint of epoch 2 is there, its record is not complete.
-        run(tmp_path, "part", **changed)
+        shutil.copytree(folder, tmp_path / "part")
         path = tmp_path / "part/metrics.jsonl"
         text = path.read_text().splitlines(keepends=True)
         path.write_text("".join(text[:2]) + text[2][:20])
-    part = run(tmp_path, "part", **changed)
+    part = run(tmp_path, "part", **CONV)
     chex.assert_trees_all_equal(part.state, whole.state)
     assert part.result == whole.result
     epochs = [r["epoch"] for r in read_lines(tmp_path / "part/metrics.jsonl")[1:-1]]
@@ -171,7 +180,7 @@ def test_what_a_crash_leaves_behind(tmp_path, when, monkeypatch):
 
 
 def test_killed_at_random_steps_it_ends_with_the_same_bits(tmp_path):
-    changed = {"sparsity": 0.5, "momentum": 0.9, "epochs": 60, "batch_size": 64}
+    changed = {"sparsity": 0.5, "momentum": 0.9, "epochs": 40, "batch_size": 64}
     whole = run(tmp_path, "whole", **changed)
     command = [sys.executable, "-m", "experiments.train", "--widths", "12", "8"]
     for key, value in changed.items():
@@ -191,9 +200,8 @@ def test_killed_at_random_steps_it_ends_with_the_same_bits(tmp_path):
         process.send_signal(signal.SIGKILL)
         killed += process.wait() == -signal.SIGKILL
     assert killed == 2
-    assert 2 < len(read_lines(metrics)) < 61
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=300)
-    # The process is deterministic only on as many devices: compare in one of its kind.
+    assert 2 < len(read_lines(metrics)) < 41
+    # The third process to go on is this one.
     part = train(dataclasses.replace(TINY, out=tmp_path / "part", **changed))
     chex.assert_trees_all_equal(part.state, whole.state)
     assert part.result == whole.result

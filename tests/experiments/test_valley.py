@@ -32,7 +32,7 @@ def test_compares_all_ways(tmp_path, capsys, monkeypatch):
 
     # What it certifies is tested beside it.
     monkeypatch.setattr(sdp_jax, "certify", quick)
-    config = Config(widths=(12, 8), epochs=2, batch_size=256)
+    config = Config(widths=(12, 8), epochs=1, batch_size=256)
     for name, changed in {
         "sgd": {"method": "sgd"},
         "altsdp": {"sparsity": 0.3},

@@ -87,8 +87,9 @@ def test_shrinkage_stays_out_of_the_given_directions(estimator, x64):
     )
     state, now = tx.init(params), params
     zeros = jax.tree.map(jnp.zeros_like, params)
+    update = jax.jit(tx.update)
     for _ in range(200):
-        updates, state = tx.update(zeros, state, now)
+        updates, state = update(zeros, state, now)
         now = optax.apply_updates(now, updates)
     moved = jax.tree.map(jnp.subtract, now, params)
     along = [
@@ -230,7 +231,7 @@ def test_state_keeps_its_dtypes(x64):
         0.1, toy.mlp_groups(params), strength=STRENGTH, valley={"basis": basis}
     )
     state = tx.init(params)
-    _, after = tx.update(toy.mlp_grads(params), state, params)
+    _, after = jax.eval_shape(tx.update, toy.mlp_grads(params), state, params)
     chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
 
 
@@ -280,9 +281,10 @@ def test_valley_estimate_finds_the_directions_of_the_stream(x64):
     groups = sdp_jax.groups_from_axes(params, {"d": [sdp_jax.producer("w", 1)]})
     tx = sdp_jax.project_onto_valley(groups, 0.1, rank=3, decay=0.9)
     state = tx.init(params)
+    update = jax.jit(tx.update)
     for _ in range(30):
         step = {"w": jnp.asarray((basis @ rng.normal(size=2)).reshape(3, 4))}
-        updates, state = tx.update(step, state, params)
+        updates, state = update(step, state, params)
         params = optax.apply_updates(params, updates)
     found = np.asarray(state.basis["w"]).reshape(3, 12)
     strong = found[np.asarray(state.energy) > 1e-6]
@@ -295,7 +297,7 @@ def test_valley_estimate_finds_the_directions_of_the_stream(x64):
     for bad in (0.0, np.nan, np.inf):
         # The dual arrives by way of params + step: a zero, a NaN and an infinite step.
         point = jax.tree.map(lambda v, p, b=bad: v - p + b, state.dual, params)
-        _, after = tx.update(point, state, params)
+        _, after = update(point, state, params)
         chex.assert_trees_all_equal(after.basis, before)
 
 

@@ -1,0 +1,423 @@
+"""DepGraph: importance of all that goes with a channel, and its sparse learning.
+
+The other scores look at the producers of a channel. Here its consumers count as well:
+what is cut together is judged together.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple, get_args
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from sdp_jax.groups import (
+    Dimension,
+    Groups,
+    Member,
+    PerChannel,
+    PyTree,
+    Role,
+    channels_alive,
+    join_channels,
+    leaf_table,
+    member_sums,
+    split_channels,
+)
+from sdp_jax.methods.hosted import Score
+from sdp_jax.strength import check_number
+from sdp_jax.transforms import check_kind, check_params, need_params
+
+Normalizer = Literal["mean", "max", "sum"]
+Reduce = Literal["mean", "sum", "max"]
+
+ROLES: tuple[Role, ...] = ("producer", "consumer")
+# Last keys of biases in the common libraries, and those of scales.
+BIASES = ("bias", "beta", "offset", "shift", "b")
+SCALES = ("scale", "gamma", "weight")
+
+
+class GroupNormRegularizerState(NamedTuple):
+    """State of :func:`group_norm_regularizer`.
+
+    Attributes:
+      count: number of updates so far, int32 scalar.
+      reg: strength of each channel.
+    """
+
+    count: jax.Array
+    reg: PerChannel
+
+
+def group_importance(
+    p: float = 2,
+    *,
+    bias: bool = False,
+    normalizer: Normalizer | None = "mean",
+    reduce: Reduce = "mean",
+) -> Score:
+    """The norm of all parameters that go with a channel, of those that read it as well.
+
+    For channel ``k`` of a dimension with the members ``m``, producers and consumers::
+
+        I_k = reduce_m Σ |w_m[k]|^p,    I_k ← I_k / normalizer_j I_j
+
+    There is no root: with ``p=2`` these are squares. Scales of normalisations count as
+    members; running statistics never do. Members that cover one axis of one leaf (such
+    as query, key and value in one matrix) are one member together.
+
+    It is the importance in the model as it would be after a cut: a channel whose
+    producers are all zero scores 0, the normaliser leaves it out, and so do the
+    channels beside it leave out the entries that read it.
+
+    A bias is a producer whose last key is ``bias``, or a vector whose last key is
+    ``beta``, ``offset``, ``shift`` or ``b``, or a vector beside a matrix that is a
+    producer in the same module, unless its last key is ``scale``, ``gamma`` or
+    ``weight``. Where a dimension has nothing else, its biases count.
+
+    Args:
+      p: the exponent.
+      bias: whether biases count, each as a member of its own.
+      normalizer: what the importances of a dimension are divided by, their ``"mean"``,
+        ``"max"`` or ``"sum"``; ``None`` leaves them as they are. It makes dimensions
+        comparable under one target for all of them.
+      reduce: how the members are combined, by ``"mean"``, ``"sum"`` or ``"max"``.
+
+    Returns:
+      A score; it needs neither gradients nor activations.
+
+    Raises:
+      ValueError: if an argument is out of range.
+      TypeError: if ``p`` is not a number.
+
+    References:
+      Fang, Ma, Song, Mi, Wang, "DepGraph: Towards Any Structural Pruning", CVPR 2023,
+      arXiv 2301.12900; the mean over members and the normaliser as in its code.
+
+    Example:
+      >>> import jax.numpy as jnp, sdp_jax
+      >>> from sdp_jax import methods
+      >>> params = {"w": jnp.array([[3., 1.]]), "v": jnp.array([[1.], [3.]])}
+      >>> groups = sdp_jax.groups_from_axes(params, {
+      ...     "hidden": [sdp_jax.producer("w", 1), sdp_jax.consumer("v", 0)]})
+      >>> score = methods.group_importance(normalizer=None)
+      >>> print(score(groups, params)["hidden"])  # (9 + 1) / 2, (1 + 9) / 2
+      [5. 5.]
+    """
+    check_number("p", p, low=1e-6, rule="a positive number")
+    if normalizer is not None and normalizer not in get_args(Normalizer):
+        raise ValueError(
+            f"normalizer is {normalizer!r}; use one of {get_args(Normalizer)} or None"
+        )
+    if reduce not in get_args(Reduce):
+        raise ValueError(f"reduce is {reduce!r}; use one of {get_args(Reduce)}")
+
+    def score(
+        groups: Groups,
+        params: PyTree,
+        grads: PyTree | None = None,
+        activations: Any = None,
+    ) -> dict[str, jax.Array]:
+        del grads, activations
+        alive = channels_alive(groups, params)
+        sums = member_sums(
+            groups, _without_dead(groups, params, alive), _power(p), roles=ROLES
+        )
+        scores = {}
+        for d in groups:
+            counted = _counted(groups, d, bias)
+            places: dict[tuple[str, int, Role], jax.Array] = {}
+            for m, value in sums[d.name]:
+                if m in counted:
+                    place = (m.path, m.axis, m.role)
+                    places[place] = places[place] + value if place in places else value
+            scores[d.name] = _normalised(
+                _reduced(list(places.values()), reduce), alive[d.name], normalizer
+            )
+        return scores
+
+    return score
+
+
+def group_norm_regularizer(
+    groups: Groups,
+    reg: chex.Numeric = 5e-4,
+    *,
+    alpha: chex.Numeric | None = None,
+    growing: chex.Numeric | None = None,
+    every: int = 1,
+    bias: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """Adds the gradient of DepGraph's sparsity regulariser: weak channels decay faster.
+
+    It stands in *front* of the base optimizer. To the gradient of every producer and
+    consumer of channel ``k`` it adds ::
+
+        reg γ_k w[k],    γ_k = 2^(α (√I_max − √I_k) / (√I_max − √I_min))
+
+    with the importances ``I`` of :func:`group_importance` with ``p=2``; largest and
+    smallest are those of the dimension. The strongest channel decays at the rate
+    ``reg``, the weakest at ``2^α`` times that. An entry that belongs to two dimensions
+    gets both terms.
+
+    The growing variant keeps a strength ``reg_k`` for each channel, which starts at
+    ``reg`` and grows after every ``every`` updates::
+
+        reg_k ← reg_k + growing (I_max − I_k) / (I_max − I_min)
+
+    Where all channels of a dimension are equally important, ``γ_k = 1`` and nothing
+    grows. While an importance of a dimension is not finite, its channels are left
+    alone. So are channels whose producers are all zero: neither they nor what reads
+    them decays, and they do not count for largest and smallest.
+
+    Args:
+      groups: the channel dimensions.
+      reg: the strength.
+      alpha: ``α``; ``None`` stands for 4, and for 0, that is ``γ_k = 1``, if
+        ``growing`` is given: so are the two published forms.
+      growing: by how much the strength of the weakest channel grows, for example 1e-4;
+        ``None`` keeps all strengths.
+      every: updates from one growth to the next.
+      bias: whether biases count and decay, see :func:`group_importance`.
+
+    Returns:
+      An Optax transformation; its ``update`` needs ``params`` and emits the dtype of
+      the gradients.
+
+    Raises:
+      ValueError: if an argument is out of range, or the parameters do not fit.
+      TypeError: if an argument is of another kind.
+
+    References:
+      Fang, Ma, Song, Mi, Wang, "DepGraph: Towards Any Structural Pruning", CVPR 2023,
+      arXiv 2301.12900. Growing: Wang, Qin, Zhang, Fu, "Neural Pruning via Growing
+      Regularization", ICLR 2021, arXiv 2012.09243, in the form that DepGraph's code
+      gives it.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, sdp_jax
+      >>> from sdp_jax import methods
+      >>> params = {"w": jnp.array([[3., 2., 1.]])}
+      >>> groups = sdp_jax.groups_from_axes(
+      ...     params, {"hidden": [sdp_jax.producer("w", 1)]})
+      >>> tx = optax.chain(
+      ...     methods.group_norm_regularizer(groups, reg=0.1), optax.sgd(1.0))
+      >>> updates, _ = tx.update({"w": jnp.zeros((1, 3))}, tx.init(params), params)
+      >>> print(-updates["w"] / params["w"])  # 0.1 · (1, 4, 16)
+      [[0.1 0.4 1.6]]
+    """
+    check_kind(groups)
+    check_number("reg", reg, low=0, rule="a non-negative number")
+    check_number("every", every, low=1, rule="an integer number of updates, at least 1")
+    if growing is not None:
+        check_number("growing", growing, low=0, rule="a non-negative number or None")
+    elif not (isinstance(every, int) and every == 1):
+        raise ValueError(
+            f"every={every!r} is the pace of the growing variant; give growing= too"
+        )
+    if alpha is None:
+        alpha = 4.0 if growing is None else 0.0
+    check_number("alpha", alpha, low=0, rule="a non-negative number or None")
+    importance = group_importance(bias=bias)
+    counted = {d.name: _counted(groups, d, bias) for d in groups}
+
+    def init_fn(params: optax.Params) -> GroupNormRegularizerState:
+        check_params(groups, params)
+        if jax.tree.leaves(params):
+            _check_consumers(groups, params)
+        size, dtype = (groups.num_channels,), jnp.result_type(float)
+        strengths = jnp.full(size, reg, dtype)
+        return GroupNormRegularizerState(
+            jnp.zeros((), jnp.int32), PerChannel(strengths)
+        )
+
+    def update_fn(
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, GroupNormRegularizerState]:
+        del extra_args
+        params = need_params(params, updates, "group_norm_regularizer")
+        count = jnp.asarray(optax.safe_increment(state.count))
+        strengths = split_channels(state.reg.per_channel, groups.sizes)
+        alive = channels_alive(groups, params)
+        scores = importance(groups, params)
+        factors, grown = {}, {}
+        for name, score in scores.items():
+            living = alive[name]
+            known = jnp.all(jnp.isfinite(score) | ~living)
+            gamma = 2 ** (alpha * _weakness(jnp.sqrt(score), living))
+            factors[name] = jnp.where(living & known, strengths[name] * gamma, 0)
+            grown[name] = strengths[name]
+            if growing is not None:
+                more = growing * _weakness(score, living)
+                due = (count % every == 0) & living & known
+                grown[name] += jnp.where(due, more, 0).astype(grown[name].dtype)
+
+        rates = _entry_sums(groups, factors, lambda d, m: m in counted[d.name])
+        table = leaf_table(params)
+        leaves = [
+            _add_decay(u, p, rates[path]) if path in rates else u
+            for (path, p), u in zip(
+                table.items(), jax.tree.leaves(updates), strict=True
+            )
+        ]
+        out = jax.tree.unflatten(jax.tree.structure(updates), leaves)
+        reg_state = PerChannel(join_channels(grown))
+        return out, GroupNormRegularizerState(count, reg_state)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def is_bias(groups: Groups, dimension: Dimension, member: Member) -> bool:
+    """Whether a member is a bias, see :func:`group_importance`.
+
+    Args:
+      groups: the channel dimensions.
+      dimension: one of them.
+      member: one of its members.
+
+    Returns:
+      A Boolean.
+    """
+    if member.role != "producer":
+        return False
+    module, _, key = member.path.rpartition("/")
+    if key == BIASES[0]:
+        return True
+    if key in SCALES:
+        return False
+    shape = groups.shapes[member.path]
+    # A vector, or one that broadcasts, (1, 1, C).
+    if key in BIASES and math.prod(shape) == shape[-1]:
+        return True
+    return len(shape) == 1 and any(
+        m.path.rpartition("/")[0] == module and len(groups.shapes[m.path]) > 1
+        for m in dimension.producers
+    )
+
+
+def _counted(groups: Groups, dimension: Dimension, bias: bool) -> list[Member]:
+    """The members that count: producers and consumers, and biases if asked."""
+    members = [m for m in dimension.members if m.role in ROLES]
+    rest = [m for m in members if bias or not is_bias(groups, dimension, m)]
+    return rest or members
+
+
+def _check_consumers(groups: Groups, params: PyTree) -> None:
+    """Refuses parameters that lack a member."""
+    table = leaf_table(params)
+    for d in groups:
+        for m in d.members:
+            if m.role in ROLES and (
+                m.path not in table
+                or tuple(np.shape(table[m.path])) != groups.shapes[m.path]
+            ):
+                raise ValueError(
+                    f"dimension {d.name!r}: the parameters have no leaf {m.path!r} of "
+                    f"shape {groups.shapes[m.path]}, a {m.role} that the regulariser "
+                    "acts on; give groups and parameters of the same model (and do not "
+                    "hide the leaf by a mask)"
+                )
+
+
+def _power(p: float) -> Callable[[jax.Array], jax.Array]:
+    """``|w|^p`` entry by entry, at least float32."""
+
+    def entry(leaf: jax.Array) -> jax.Array:
+        size = jnp.abs(leaf)
+        size = size.astype(jnp.promote_types(size.dtype, jnp.float32))
+        if p == 1:
+            return size
+        return jnp.square(size) if p == 2 else size**p
+
+    return entry
+
+
+def _reduced(values: list[jax.Array], reduce: Reduce) -> jax.Array:
+    stack = jnp.stack(values)
+    if reduce == "max":
+        return jnp.max(stack, axis=0)
+    return jnp.sum(stack, axis=0) / (len(values) if reduce == "mean" else 1)
+
+
+def _normalised(
+    values: jax.Array, alive: jax.Array, normalizer: Normalizer | None
+) -> jax.Array:
+    """Importances over those of the living channels; the others are 0."""
+    values = jnp.where(alive, values, 0)
+    if normalizer is None:
+        return values
+    level = jnp.max(values) if normalizer == "max" else jnp.sum(values)
+    if normalizer == "mean":
+        level = level / jnp.maximum(jnp.sum(alive), 1)
+    return values / jnp.where(level == 0, 1, level)
+
+
+def _weakness(values: jax.Array, alive: jax.Array) -> jax.Array:
+    """0 for the largest of the living, 1 for the smallest; 0 where all are equal."""
+    top = jnp.max(jnp.where(alive, values, -jnp.inf))
+    low = jnp.min(jnp.where(alive, values, jnp.inf))
+    spread = top > low
+    return jnp.where(
+        alive & spread, (top - values) / jnp.where(spread, top - low, 1), 0
+    )
+
+
+def _without_dead(
+    groups: Groups, params: PyTree, alive: Mapping[str, jax.Array]
+) -> PyTree:
+    """The parameters with zeros where a channel that is gone would be read."""
+    dead = {name: jnp.where(a, 0, 1) for name, a in alive.items()}
+    reads = _entry_sums(groups, dead, lambda d, m: m.role == "consumer")
+    leaves = [
+        jnp.where(reads[path] > 0, 0, leaf) if path in reads else leaf
+        for path, leaf in leaf_table(params).items()
+    ]
+    return jax.tree.unflatten(jax.tree.structure(params), leaves)
+
+
+def _add_decay(update: jax.Array, param: jax.Array, rate: jax.Array) -> jax.Array:
+    dtype = jnp.promote_types(jnp.result_type(update, param), jnp.float32)
+    # An entry that is not finite must not spoil the gradient where the rate is 0.
+    decay = jnp.where(rate == 0, 0, rate * param.astype(dtype))
+    return (update.astype(dtype) + decay).astype(update.dtype)
+
+
+def _entry_sums(
+    groups: Groups,
+    values: Mapping[str, jax.Array],
+    keep: Callable[[Dimension, Member], bool],
+) -> dict[str, jax.Array]:
+    """For each entry the sum of a value over the channels that it belongs to.
+
+    Unlike :func:`sdp_jax.groups.scale_channels` it reaches members of every role, and
+    an entry that is on two axes a channel gets the sum, not the product.
+
+    Args:
+      groups: the channel dimensions.
+      values: for each dimension an array ``(size,)``.
+      keep: which members count.
+
+    Returns:
+      By path an array that broadcasts to the leaf, 0 where no channel is.
+    """
+    found: dict[str, jax.Array] = {}
+    for d in groups:
+        for m in d.members:
+            if not keep(d, m):
+                continue
+            shape = groups.shapes[m.path]
+            # The channel at each position, or one past the last where there is none.
+            channel = np.full(shape[m.axis], d.size)
+            channel[m.positions(d.size)] = np.arange(d.size)[:, None]
+            padded = jnp.pad(values[d.name], (0, 1))
+            line = [1] * len(shape)
+            line[m.axis] = shape[m.axis]
+            along = padded[channel].reshape(line)
+            found[m.path] = found[m.path] + along if m.path in found else along
+    return found

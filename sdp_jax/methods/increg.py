@@ -1,0 +1,259 @@
+"""Incremental Regularization: weight decay that grows channel by channel."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from sdp_jax import prox
+from sdp_jax.groups import (
+    Groups,
+    PerChannel,
+    PyTree,
+    join_channels,
+    member_sums,
+    split_channels,
+)
+from sdp_jax.methods.filter_norm import l1_norm, magnitude, sum_of
+from sdp_jax.methods.spp import (
+    check_interval,
+    check_ranking,
+    is_due,
+    keep_channels,
+    pruned_numbers,
+    ranking_increment,
+)
+from sdp_jax.strength import check_number
+from sdp_jax.transforms import (
+    add_step,
+    as_base,
+    check_inexact,
+    check_params,
+    need_params,
+    step_to,
+)
+
+
+class IncRegState(NamedTuple):
+    """State of :func:`increg`.
+
+    Attributes:
+      base: state of the base optimizer.
+      count: number of updates so far, int32 scalar.
+      coefficients: the L2 coefficient of each channel.
+      start: the L1 norm of each channel when the regularization began.
+      gone: which channels are pruned.
+    """
+
+    base: Any
+    count: jax.Array
+    coefficients: PerChannel
+    start: PerChannel
+    gone: PerChannel
+
+
+def increg(
+    base: optax.ScalarOrSchedule | optax.GradientTransformation,
+    groups: Groups,
+    sparsity: float | Mapping[str, float],
+    *,
+    every: int,
+    amplitude: chex.Numeric = 2.5e-4,
+    ratio: chex.Numeric = 0.25,
+    threshold: chex.Numeric = 1e-3,
+    limit: chex.Numeric | None = None,
+    momentum: chex.Numeric | None = None,
+    nesterov: bool = False,
+    begin: int = 0,
+    floor: int | jax.Array | Mapping[str, int] = 1,
+) -> optax.GradientTransformationExtraArgs:
+    """Trains as ``base`` does, with L2 regularization that rises on weak channels.
+
+    Every ``every`` updates the coefficient of each channel changes by its rank ``r``
+    among the channels of its dimension that are not pruned yet, by L1 norm::
+
+        λ ← max(λ + Δ(r), 0)        Δ: ranking_increment for the n still to prune
+
+    and the gradient of ``½ λ ‖w‖²`` is added in front of ``base`` at every update. The
+    ``n`` weakest channels are thus shrunk more and more, while the others recover. A
+    channel is pruned, exactly zero for good, as soon as its L1 norm is at most
+    ``threshold`` times what it was when the regularization began, or ``λ`` has reached
+    ``limit``; the weakest first, until its dimension has lost its number. From then on
+    the ``λ`` of the others in the dimension are 0.
+
+    Our choices: channels (all producers) in place of the columns of a filter matrix;
+    the latest norms, where the authors' code averages ranks over time; a threshold
+    relative to the initial norm; and ``λ = 0`` at the end. The authors' code prunes at
+    a limit of ``λ`` alone. SGD is stable only while ``learning rate · λ`` stays below
+    2: choose ``limit`` accordingly.
+
+    Args:
+      base: a learning rate or schedule (then SGD), or any Optax transformation.
+      groups: the channel dimensions.
+      sparsity: share of its channels that each dimension loses, in [0, 1), rounded to
+        whole channels; a number, or one for each name (others lose none). After a cut
+        it counts the channels of the small model: 0 prunes no further.
+      every: updates from one change of the coefficients to the next (1 in the authors'
+        code).
+      amplitude: ``A`` of :func:`sdp_jax.methods.ranking_increment`, the largest change.
+        The paper takes half the weight decay; the default is half of 5e-4.
+      ratio: ``u`` of :func:`sdp_jax.methods.ranking_increment`.
+      threshold: share of its initial norm at which a channel is pruned.
+      limit: coefficient at which a channel is pruned; ``None`` for ``1e4 · amplitude``,
+        as in the authors' code. A large number leaves it to the threshold.
+      momentum: momentum of the SGD, if ``base`` is a learning rate.
+      nesterov: Nesterov momentum, likewise.
+      begin: number of updates before the regularization begins.
+      floor: channels that stay in each dimension; a number, or one for each name.
+
+    Returns:
+      An Optax transformation, which must be the last piece of a chain; its ``update``
+      needs ``params``.
+
+    Raises:
+      ValueError: if an argument is out of range, the floor forbids the sparsity, or the
+        parameters do not fit.
+      TypeError: if an argument is of another kind.
+
+    References:
+      Wang, Zhang, Wang, Yu, Hu, "Structured Pruning for Efficient ConvNets via
+      Incremental Regularization", IJCNN 2019, arXiv 1811.08390.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, sdp_jax
+      >>> from sdp_jax import methods
+      >>> params = {"w": jnp.array([[4., 1.], [4., 1.]])}
+      >>> groups = sdp_jax.groups_from_axes(
+      ...     params, {"hidden": [sdp_jax.producer("w", 1)]})
+      >>> tx = methods.increg(0.5, groups, 0.5, every=1, amplitude=0.5, threshold=0.3)
+      >>> state = tx.init(params)
+      >>> for _ in range(3):
+      ...     updates, state = tx.update({"w": jnp.zeros((2, 2))}, state, params)
+      ...     params = optax.apply_updates(params, updates)
+      ...     print(params["w"][0], state.coefficients.per_channel)
+      [4.   0.75] [0.  0.5]
+      [4.    0.375] [0. 1.]
+      [4. 0.] [0. 0.]
+    """
+    numbers = pruned_numbers(groups, sparsity, floor)
+    check_ranking(amplitude, ratio)
+    check_interval(every, begin)
+    rule = "a number in [0, 1]"
+    check_number("threshold", threshold, low=0, high=1, rule=rule)
+    if limit is not None:
+        check_number("limit", limit, low=0, rule="a non-negative number or None")
+    highest = 1e4 * amplitude if limit is None else limit
+    optimizer = optax.with_extra_args_support(as_base(base, momentum, nesterov))
+    score = l1_norm()
+
+    def init_fn(params: optax.Params) -> IncRegState:
+        check_inexact(params)
+        check_params(groups, params)
+        size = (groups.num_channels,)
+        dtype = jnp.result_type(float)
+        return IncRegState(
+            optimizer.init(params),
+            jnp.zeros((), jnp.int32),
+            PerChannel(jnp.zeros(size, dtype)),
+            PerChannel(jnp.zeros(size, dtype)),
+            PerChannel(jnp.zeros(size, bool)),
+        )
+
+    def update_fn(
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, IncRegState]:
+        params = need_params(params, updates, "increg")
+        count = jnp.asarray(optax.safe_increment(state.count))
+        old = state.coefficients.per_channel
+        before = split_channels(state.gone.per_channel, groups.sizes)
+
+        norms = score(groups, params)
+        begun = state.count > begin
+        flat = join_channels(norms).astype(old.dtype)
+        start = jnp.where(begun, state.start.per_channel, flat)
+        due = is_due(count, every, begin)
+        raised = {}
+        for name, value in split_channels(old, groups.sizes).items():
+            gone = before[name]
+            left = numbers[name] - jnp.sum(gone)
+            rank = prox.ranks(jnp.where(gone, jnp.inf, norms[name]))
+            change = ranking_increment(rank, left, amplitude, ratio)
+            new = jnp.maximum(value + change.astype(value.dtype), 0)
+            raised[name] = jnp.where(due & ~gone & (left > 0), new, value)
+
+        grads = add_gradient(updates, _l2(groups, raised), params)
+        grads = keep_channels(groups, grads, ~state.gone.per_channel)
+        steps, base_state = optimizer.update(grads, state.base, params, **extra_args)
+        candidate = add_step(params, steps)
+
+        after = score(groups, candidate)
+        starts = split_channels(start, groups.sizes)
+        pruned, coefficients = {}, {}
+        for name, value in raised.items():
+            gone = before[name]
+            left = numbers[name] - jnp.sum(gone)
+            small = after[name] <= jnp.asarray(threshold, start.dtype) * starts[name]
+            ripe = (small | (value >= highest)) & ~gone & (count > begin)
+            place = prox.ranks(jnp.where(ripe, after[name], jnp.inf))
+            gone = gone | (ripe & (place < left))
+            complete = jnp.sum(gone) >= numbers[name]
+            pruned[name] = gone
+            coefficients[name] = jnp.where(gone | complete, 0, value)
+        gone = join_channels(pruned)
+        point = keep_channels(groups, candidate, ~gone)
+        new_state = IncRegState(
+            base_state,
+            count,
+            PerChannel(join_channels(coefficients)),
+            PerChannel(start),
+            PerChannel(gone),
+        )
+        return step_to(point, params), new_state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def add_gradient(
+    updates: optax.Updates,
+    penalty: Callable[[PyTree], jax.Array],
+    params: optax.Params,
+    factor: chex.Numeric = 1.0,
+) -> optax.Updates:
+    """Adds the gradient of a penalty to gradients, in their dtypes.
+
+    Args:
+      updates: the gradients of the loss.
+      penalty: a function of the parameters, real and scalar.
+      params: where to take its gradient; it is computed at least in float32.
+      factor: what the gradient of the penalty is multiplied by.
+
+    Returns:
+      The sum; complex leaves get the direction of steepest ascent.
+    """
+    wide = jax.tree.map(
+        lambda p: jnp.asarray(p, jnp.promote_types(p.dtype, jnp.float32)), params
+    )
+    slopes = jax.grad(penalty)(wide)
+
+    def add(g: jax.Array, slope: jax.Array) -> jax.Array:
+        slope = jnp.conj(slope) * jnp.asarray(factor, slope.real.dtype)
+        return (g.astype(slope.dtype) + slope).astype(g.dtype)
+
+    return jax.tree.map(add, updates, slopes)
+
+
+def _l2(groups: Groups, coefficients: Mapping[str, jax.Array]) -> Any:
+    """The penalty ``½ Σ λ ‖w‖²`` of channels with these coefficients."""
+
+    def penalty(params: PyTree) -> jax.Array:
+        sums = member_sums(groups, params, lambda leaf: jnp.square(magnitude(leaf)))
+        parts = [jnp.sum(coefficients[k] * sum_of(v)) / 2 for k, v in sums.items()]
+        return sum(parts[1:], parts[0])
+
+    return penalty

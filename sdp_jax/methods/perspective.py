@@ -1,0 +1,320 @@
+"""Structured Perspective Regularization: a tight convex price for a channel."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from sdp_jax.groups import Groups, PyTree, member_sums, producer_leaves
+from sdp_jax.methods.filter_norm import magnitude, sum_of
+from sdp_jax.methods.increg import add_gradient
+from sdp_jax.strength import check_number
+from sdp_jax.transforms import check_kind, check_params, need_params
+
+
+class PerspectiveState(NamedTuple):
+    """State of :func:`perspective_regularizer`.
+
+    Attributes:
+      count: number of updates so far, int32 scalar.
+    """
+
+    count: jax.Array
+
+
+def perspective(
+    norm2: chex.Numeric,
+    norm_inf: chex.Numeric,
+    alpha: chex.Numeric,
+    bound: chex.Numeric,
+) -> jax.Array:
+    """The price ``z`` of a structure: the best mixture of L2 and existence.
+
+    A structure of weights ``w`` exists to the degree ``y``; the perspective relaxation
+    of "``α ‖w‖² + (1 − α)`` if it exists, and 0 if not" is ::
+
+        z(w) = min over y in [0, 1] with ‖w‖_∞ ≤ M y of  α ‖w‖² / y + (1 − α) y
+
+    and with ``κ = √(α / (1 − α))`` it has the closed form ::
+
+        α ‖w‖² + 1 − α                           where max(‖w‖_∞ / M, κ ‖w‖) ≥ 1
+        2 √(α (1 − α)) ‖w‖                       where ‖w‖_∞ / M ≤ κ ‖w‖ otherwise
+        α M ‖w‖² / ‖w‖_∞ + (1 − α) ‖w‖_∞ / M     elsewhere
+
+    It is continuous and, for ``‖w‖_∞ ≤ M``, convex in ``w``. Near zero it acts as the
+    group lasso, for large weights as weight decay. Where an entry exceeds ``M`` the
+    minimum has no feasible ``y``, and the first case goes on.
+
+    Args:
+      norm2: Euclidean norms ``‖w‖``, any shape.
+      norm_inf: the largest magnitudes ``‖w‖_∞``, of the same shape.
+      alpha: ``α`` in (0, 1), the weight of the L2 term.
+      bound: ``M > 0``, a bound on the magnitude of the weights.
+
+    Returns:
+      The prices, floating-point, in the shape of the norms.
+
+    Raises:
+      ValueError: if ``alpha`` or ``bound`` is out of range.
+      TypeError: if one is not a number.
+
+    References:
+      Cacciola, Frangioni, Li, Lodi, "Deep Neural Networks Pruning via the Structured
+      Perspective Regularization", SIAM J. Math. Data Sci. 2023, arXiv 2206.14056.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from sdp_jax import methods
+      >>> norms = jnp.array([0., 0.5, 2.])
+      >>> print(methods.perspective(norms, norms, alpha=0.5, bound=1.0))
+      [0.  0.5 2.5]
+    """
+    check_perspective(alpha, bound)
+    dtype = jnp.promote_types(jnp.result_type(norm2, norm_inf), jnp.float32)
+    n2, top = jnp.asarray(norm2, dtype), jnp.asarray(norm_inf, dtype)
+    alpha, bound = jnp.asarray(alpha, dtype), jnp.asarray(bound, dtype)
+    low = top / bound
+    free = jnp.sqrt(alpha / (1 - alpha)) * n2
+    whole = jnp.maximum(low, free) >= 1
+    inside = low <= free
+    safe = jnp.where(whole | inside, 1, low)
+    square = jnp.square(n2)
+    return jnp.where(
+        whole,
+        alpha * square + (1 - alpha),
+        jnp.where(
+            inside,
+            2 * jnp.sqrt(alpha * (1 - alpha)) * n2,
+            alpha * square / safe + (1 - alpha) * low,
+        ),
+    )
+
+
+def perspective_penalty(
+    groups: Groups,
+    params: PyTree,
+    *,
+    alpha: chex.Numeric,
+    bound: chex.Numeric | Mapping[str, float],
+    weights: Literal["size", "plain"] | Mapping[str, float] = "size",
+) -> jax.Array:
+    """The weighted sum of the prices of all channels, differentiable.
+
+    The gradient of a channel that is exactly zero is zero. Where several entries are
+    the largest of a channel, they share its slope.
+
+    Args:
+      groups: the channel dimensions; a structure is all producers of a channel.
+      params: the parameters.
+      alpha: ``α`` of :func:`perspective`. The paper searches it for each model.
+      bound: ``M`` of :func:`perspective`, a number or one for each dimension name.
+      weights: ``"size"`` for the share of a channel's producer entries among those of
+        all channels, as in the authors' code; ``"plain"`` for 1; or a non-negative
+        number for each dimension name.
+
+    Returns:
+      A real scalar, at least float32.
+
+    Raises:
+      ValueError: if an argument is out of range, or the parameters do not fit.
+      TypeError: if an argument is of another kind.
+
+    References:
+      Cacciola, Frangioni, Li, Lodi, "Deep Neural Networks Pruning via the Structured
+      Perspective Regularization", SIAM J. Math. Data Sci. 2023, arXiv 2206.14056.
+
+    Example:
+      >>> import jax.numpy as jnp, sdp_jax
+      >>> from sdp_jax import methods
+      >>> params = {"w": jnp.array([[0.3, 0.], [0.4, 0.]])}
+      >>> groups = sdp_jax.groups_from_axes(
+      ...     params, {"hidden": [sdp_jax.producer("w", 1)]})
+      >>> print(methods.perspective_penalty(groups, params, alpha=0.5, bound=1.0))
+      0.25
+    """
+    bounds, factors = check_penalty(groups, alpha, bound, weights)
+    squares = member_sums(groups, params, lambda leaf: jnp.square(magnitude(leaf)))
+    total: Any = 0
+    for name, top in channel_maxima(groups, params).items():
+        square = sum_of(squares[name])
+        # The square root has no slope at zero.
+        positive = square > 0
+        norm = jnp.where(positive, jnp.sqrt(jnp.where(positive, square, 1)), 0)
+        price = perspective(norm, top, alpha, bounds[name])
+        total = total + factors[name] * jnp.sum(price)
+    return total
+
+
+def perspective_regularizer(
+    groups: Groups,
+    penalty: optax.ScalarOrSchedule,
+    *,
+    alpha: chex.Numeric,
+    bound: chex.Numeric | Mapping[str, float],
+    weights: Literal["size", "plain"] | Mapping[str, float] = "size",
+) -> optax.GradientTransformationExtraArgs:
+    """Adds ``penalty`` times the gradient of :func:`perspective_penalty`.
+
+    It stands in front of the base optimizer, as
+    ``optax.chain(perspective_regularizer(…), optax.sgd(0.1, 0.9))``. Gradient steps
+    make channels small, not exactly zero: a host behind the base, such as
+    :func:`sdp_jax.methods.remove_lowest`, prunes them.
+
+    Args:
+      groups: the channel dimensions.
+      penalty: ``λ``, a non-negative number or a schedule (``step -> number``).
+      alpha: as for :func:`perspective_penalty`.
+      bound: as for :func:`perspective_penalty`.
+      weights: as for :func:`perspective_penalty`.
+
+    Returns:
+      An Optax transformation on gradients, which keep their dtypes; its ``update``
+      needs ``params``.
+
+    Raises:
+      ValueError: if an argument is out of range, or the parameters do not fit.
+      TypeError: if an argument is of another kind.
+
+    References:
+      Cacciola, Frangioni, Li, Lodi, "Deep Neural Networks Pruning via the Structured
+      Perspective Regularization", SIAM J. Math. Data Sci. 2023, arXiv 2206.14056.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, sdp_jax
+      >>> from sdp_jax import methods
+      >>> params = {"w": jnp.array([[0.3, 0.], [0.4, 0.]])}
+      >>> groups = sdp_jax.groups_from_axes(
+      ...     params, {"hidden": [sdp_jax.producer("w", 1)]})
+      >>> tx = optax.chain(
+      ...     methods.perspective_regularizer(groups, 1.0, alpha=0.5, bound=1.0),
+      ...     optax.sgd(1.0))
+      >>> updates, _ = tx.update({"w": jnp.zeros((2, 2))}, tx.init(params), params)
+      >>> print(updates["w"].round(1))
+      [[-0.3 -0. ]
+       [-0.4 -0. ]]
+    """
+    check_penalty(groups, alpha, bound, weights)
+    if not callable(penalty):
+        rule = "a non-negative number or a schedule"
+        check_number("penalty", penalty, low=0, rule=rule)
+
+    def init_fn(params: optax.Params) -> PerspectiveState:
+        check_params(groups, params)
+        return PerspectiveState(jnp.zeros((), jnp.int32))
+
+    def update_fn(
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, PerspectiveState]:
+        del extra_args
+        params = need_params(params, updates, "perspective_regularizer")
+        factor: Any = penalty(state.count) if callable(penalty) else penalty
+
+        def price(tree: PyTree) -> jax.Array:
+            return perspective_penalty(
+                groups, tree, alpha=alpha, bound=bound, weights=weights
+            )
+
+        grads = add_gradient(updates, price, params, factor)
+        count = jnp.asarray(optax.safe_increment(state.count))
+        return grads, PerspectiveState(count)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def channel_maxima(groups: Groups, params: PyTree) -> dict[str, jax.Array]:
+    """The largest magnitude among all producer entries of each channel.
+
+    Args:
+      groups: the channel dimensions.
+      params: the parameters.
+
+    Returns:
+      For each dimension an array ``(size,)``, at least float32.
+
+    Raises:
+      ValueError: if a producer is missing or has another shape.
+    """
+    table = producer_leaves(groups, params)
+    out: dict[str, jax.Array] = {}
+    for d in groups:
+        for m in d.producers:
+            leaf = magnitude(jnp.asarray(table[m.path]))
+            line = jnp.max(leaf, axis=[a for a in range(leaf.ndim) if a != m.axis])
+            value = jnp.max(line[m.positions(d.size)], axis=(0, 2))
+            out[d.name] = jnp.maximum(out[d.name], value) if d.name in out else value
+    return out
+
+
+def check_perspective(alpha: Any, bound: Any) -> None:
+    """Refuses parameters of :func:`perspective` that are out of range.
+
+    Args:
+      alpha: ``α``.
+      bound: ``M``.
+
+    Raises:
+      ValueError: if ``alpha`` is outside (0, 1) or ``bound`` not positive.
+      TypeError: if one is not a number.
+    """
+    least = math.nextafter(0, 1)
+    high = math.nextafter(1, 0)
+    check_number("alpha", alpha, low=least, high=high, rule="a number in (0, 1)")
+    check_number("bound", bound, low=least, rule="a positive number")
+
+
+def check_penalty(
+    groups: Groups, alpha: Any, bound: Any, weights: Any
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """Checks what :func:`perspective_penalty` is made of.
+
+    Args:
+      groups: the channel dimensions.
+      alpha: ``α``.
+      bound: ``M``, a number or one for each dimension.
+      weights: the weights of the channels.
+
+    Returns:
+      A bound and a weight for each dimension.
+
+    Raises:
+      ValueError: if they do not fit the groups.
+      TypeError: if one is of another kind.
+    """
+    check_kind(groups)
+    bounds = _by_name(groups, "bound", bound)
+    for value in bounds.values():
+        check_perspective(alpha, value)
+    if isinstance(weights, Mapping):
+        factors = _by_name(groups, "weights", weights)
+        for value in factors.values():
+            check_number("weights", value, low=0, rule="non-negative numbers")
+        return bounds, factors
+    if weights == "plain":
+        return bounds, dict.fromkeys(groups.sizes, 1.0)
+    if weights == "size":
+        sizes = {d.name: groups.entries(d, roles=("producer",)) for d in groups}
+        total = sum(sizes[d.name] * d.size for d in groups)
+        return bounds, {name: size / total for name, size in sizes.items()}
+    raise ValueError(
+        f"weights is {weights!r}; use 'size', 'plain' or a number for each dimension"
+    )
+
+
+def _by_name(groups: Groups, name: str, value: Any) -> dict[str, Any]:
+    """One value for each dimension, from one for all or one for each name."""
+    if not isinstance(value, Mapping):
+        return dict.fromkeys(groups.sizes, value)
+    if set(value) != set(groups.sizes):
+        raise ValueError(
+            f"{name} must give a number for each dimension; it lacks "
+            f"{sorted(set(groups.sizes) - set(value))} and has no use for "
+            f"{sorted(set(value) - set(groups.sizes))}"
+        )
+    return {key: value[key] for key in groups.sizes}

@@ -1,0 +1,534 @@
+"""The PQ Index, a measure of sparsity, and rules that use it."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from sdp_jax import prox
+from sdp_jax.groups import (
+    Dimension,
+    Groups,
+    PerChannel,
+    PyTree,
+    channel_norms,
+    join_channels,
+    leaf_table,
+    producer_leaves,
+    split_channels,
+)
+from sdp_jax.strength import (
+    Norms,
+    Sizes,
+    Strength,
+    StrengthLike,
+    Thresholds,
+    as_strength,
+    check_number,
+)
+from sdp_jax.transforms import check_kind
+
+Scope = Literal["global", "tensor", "row", "dimension", "channel"]
+# Values, and which of them count (None for all).
+Part = tuple[jax.Array, jax.Array | None]
+
+
+class UntilCompressedState(NamedTuple):
+    """State of :func:`until_compressed`.
+
+    Attributes:
+      inner: state of the strength inside; it stays once ``stopped``.
+      count: number of updates so far, int32 scalar.
+      index: smoothed PQ Index of the living channels.
+      minimum: its smallest value since channels are removed, infinite before.
+      stopped: whether the strength no longer advances.
+      thresholds: those of the last update that was not stopped.
+    """
+
+    inner: Any
+    count: jax.Array
+    index: jax.Array
+    minimum: jax.Array
+    stopped: jax.Array
+    thresholds: PerChannel
+
+
+def pq_index(
+    tree: PyTree,
+    p: float = 0.5,
+    q: float = 1.0,
+    *,
+    scope: Scope = "global",
+    groups: Groups | None = None,
+    of: Literal["weights", "norms"] = "weights",
+    mask: PyTree | None = None,
+    axis: int = -1,
+) -> Any:
+    """How sparse numbers are, from 0 (all of one magnitude) towards 1.
+
+    For ``d`` numbers ``w`` and ``0 < p < q`` it is ::
+
+        I(w) = 1 − d^(1/q − 1/p) ‖w‖_p / ‖w‖_q        0 ≤ I ≤ 1 − d^(1/q − 1/p)
+
+    and the upper bound is that of one number among zeros. It changes neither with the
+    scale nor when all numbers are repeated, so that layers of different sizes compare.
+    Where there is no number, or all are zero, the index is not defined; it is 0 here.
+
+    Args:
+      tree: the parameters, or any pytree of arrays.
+      p: the smaller exponent.
+      q: the larger one; the paper's settings are (0.5, 1) and (1, 2).
+      scope: what one index is taken over. ``"global"``: all leaves, or all producers of
+        ``groups`` if they are given; ``"tensor"``: each leaf; ``"row"``: each output of
+        a leaf (the paper's neuron); with groups ``"dimension"``: the producers of each
+        dimension, or ``"channel"``: those of each channel.
+      groups: the channel dimensions.
+      of: with groups, ``"weights"`` for the entries, ``"norms"`` for the Euclidean
+        norms of the channels.
+      mask: a tree of the same structure, Boolean arrays: only entries that are True
+        count, and ``d`` is their number; of norms, only channels with such an entry.
+        ``None``: all entries count, also those that are zero.
+      axis: for ``"row"``, the output axis; the last in kernels of Flax. Leaves without
+        axes are one row.
+
+    Returns:
+      ``"global"``: a scalar; ``"tensor"``: a tree of scalars; ``"row"``: a tree of
+      vectors ``(outputs,)``; ``"dimension"``: a scalar for each name; ``"channel"``: an
+      array ``(size,)`` for each name. At least float32.
+
+    Raises:
+      ValueError: if not ``0 < p < q``, the scope does not go with ``groups`` or ``of``,
+        or mask and tree differ.
+      TypeError: if an argument is of another kind.
+
+    References:
+      Diao, Wang, Zhang, Yang, Ding, Tarokh, "Pruning Deep Neural Networks from a
+      Sparsity Perspective", ICLR 2023, arXiv 2302.05601, Theorem 1; the axioms that it
+      fulfils are those of Hurley and Rickard, arXiv 0811.4706. Channel norms are our
+      own extension.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from sdp_jax import methods
+      >>> methods.pq_index({"w": jnp.array([2., 2., -2., 2.])}).item()
+      0.0
+      >>> methods.pq_index({"w": jnp.array([0., 0., 3., 0.])}).item()  # 1 − 4^(1 − 2)
+      0.75
+    """
+    _check_exponents(p, q)
+    table = leaf_table(tree)
+    masks: dict[str, Any] = {}
+    if mask is not None:
+        masks = _check_mask(tree, mask)
+    _check_scope(scope, groups, of)
+    arrays = {path: jnp.asarray(leaf) for path, leaf in table.items()}
+
+    if groups is None:
+        pairs = [(leaf, masks.get(path)) for path, leaf in arrays.items()]
+        if scope == "global":
+            return _index(pairs, p, q, None)
+        if scope == "tensor":
+            values = [_index([pair], p, q, None) for pair in pairs]
+        else:
+            values = [
+                _index([tuple(_rows(x, axis) for x in pair)], p, q, 1) for pair in pairs
+            ]
+        return jax.tree.unflatten(jax.tree.structure(tree), values)
+
+    check_kind(groups)
+    producer_leaves(groups, tree)
+    if of == "norms":
+        parts = {k: [v] for k, v in _norms(groups, tree, arrays, masks).items()}
+    else:
+        parts = {d.name: _entries(groups, d, arrays, masks) for d in groups}
+    if scope == "global":
+        return _index([x for part in parts.values() for x in part], p, q, None)
+    over = 1 if scope == "channel" else None
+    return {name: _index(part, p, q, over) for name, part in parts.items()}
+
+
+def pq_bound(index: Any, d: Any, p: float = 0.5, q: float = 1.0, eta: Any = 0.0) -> Any:
+    """How many of ``d`` numbers a given PQ Index forces to be large, at least.
+
+    ``r = d (1 + η)^(−q / (q − p)) (1 − I)^(q p / (q − p))``: if the ``r`` largest
+    magnitudes hold all but the share ``η`` of what they sum up to,
+    ``Σ_rest |w|^p ≤ η Σ_r |w|^p``, then there are at least so many of them.
+
+    Args:
+      index: the PQ Index ``I``; a number or an array.
+      d: how many numbers there are.
+      p: the smaller exponent.
+      q: the larger one.
+      eta: the share ``η``, at least 0.
+
+    Returns:
+      ``r``, not rounded. It is computed by JAX if ``index`` or ``d`` is a JAX array,
+      otherwise by NumPy in float64.
+
+    Raises:
+      ValueError: if not ``0 < p < q``, or ``eta`` is negative.
+      TypeError: if an argument is of another kind.
+
+    References:
+      Diao et al., arXiv 2302.05601, Theorem 2.
+
+    Example:
+      >>> from sdp_jax import methods
+      >>> methods.pq_bound(0.75, 4).item()  # One large number among zeros.
+      1.0
+    """
+    _check_exponents(p, q)
+    check_number("eta", eta, low=0, rule="a non-negative number")
+    xp = _namespace(index, d)
+    power, outer = q * p / (q - p), q / (q - p)
+    return d * (1 + eta) ** -outer * (1 - xp.asarray(index)) ** power
+
+
+def prune_count(
+    index: Any,
+    d: Any,
+    p: float = 0.5,
+    q: float = 1.0,
+    eta: Any = 0.0,
+    gamma: Any = 1.0,
+    beta: Any = 0.9,
+) -> Any:
+    """How many of ``d`` numbers sparsity-informed adaptive pruning removes.
+
+    ``c = ⌊d · clip(γ (1 − r / d), 0, β)⌋`` with ``r`` the next integer above
+    :func:`pq_bound`.
+
+    Args:
+      index: the PQ Index; a number or an array.
+      d: how many numbers there are.
+      p: the smaller exponent.
+      q: the larger one.
+      eta: see :func:`pq_bound`; larger prunes more.
+      gamma: scale; above 1 prunes more than the bound tells.
+      beta: the largest share that one round removes, in [0, 1).
+
+    Returns:
+      An integer, or an integer array, at most ``β d``; by JAX or NumPy as
+      :func:`pq_bound`. ``d`` above 2²⁴ is rounded where JAX computes in float32.
+
+    Raises:
+      ValueError: if a number is out of range.
+      TypeError: if an argument is of another kind.
+
+    References:
+      Diao et al., arXiv 2302.05601, Algorithm 1; the rounding is that of its code.
+
+    Example:
+      >>> from sdp_jax import methods
+      >>> methods.prune_count(0.153, 1000).item()  # Gaussian weights
+      153
+    """
+    check_number("gamma", gamma, low=0, rule="a non-negative number")
+    _check_beta(beta)
+    xp = _namespace(index, d)
+    r = xp.ceil(pq_bound(index, d, p, q, eta))
+    # The same as in the docstring, but exact where r and d are whole numbers.
+    count = xp.floor(xp.clip(gamma * (d - r), 0, beta * xp.asarray(d)))
+    return count.astype(xp.int32 if xp is jnp else np.int64)
+
+
+def until_compressed(
+    strength: StrengthLike,
+    *,
+    p: float = 0.5,
+    q: float = 1.0,
+    rise: float = 0.02,
+    decay: float = 0.9,
+    begin_step: int = 0,
+    scope: Literal["global", "dimension"] = "global",
+) -> Strength:
+    """Lets a strength advance only as long as the model can still be compressed.
+
+    While a network is pruned the PQ Index of what is left falls at first, rises when
+    the limit of compression is reached, and falls again when the model collapses. This
+    rule watches the index of the norms that the thresholds leave, ``‖v_c‖ − t_c`` over
+    the living channels, smoothed over the steps. Once it exceeds its smallest value by
+    ``rise``, the strength inside stays as it is: the thresholds of that moment are used
+    from then on, lowered only where a floor demands it. A channel that they hold at
+    infinity stays at zero; others may still cross a threshold that no longer moves.
+
+    The index also moves because the network trains. It is therefore watched only while
+    channels are zero, and from ``begin_step`` on. The paper prunes weights, round after
+    round; to stop a strength in this way is our own extension.
+
+    Args:
+      strength: a :class:`sdp_jax.Strength`, a number or a schedule.
+      p: the smaller exponent of the index.
+      q: the larger one.
+      rise: how far above its minimum the index may be.
+      decay: the share of the past that the smoothed index keeps in each step, in
+        [0, 1).
+      begin_step: number of updates before the index is watched.
+      scope: ``"global"`` for one index of all channels, ``"dimension"`` for the mean of
+        those of the dimensions, weighted by their living channels.
+
+    Returns:
+      A :class:`sdp_jax.Strength`, to be used wherever ``strength`` could be.
+
+    Raises:
+      ValueError: if a number is out of range.
+      TypeError: if an argument is of another kind.
+
+    References:
+      Diao et al., arXiv 2302.05601, hypothesis on the sparsity of pruned models.
+
+    Example:
+      >>> import jax.numpy as jnp, sdp_jax
+      >>> from sdp_jax import methods
+      >>> strength = methods.until_compressed(lambda step: 0.5 * (step + 1), decay=0.)
+      >>> state = strength.init({"hidden": 4}, {"hidden": 1})
+      >>> norms = {"hidden": jnp.array([.4, 2., 2.1, 8.])}
+      >>> for _ in range(4):
+      ...     thresholds, state = strength.update(state, norms, {"hidden": 1})
+      ...     print(thresholds["hidden"][0], state.index.round(2), state.stopped)
+      0.5 0.14 False
+      1.0 0.19 True
+      1.0 0.19 True
+      1.0 0.19 True
+    """
+    _check_exponents(p, q)
+    inner = as_strength(strength)
+    check_number("rise", rise, low=0, rule="a non-negative number")
+    check_number("decay", decay, low=0, high=math.nextafter(1, 0), rule="in [0, 1)")
+    check_number("begin_step", begin_step, low=0, rule="a number of updates, from 0")
+    if scope not in ("global", "dimension"):
+        raise ValueError(f"scope must be 'global' or 'dimension'; got {scope!r}")
+
+    def bind(rate: Any, momentum: Any) -> Strength:
+        assert inner.bind is not None
+        return until_compressed(
+            inner.bind(rate, momentum),
+            p=p,
+            q=q,
+            rise=rise,
+            decay=decay,
+            begin_step=begin_step,
+            scope=scope,
+        )
+
+    def init(sizes: Sizes, floors: prox.Floors) -> UntilCompressedState:
+        dtype = jnp.result_type(float)
+        return UntilCompressedState(
+            inner.init(sizes, floors),
+            jnp.zeros((), jnp.int32),
+            jnp.zeros((), dtype),
+            jnp.full((), jnp.inf, dtype),
+            jnp.zeros((), bool),
+            PerChannel(jnp.zeros((sum(sizes.values()),), dtype)),
+        )
+
+    def update(
+        state: UntilCompressedState, norms: Norms, floors: prox.Floors
+    ) -> tuple[Thresholds, UntilCompressedState]:
+        sizes = {name: v.shape[0] for name, v in norms.items()}
+        flat, stopped = join_channels(norms), state.stopped
+        fresh, advanced = inner.update(state.inner, norms, floors)
+        kept = state.thresholds.per_channel
+        old = _hold(split_channels(kept, sizes), norms, floors)
+        used = {
+            k: jnp.where(stopped, old[k], jnp.asarray(fresh[k], norms[k].dtype))
+            for k in norms
+        }
+        left = jnp.maximum(flat - join_channels(used), 0)
+        seen = _left_index(split_channels(left, sizes), p, q, scope)
+        seen = seen.astype(state.index.dtype)
+        past = jnp.where(state.count == 0, 0, decay).astype(seen.dtype)
+        # What is not a number would stay so for ever.
+        smooth = past * state.index + (1 - past) * seen
+        index = jnp.where(jnp.isfinite(seen), smooth, state.index)
+        count = jnp.asarray(optax.safe_increment(state.count))
+        watched = (count > begin_step) & jnp.any(left == 0)
+        minimum = jnp.where(watched, jnp.minimum(state.minimum, index), state.minimum)
+        thresholds = jnp.where(stopped, kept, join_channels(used).astype(kept.dtype))
+        new_state = UntilCompressedState(
+            jax.tree.map(lambda a, b: jnp.where(stopped, a, b), state.inner, advanced),
+            count,
+            index,
+            minimum,
+            stopped | (watched & (index > minimum + rise)),
+            PerChannel(thresholds),
+        )
+        return used, new_state
+
+    return Strength(init, update, None if inner.bind is None else bind)
+
+
+def _hold(kept: Norms, norms: Norms, floors: prox.Floors) -> Thresholds:
+    """Thresholds of an earlier step, so that the floors hold at these norms."""
+    out = {}
+    for name, v in norms.items():
+        old = kept[name].astype(v.dtype)
+        gone = jnp.isinf(old)
+        # The floor is made of those that may live.
+        ranked = jnp.where(gone, -jnp.inf, v)
+        held = prox.hold_floor(ranked, old, floors.get(name, 0))
+        out[name] = jnp.where(gone, jnp.inf, held)
+    return out
+
+
+def _left_index(left: Norms, p: float, q: float, scope: str) -> jax.Array:
+    """The index of the channels that are not zero."""
+    pairs = {name: (v, v > 0) for name, v in left.items()}
+    if scope == "global":
+        return _index(list(pairs.values()), p, q, None)
+    total, weight = jnp.zeros(()), jnp.zeros(())
+    for v, alive in pairs.values():
+        number = jnp.sum(alive)
+        total = total + number * _index([(v, alive)], p, q, None)
+        weight = weight + number
+    return total / jnp.maximum(weight, 1)
+
+
+def _index(parts: Sequence[Part], p: float, q: float, axis: int | None) -> jax.Array:
+    """The index over all parts together, along an axis of each.
+
+    Powers are taken of ``|w| / max |w|``, through logarithms: the quotient itself may
+    be too small to be written down.
+    """
+    zero = jnp.zeros((), jnp.float32)
+    values = [(_magnitude(x, alive), alive) for x, alive in parts]
+    values = [(x, alive) for x, alive in values if x.size]
+    if not values:
+        shape = () if axis is None or not parts else parts[0][0].shape[:1]
+        return jnp.zeros(shape, jnp.float32)
+    peak = zero
+    for x, _ in values:
+        peak = jnp.maximum(peak, jnp.max(x, axis=axis))
+    safe = jnp.where(peak == 0, 1, peak)
+    number, small, large = zero, zero, zero
+    for x, alive in values:
+        counted = jnp.ones_like(x, bool) if alive is None else alive
+        number = number + jnp.sum(counted, axis=axis).astype(x.dtype)
+        level = safe if axis is None else safe[:, None]
+        share = jnp.log(jnp.where(x == 0, 1, x)) - jnp.log(level)
+        small = small + jnp.sum(jnp.where(x == 0, 0, jnp.exp(p * share)), axis=axis)
+        large = large + jnp.sum(jnp.where(x == 0, 0, jnp.exp(q * share)), axis=axis)
+    number = jnp.maximum(number, 1)
+    large = jnp.where(peak == 0, 1, large)
+    ratio = (small / number) ** (1 / p) / (large / number) ** (1 / q)
+    # Rounding may take it a hair below zero; what is not a number stays so.
+    return jnp.where(peak == 0, 0, jnp.maximum(1 - ratio, 0))
+
+
+def _magnitude(x: jax.Array, alive: jax.Array | None) -> jax.Array:
+    x = jnp.abs(x)
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x if alive is None else jnp.where(alive, x, 0)
+
+
+def _rows(x: jax.Array | None, axis: int) -> Any:
+    """A leaf as a matrix with one row for each output."""
+    if x is None:
+        return None
+    if x.ndim == 0:
+        return x.reshape(1, 1)
+    return jnp.moveaxis(x, axis, 0).reshape(x.shape[axis], -1)
+
+
+def _entries(
+    groups: Groups,
+    d: Dimension,
+    arrays: Mapping[str, jax.Array],
+    masks: Mapping[str, jax.Array],
+) -> list[Part]:
+    """The entries of each producer, one row for each channel."""
+
+    def matrix(x: jax.Array | None, axis: int, index: np.ndarray) -> Any:
+        if x is None:
+            return None
+        lines = jnp.moveaxis(x, axis, 0)[index]
+        return lines.reshape(d.size, -1)
+
+    parts = []
+    for m in d.producers:
+        index = np.moveaxis(m.positions(d.size), 1, 0).reshape(d.size, -1)
+        pair = arrays[m.path], masks.get(m.path)
+        parts.append(tuple(matrix(x, m.axis, index) for x in pair))
+    return parts
+
+
+def _norms(
+    groups: Groups,
+    tree: PyTree,
+    arrays: Mapping[str, jax.Array],
+    masks: Mapping[str, jax.Array],
+) -> dict[str, Part]:
+    """Norms of the channels, in units in which no square is too large or too small."""
+    ours = {m.path for d in groups for m in d.producers}
+    wide = {k: _magnitude(x, masks.get(k)) for k, x in arrays.items() if k in ours}
+    peak = jnp.zeros((), jnp.float32)
+    for x in wide.values():
+        peak = jnp.maximum(peak, jnp.max(x))
+    peak = jnp.where(peak == 0, 1, peak)
+    leaves = [wide[k] / peak if k in ours else x for k, x in arrays.items()]
+    structure = jax.tree.structure(tree)
+    norms = channel_norms(groups, jax.tree.unflatten(structure, leaves))
+    if not masks:
+        return {name: (v, None) for name, v in norms.items()}
+    alive: dict[str, jax.Array] = {}
+    for d in groups:
+        rows = [jnp.any(row, 1) for row, _ in _entries(groups, d, masks, {})]
+        alive[d.name] = jnp.any(jnp.stack(rows), axis=0)
+    return {name: (v, alive[name]) for name, v in norms.items()}
+
+
+def _namespace(*values: Any) -> Any:
+    return jnp if any(isinstance(v, jax.Array) for v in values) else np
+
+
+def _check_mask(tree: PyTree, mask: PyTree) -> dict[str, jax.Array]:
+    """The leaves of a mask by path, after checking that it fits the tree."""
+    shapes = [jax.tree.map(np.shape, t) for t in (tree, mask)]
+    have, want = jax.tree.structure(mask), jax.tree.structure(tree)
+    if have != want or shapes[0] != shapes[1]:
+        raise ValueError(
+            "mask must be a tree of Boolean arrays with the structure and the shapes "
+            f"of the tree, {shapes[0]}; got {shapes[1]}"
+        )
+    table = {}
+    for path, leaf in leaf_table(mask).items():
+        leaf = jnp.asarray(leaf)
+        if leaf.dtype != bool:
+            raise TypeError(
+                f"mask must hold Boolean arrays; leaf {path!r} has dtype {leaf.dtype}"
+            )
+        table[path] = leaf
+    return table
+
+
+def _check_exponents(p: Any, q: Any) -> None:
+    for name, value in (("p", p), ("q", q)):
+        check_number(name, value, low=0, rule="a positive number, 0 < p < q")
+    if not any(isinstance(x, jax.Array) for x in (p, q)) and not 0 < p < q:
+        raise ValueError(f"exponents must fulfil 0 < p < q; got p={p!r}, q={q!r}")
+
+
+def _check_beta(beta: Any) -> None:
+    high = math.nextafter(1, 0)
+    check_number("beta", beta, low=0, high=high, rule="a number in [0, 1)")
+
+
+def _check_scope(scope: Any, groups: Any, of: Any) -> None:
+    alone, grouped = ("global", "tensor", "row"), ("global", "dimension", "channel")
+    allowed = alone if groups is None else grouped
+    if scope not in allowed:
+        raise ValueError(
+            f"scope must be one of {allowed} {'without' if groups is None else 'with'} "
+            f"groups; got {scope!r}"
+        )
+    if of not in ("weights", "norms"):
+        raise ValueError(f"of must be 'weights' or 'norms'; got {of!r}")
+    if of == "norms" and (groups is None or scope == "channel"):
+        raise ValueError(
+            "of='norms' needs groups, and scope 'global' or 'dimension': one channel "
+            "has one norm"
+        )

@@ -1,0 +1,187 @@
+"""Which producers are scales of a normalisation, and what a gate multiplies.
+
+A normalisation ends with ``γ x̂ + β``. Some methods read the importance of a channel off
+its scale ``γ``, or put a *gate* ``φ`` behind it, ``φ (γ x̂ + β)``. Scales are told by
+their names: a vector among the producers whose last key matches one of the patterns
+``scales`` (as in a shell, with regard to case) is a scale, and a vector beside it in
+the same module, of the same shape and at the same positions, is its bias.
+"""
+
+import fnmatch
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from sdp_jax.groups import Groups, Member, PyTree, leaf_table
+
+# Flax and Haiku; gamma of Keras; weight of PyTorch and Equinox.
+DEFAULT_SCALES = ("scale", "gamma", "weight")
+
+
+class Gate(NamedTuple):
+    """What one gate of a dimension multiplies.
+
+    Attributes:
+      scale: the scale that stands for the gate; ``None`` where the dimension has none.
+      members: the producers that it multiplies: the scale and its bias, if it has one;
+        without a scale all producers of the dimension, ``y = φ (W x + b)``.
+    """
+
+    scale: Member | None
+    members: tuple[Member, ...]
+
+
+def find_gates(
+    groups: Groups, scales: Sequence[str] = DEFAULT_SCALES
+) -> dict[str, tuple[Gate, ...]]:
+    """The gates of each dimension: one for each scale, or one on all its producers.
+
+    Args:
+      groups: the channel dimensions.
+      scales: patterns for the last key of a scale's path.
+
+    Returns:
+      For each dimension its gates, at least one.
+
+    Raises:
+      TypeError: if ``scales`` is not a list or tuple of strings.
+    """
+    check_scales(scales)
+    found = {}
+    for d in groups:
+        vectors = [m for m in d.producers if is_vector(groups, m)]
+        named = [m for m in vectors if _matches(m.path, scales)]
+        others = [m for m in vectors if m not in named]
+        gates = []
+        for m in named:
+            bias = [b for b in others if _beside(groups, b, m)][:1]
+            others = [b for b in others if b not in bias]
+            gates.append(Gate(m, (m, *bias)))
+        found[d.name] = tuple(gates) or (Gate(None, d.producers),)
+    return found
+
+
+def check_scales(scales: Any) -> None:
+    """Refuses what is not a sequence of patterns.
+
+    Args:
+      scales: what was given.
+
+    Raises:
+      TypeError: if it is not a list or tuple of strings.
+    """
+    if not isinstance(scales, list | tuple) or not all(
+        isinstance(s, str) for s in scales
+    ):
+        raise TypeError(
+            "scales must be a tuple of patterns for the names of scales, for example "
+            f"{DEFAULT_SCALES}; got {scales!r}"
+        )
+
+
+def find_scales(
+    groups: Groups, scales: Sequence[str] = DEFAULT_SCALES
+) -> dict[str, tuple[Member, ...]]:
+    """The scales of each dimension.
+
+    Args:
+      groups: the channel dimensions.
+      scales: patterns for the last key of a scale's path.
+
+    Returns:
+      For each dimension its scales, none where it has none.
+
+    Raises:
+      TypeError: if ``scales`` is not a list or tuple of strings.
+    """
+    gates = find_gates(groups, scales)
+    return {
+        name: tuple(g.scale for g in found if g.scale is not None)
+        for name, found in gates.items()
+    }
+
+
+def is_vector(groups: Groups, member: Member) -> bool:
+    """Whether a member's leaf is a vector, or one that broadcasts, ``(1, 1, 1, C)``.
+
+    A ``(C, 1)`` is none: that is the matrix of a layer with one input.
+
+    Args:
+      groups: the channel dimensions.
+      member: one of their members.
+
+    Returns:
+      A Boolean.
+    """
+    shape = groups.shapes[member.path]
+    alone = math.prod(shape) == shape[member.axis]
+    return len(shape) == 1 or (member.axis > 0 and alone)
+
+
+def take_entries(leaf: Any, member: Member, size: int) -> jax.Array:
+    """The entries of a vector that belong to the channels, at least float32.
+
+    Args:
+      leaf: the leaf of a member for which :func:`is_vector` holds.
+      member: the member.
+      size: number of channels.
+
+    Returns:
+      An array ``(outer, size, inner)``.
+    """
+    leaf = jnp.asarray(leaf)
+    wide = leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
+    return wide.reshape(-1)[member.positions(size)]
+
+
+def put_entries(
+    leaf: jax.Array, member: Member, size: int, values: jax.Array
+) -> jax.Array:
+    """Inverse of :func:`take_entries`: the leaf with these entries, in its dtype.
+
+    Args:
+      leaf: the leaf of a member for which :func:`is_vector` holds.
+      member: the member.
+      size: number of channels.
+      values: an array that broadcasts to ``(outer, size, inner)``.
+
+    Returns:
+      An array like ``leaf``.
+    """
+    where = member.positions(size)
+    values = jnp.broadcast_to(values, where.shape).astype(leaf.dtype)
+    return leaf.reshape(-1).at[where].set(values).reshape(leaf.shape)
+
+
+def replace_leaves(tree: PyTree, leaves: Mapping[str, Any]) -> PyTree:
+    """The tree with other leaves at some paths.
+
+    Args:
+      tree: any pytree.
+      leaves: the new leaves by path.
+
+    Returns:
+      A tree of the same structure.
+    """
+    table = leaf_table(tree)
+    return jax.tree.unflatten(
+        jax.tree.structure(tree), [leaves.get(p, x) for p, x in table.items()]
+    )
+
+
+def _matches(path: str, patterns: Sequence[str]) -> bool:
+    name = path.rpartition("/")[2]
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _beside(groups: Groups, bias: Member, scale: Member) -> bool:
+    """Whether two vectors are of one module, entry by entry."""
+
+    def place(m: Member) -> tuple[Any, ...]:
+        where = (m.axis, m.outer, m.inner, m.offset, m.period)
+        return m.path.rpartition("/")[0], groups.shapes[m.path], where
+
+    return place(bias) == place(scale)

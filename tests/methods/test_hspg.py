@@ -1,0 +1,415 @@
+"""HSPG and DHSPG against their equations in NumPy, channel by channel."""
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import sdp_jax
+from sdp_jax import methods
+from sdp_jax.groups import channels_alive, join_channels
+from sdp_jax.methods.hspg import penalty_lengths
+from tests import toy
+
+WIDTHS = (3, 5, 4, 2)
+TARGET = sdp_jax.target_sparsity(0.5, 1, 2)  # 4 of 9, rounded to even
+MAKERS = {
+    "hspg": lambda g, **k: methods.hspg(0.3, g, penalty=0.5, begin=2, **k),
+    "hspg_momentum": lambda g, **k: methods.hspg(
+        optax.linear_schedule(0.3, 0.1, 5), g, penalty=0.5, begin=1, momentum=0.5, **k
+    ),
+    "dhspg": lambda g, **k: methods.dhspg(0.3, g, TARGET, penalty=0.5, begin=1, **k),
+    "dhspg_adam": lambda g, **k: methods.dhspg(
+        optax.adam(0.05), g, TARGET, learning_rate=0.05, penalty=2.0, begin=1, **k
+    ),
+}
+makers = pytest.mark.parametrize("name", MAKERS)
+
+
+def make(dtype=jnp.float32, seed=0):
+    params = toy.mlp_params(seed, dtype, WIDTHS)
+    return params, toy.mlp_groups(params)
+
+
+def grads_at(params, step):
+    return jax.tree.map(lambda g: 0.4 * g, toy.mlp_grads(params, seed=10 + step))
+
+
+def make_step(tx):
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return step
+
+
+def train(tx, params, steps):
+    step = jax.jit(make_step(tx))
+    state = tx.init(params)
+    for n in range(steps):
+        params, state = step(params, state, grads_at(params, n))
+    return params, state
+
+
+def flat(params):
+    """One float64 vector per channel, dimension after dimension, and the rest."""
+    channels = []
+    for i in range(2):
+        kernel = np.asarray(params[f"layer{i}"]["kernel"], np.float64)
+        bias = np.asarray(params[f"layer{i}"]["bias"], np.float64)
+        channels += [np.append(kernel[:, c], bias[c]) for c in range(len(bias))]
+    rest = [np.asarray(v, np.float64) for v in jax.tree.leaves(params["layer2"])]
+    return channels, rest
+
+
+def assert_same(params, channels, rest, tol=1e-12):
+    got, others = flat(params)
+    for a, b in zip(got, channels, strict=True):
+        np.testing.assert_allclose(a, b, rtol=tol, atol=tol)
+        assert a.any() == b.any()
+    for a, b in zip(others, rest, strict=True):
+        np.testing.assert_allclose(a, b, rtol=tol, atol=tol)
+
+
+@pytest.mark.parametrize("momentum", [None, 0.5])
+def test_hspg_follows_its_equations(x64, momentum):
+    penalty, epsilon, begin, steps = 0.4, 0.2, 2, 6
+    params, groups = make(jnp.float64)
+
+    def schedule(count):
+        return 0.4 - 0.05 * jnp.asarray(count, jnp.float64)
+
+    tx = methods.hspg(
+        schedule,
+        groups,
+        penalty=penalty,
+        epsilon=epsilon,
+        begin=begin,
+        momentum=momentum,
+        floor=0,
+    )
+    state = tx.init(params)
+    step = jax.jit(make_step(tx))
+    channels, rest = flat(params)
+    buffer = [np.zeros_like(x) for x in channels + rest]
+    for n in range(steps):
+        grads = grads_at(params, n)
+        params, state = step(params, state, grads)
+        slopes = sum(flat(grads), [])
+        rate = 0.4 - 0.05 * n
+        buffer = [(momentum or 0) * b + g for b, g in zip(buffer, slopes, strict=True)]
+        new = []
+        for x, m in zip(channels, buffer, strict=False):
+            size = np.sqrt(x @ x)
+            y = x - rate * m
+            if size > 0:
+                y = y - rate * penalty * x / size
+            if n >= begin and (size == 0 or y @ x < epsilon * (x @ x)):
+                y = np.zeros_like(x)
+            new.append(y)
+        rest = [x - rate * m for x, m in zip(rest, buffer[len(new) :], strict=True)]
+        channels = new
+        assert_same(params, channels, rest)
+        zeros = sum(not x.any() for x in channels)
+        assert n >= begin or zeros == 0
+    assert 0 < zeros < len(channels)
+    assert int(state.host.count) == steps
+
+
+def test_hspg_holds_its_floor():
+    params, groups = make()
+    tx = methods.hspg(0.5, groups, penalty=50.0, begin=0, floor={"hidden0": 3})
+    params, _ = train(tx, params, 5)
+    alive = channels_alive(groups, params)
+    assert int(alive["hidden0"].sum()) == 3 and int(alive["hidden1"].sum()) == 1
+
+
+def saliency(channels, slopes):
+    """Eq. of the redundancy, high = redundant, with loops."""
+    cosines, inverses = [], []
+    for x, g in zip(channels, slopes, strict=True):
+        size, steep = np.sqrt(x @ x), np.sqrt(g @ g)
+        cosines.append(x @ g / (size * steep) if size * steep > 0 else 0.0)
+        inverses.append(1 / (size / len(x) + 1e-6) if size > 0 else 0.0)
+    cosines, inverses = np.array(cosines), np.array(inverses)
+    out = 0.5 * cosines / np.sqrt(np.sum(cosines**2))
+    out += 0.5 * inverses / np.sqrt(np.sum(inverses**2))
+    return np.where([x.any() for x in channels], out, 1.0)
+
+
+@pytest.mark.parametrize("dead", [False, True])
+def test_dhspg_score(x64, dead):
+    params, groups = make(jnp.float64)
+    if dead:
+        params["layer0"]["kernel"] = params["layer0"]["kernel"].at[:, 1].set(0)
+        params["layer0"]["bias"] = params["layer0"]["bias"].at[1].set(0)
+    grads = grads_at(params, 0)
+    score = join_channels(methods.dhspg_score()(groups, params, grads))
+    expected = saliency(flat(params)[0], flat(grads)[0])
+    np.testing.assert_allclose(score, expected.max() - expected, rtol=1e-6, atol=1e-7)
+    assert score.min() == 0 and (not dead or score[1] == 0)
+    scaled = jax.tree.map(lambda g: 7 * g, grads)
+    again = join_channels(methods.dhspg_score()(groups, params, scaled))
+    np.testing.assert_allclose(score, again, rtol=1e-9, atol=1e-12)
+    with pytest.raises(ValueError, match="dhspg_score needs gradients"):
+        methods.dhspg_score()(groups, params)
+
+
+def lambda_of(x, g, penalty, amplification, ceiling):
+    """The penalty of one channel, from its gradient."""
+    size, product = np.sqrt(x @ x), x @ g
+    if product >= 0:
+        return penalty
+    low, high = -product / size, -(g @ g) * size / product
+    value = min(max(amplification * low, penalty), ceiling * penalty)
+    return value if value < high else (low + high) / 2
+
+
+@pytest.mark.parametrize("enough", [None, 0.2])
+def test_dhspg_follows_its_equations(x64, enough):
+    # Chosen at the third update; the parameters before it are those of SGD.
+    begin, warm_up, project_from, steps, rate = 2, 4, 5, 14, 0.2
+    penalty, epsilon, wanted = 0.3, 0.4, 4
+    params, groups = make(jnp.float64, seed=3)
+    tx = methods.dhspg(
+        rate,
+        groups,
+        sdp_jax.target_sparsity(wanted / 9, begin, begin + 1),
+        penalty=penalty,
+        amplification=1.5,
+        ceiling=4.0,
+        epsilon=epsilon,
+        begin=begin,
+        project_from=project_from,
+        warm_up=warm_up,
+        enough=enough,
+    )
+    state = tx.init(params)
+    step = jax.jit(make_step(tx))
+    channels, rest = flat(params)
+    redundant, branches, last = set(), set(), False
+    for n in range(steps):
+        grads = grads_at(params, n)
+        params, state = step(params, state, grads)
+        slopes, others = flat(grads)
+        if n == begin:
+            redundant = set(np.argsort(-saliency(channels, slopes))[:wanted].tolist())
+        share = np.mean([not x.any() for x in channels])
+        shrinking = enough is None or share < enough
+        new = []
+        for i, (x, g) in enumerate(zip(channels, slopes, strict=True)):
+            y = x - rate * g
+            if i in redundant:
+                size = np.sqrt(x @ x)
+                if size > 0 and shrinking and n >= begin:
+                    value = penalty
+                    if n >= warm_up:
+                        value = lambda_of(x, g, penalty, 1.5, 4.0)
+                        branches.add(
+                            "plain"
+                            if x @ g >= 0
+                            else "mean"
+                            if value not in (penalty, 4.0 * penalty)
+                            and not np.isclose(value, -1.5 * (x @ g) / size)
+                            else "clipped"
+                        )
+                    y = y - rate * value * x / size
+                leaves = y @ x < epsilon * (x @ x)
+                last = (n == project_from - 1 and leaves) or last
+                if size == 0 or (n >= project_from and leaves):
+                    y = np.zeros_like(x)
+            new.append(y)
+        channels = new
+        rest = [x - rate * g for x, g in zip(rest, others, strict=True)]
+        # The published code adds 1e-8 to the norm; that is below this tolerance.
+        assert_same(params, channels, rest, tol=1e-10)
+        chosen = np.flatnonzero(state.host.redundant.per_channel)
+        assert set(chosen.tolist()) == redundant
+    assert last  # The projection was only just not due yet.
+    zeros = sum(not x.any() for x in channels)
+    if enough is None:
+        assert zeros >= 3 and {"plain", "clipped"} <= branches
+    else:
+        assert 0.2 <= zeros / 9
+
+
+@hypothesis.settings(max_examples=40)
+@hypothesis.given(
+    seed=st.integers(0, 10**6),
+    amplification=st.floats(1.01, 30),
+    penalty=st.floats(1e-6, 1e-3),
+    ceiling=st.floats(1, 1e4),
+)
+def test_lengths_lie_between_the_bounds(seed, amplification, penalty, ceiling):
+    rng = np.random.default_rng(seed)
+    x, u = rng.normal(size=(2, 6, 3)).astype(np.float32)
+    product = np.sum(x * u, axis=1)
+    size, step = np.linalg.norm(x, axis=1), np.linalg.norm(u, axis=1)
+    hypothesis.assume(np.all(np.abs(product) > 1e-2 * size * step))
+    hypothesis.assume(np.all(np.abs(product) < 0.99 * size * step))
+    values = [jnp.asarray(v) for v in (product, size, step)]
+    length = np.asarray(penalty_lengths(*values, penalty, amplification, 1e9))
+    capped = penalty_lengths(*values, penalty, amplification, ceiling)
+    move = u - length[:, None] * x / size[:, None]
+    grows = product > 0
+    # The norm falls to first order, and the step is one of descent: ∇ = −u.
+    assert np.all(np.sum(move * x, axis=1)[grows] < 0)
+    assert np.all(np.sum(-u * move, axis=1)[grows] < 0)
+    np.testing.assert_allclose(length[~grows], penalty, rtol=1e-6)
+    for i in range(6):
+        value = lambda_of(x[i], -u[i], penalty, amplification, 1e9)
+        np.testing.assert_allclose(length[i], value, rtol=1e-4)
+        value = lambda_of(x[i], -u[i], penalty, amplification, ceiling)
+        np.testing.assert_allclose(capped[i], value, rtol=1e-4)
+
+
+@jax.jit
+def first_step(params, grads, epsilon):
+    target = sdp_jax.target_sparsity(6 / 9, 0, 1)
+    groups = toy.mlp_groups(params)
+    tx = methods.dhspg(0.3, groups, target, penalty=1.0, epsilon=epsilon)
+    updates, state = tx.update(grads, tx.init(params), params)
+    return optax.apply_updates(params, updates), state.host.redundant.per_channel
+
+
+@hypothesis.settings(max_examples=30)
+@hypothesis.given(seed=st.integers(0, 10**6), epsilon=st.floats(0, 0.95))
+def test_what_is_kept_stays_in_its_half_space(seed, epsilon):
+    params, _ = make(seed=seed)
+    new, chosen = first_step(params, grads_at(params, seed), jnp.asarray(epsilon))
+    assert int(chosen.sum()) == 6
+    for x, y, c in zip(flat(params)[0], flat(new)[0], chosen, strict=True):
+        if c and y.any():
+            assert x @ y >= epsilon * (x @ x) - 1e-6
+        assert c or y.any()
+
+
+def test_without_penalty_they_are_their_base():
+    params, groups = make()
+    plain, _ = train(optax.sgd(0.3, 0.9), params, 4)
+    for tx in (
+        methods.hspg(0.3, groups, penalty=0.0, begin=9, momentum=0.9),
+        methods.dhspg(0.3, groups, 0.0, momentum=0.9),
+        methods.dhspg(
+            optax.sgd(0.3, 0.9), groups, TARGET, learning_rate=0.3, penalty=0.0,
+            project_from=9,
+        ),
+    ):  # fmt: skip
+        got, _ = train(tx, params, 4)
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(plain), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_dhspg_reaches_its_target_and_stays():
+    params, groups = make()
+    data = toy.batch(inputs=3, outputs=2)
+    tx = methods.dhspg(0.05, groups, TARGET, penalty=0.5, begin=1, momentum=0.9)
+    state = tx.init(params)
+
+    @jax.jit
+    def step(params, state):
+        grads = jax.grad(toy.loss)(params, data)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    for _ in range(80):
+        params, state = step(params, state)
+    dead = ~join_channels(channels_alive(groups, params))
+    assert int(dead.sum()) == 4
+    np.testing.assert_array_equal(dead, state.host.redundant.per_channel)
+
+
+def test_released_channels_leave_the_set():
+    params, groups = make()
+    host = methods.dhspg_host(
+        groups, sdp_jax.target_sparsity(4 / 9, 0, 1), learning_rate=0.1, penalty=9.0
+    )
+    still = jax.tree.map(jnp.zeros_like, params)
+    update = jax.jit(host.update)
+    never = jnp.zeros(9, bool)
+    _, state = update(still, host.init(params), params, released=never)
+    first = np.flatnonzero(state.redundant.per_channel)
+    assert len(first) == 4
+    released = jnp.arange(9) == first[0]
+    updates, state = update(still, state, params, released=released)
+    assert set(np.flatnonzero(state.redundant.per_channel)) == set(first[1:])
+    before, after = flat(params)[0], flat(optax.apply_updates(params, updates))[0]
+    np.testing.assert_array_equal(after[first[0]], before[first[0]])
+    assert not after[first[1]].any()
+
+
+@makers
+def test_contract(name):
+    params, groups = make(jnp.bfloat16)
+    tx = MAKERS[name](groups)
+    traces = []
+
+    def counted(*args):
+        traces.append(1)
+        return make_step(tx)(*args)
+
+    step = jax.jit(counted)
+    state = tx.init(params)
+    start = jax.tree.map(lambda x: (x.shape, x.dtype, x.weak_type), state)
+    assert jax.tree.structure(jax.eval_shape(tx.init, params)) == (
+        jax.tree.structure(state)
+    )
+    tx.init({})
+    here = params
+    for n in range(5):
+        here, state = step(here, state, grads_at(here, n))
+    assert len(traces) == 1
+    assert jax.tree.map(lambda x: (x.shape, x.dtype, x.weak_type), state) == start
+    assert {x.dtype for x in jax.tree.leaves(here)} == {jnp.dtype("bfloat16")}
+    fast, slow, state = params, params, tx.init(params)
+    slow_state = state
+    for n in range(2):
+        grads = grads_at(params, n)
+        fast, state = step(fast, state, grads)
+        slow, slow_state = make_step(tx)(slow, slow_state, grads)
+    for a, b in zip(jax.tree.leaves(slow), jax.tree.leaves(fast), strict=True):
+        np.testing.assert_allclose(
+            a.astype(jnp.float32), b.astype(jnp.float32), rtol=0.02, atol=0.02
+        )
+
+
+def test_zeros_are_exact_in_half_precision():
+    params, groups = make(jnp.bfloat16)
+    tx = methods.dhspg(0.1, groups, sdp_jax.target_sparsity(4 / 9, 0, 1), penalty=90.0)
+    params, _ = train(tx, params, 3)
+    assert int(join_channels(channels_alive(groups, params)).sum()) == 5
+
+
+def test_bad_input():
+    params, groups = make()
+    adam = optax.adam(0.1)
+    with pytest.raises(ValueError, match="hspg scales its penalty by the learning"):
+        methods.hspg(adam, groups, begin=0)
+    with pytest.raises(ValueError, match="dhspg scales .*give learning_rate="):
+        methods.dhspg(adam, groups, TARGET)
+    with pytest.raises(ValueError, match="penalty must be a non-negative number"):
+        methods.hspg(0.1, groups, penalty=-1.0, begin=0)
+    with pytest.raises(ValueError, match=r"epsilon must be a number in \[0, 1\)"):
+        methods.hspg(0.1, groups, epsilon=1.0, begin=0)
+    with pytest.raises(TypeError, match="begin must be an integer"):
+        methods.hspg(0.1, groups, begin=1.5)
+    with pytest.raises(ValueError, match="project_from must be .* at least 0"):
+        methods.dhspg(0.1, groups, TARGET, project_from=-1)
+    with pytest.raises(ValueError, match="amplification must be .* at least 1"):
+        methods.dhspg(0.1, groups, TARGET, amplification=0.5)
+    with pytest.raises(ValueError, match="enough must be a share"):
+        methods.dhspg(0.1, groups, TARGET, enough=2.0)
+    with pytest.raises(TypeError, match="learning_rate must be a non-negative number"):
+        methods.dhspg_host(groups, TARGET, learning_rate="fast")
+    with pytest.raises(ValueError, match="momentum and nesterov belong to the SGD"):
+        methods.hspg(adam, groups, learning_rate=0.1, begin=0, momentum=0.9)
+    with pytest.raises(TypeError, match=r"groups must be sdp_jax\.Groups"):
+        methods.hspg(0.1, {}, begin=0)
+    tx = methods.hspg(0.1, groups, begin=0)
+    with pytest.raises(ValueError, match="needs the current parameters"):
+        tx.update(params, tx.init(params))
+    with pytest.raises(ValueError, match="hidden0"):
+        tx.init({"other": jnp.ones(3)})

@@ -1,0 +1,209 @@
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import sdp_jax
+from sdp_jax import methods
+from tests import toy
+
+HALF = sdp_jax.target_sparsity(0.5, 1, 2)
+
+
+def run(tx, params, steps, grads=None):
+    state = tx.init(params)
+    step = jax.jit(tx.update)
+    for i in range(steps):
+        g = toy.mlp_grads(params, seed=i) if grads is None else grads[i]
+        updates, state = step(g, state, params)
+        params = optax.apply_updates(params, updates)
+    return params, state
+
+
+def norms_in_numpy(params):
+    found = []
+    for i in range(2):
+        layer = params[f"layer{i}"]
+        both = np.vstack([np.asarray(layer["kernel"]), np.asarray(layer["bias"])])
+        found.append(np.sqrt((both.astype(np.float64) ** 2).sum(0)))
+    return np.concatenate(found)
+
+
+def gone(params):
+    return np.concatenate(
+        [
+            (np.asarray(params[f"layer{i}"]["kernel"], np.float32) == 0).all(0)
+            & (np.asarray(params[f"layer{i}"]["bias"], np.float32) == 0)
+            for i in range(2)
+        ]
+    )
+
+
+def test_one_shot_takes_the_lowest_and_trains_the_rest():
+    params = toy.mlp_params()
+    groups = toy.mlp_groups(params)
+    plain, _ = run(optax.sgd(0.1), params, 1)
+    lowest = np.argsort(norms_in_numpy(plain))[:6]  # 5.5 of 11, rounded to even
+    tx = methods.hosted(
+        optax.sgd(0.1), methods.remove_lowest(groups, HALF, methods.l2_norm())
+    )
+    first, _ = run(tx, params, 1)
+    chex.assert_trees_all_close(first, plain, rtol=1e-6)
+    for steps in (2, 5):
+        found, _ = run(tx, params, steps)
+        assert set(np.flatnonzero(gone(found))) == set(lowest)
+        sgd, _ = run(optax.sgd(0.1), params, steps)
+        for i in range(2):
+            stay = ~gone(found)[6 * i : 6 + 5 * i]
+            a, b = (np.asarray(p[f"layer{i}"]["kernel"])[:, stay] for p in (found, sgd))
+            # The gradients of the toy do not depend on the parameters.
+            np.testing.assert_allclose(a, b, rtol=1e-5)
+
+
+def test_scores_are_averaged_over_the_steps_between_removals():
+    params = toy.mlp_params()
+    groups = toy.mlp_groups(params)
+    rule = sdp_jax.target_sparsity(0.4, 0, 1)
+    host = methods.remove_lowest(
+        groups, rule, methods.taylor(), every=3, accumulate=True
+    )
+    tx = methods.hosted(optax.sgd(0.05), host)
+    state, total = tx.init(params), np.zeros(11)
+    for i in range(3):
+        assert not gone(params).any()
+        grads = toy.mlp_grads(params, seed=i)
+        parts = []
+        for k in range(2):
+            a, g = params[f"layer{k}"], grads[f"layer{k}"]
+            products = [np.asarray(a[n] * g[n], np.float64) for n in ("kernel", "bias")]
+            parts.append(np.abs(products[0].sum(0) + products[1]))
+        total += np.concatenate(parts)
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    assert set(np.flatnonzero(gone(params))) == set(np.argsort(total)[:4])
+    np.testing.assert_array_equal(state.host.total.per_channel, 0)
+
+
+def test_gradual_removal_follows_the_ramp_and_never_takes_back():
+    params = toy.mlp_params(widths=(4, 30, 20, 3))
+    groups = toy.mlp_groups(params)
+    rule = sdp_jax.target_sparsity(0.8, 2, 12, power=1.0)
+    tx = methods.hosted(
+        optax.sgd(0.1), methods.remove_lowest(groups, rule, methods.l2_norm(), every=2)
+    )
+    state, before, counts = tx.init(params), np.zeros(50, bool), []
+    for i in range(14):
+        updates, state = tx.update(toy.mlp_grads(params, seed=i), state, params)
+        params = optax.apply_updates(params, updates)
+        now = ~np.concatenate(
+            [np.asarray(a) for a in sdp_jax.channels_alive(groups, params).values()]
+        )
+        assert (now >= before).all()
+        np.testing.assert_array_equal(now, state.host.gone.per_channel)
+        before = now
+        counts.append(now.sum())
+    # Nothing goes while a ramp rises (its first 30 %); then 4 a step, seen every second.
+    assert counts == [0, 0, 0, 0, 0, 16, 16, 24, 24, 32, 32, 40, 40, 40]
+
+
+def test_released_channels_are_forgotten():
+    params = toy.mlp_params()
+    groups = toy.mlp_groups(params)
+    host = methods.remove_lowest(
+        groups, sdp_jax.target_sparsity(0.5, 0, 1), methods.l2_norm(), every=2
+    )
+    zero = jax.tree.map(jnp.zeros_like, params)
+    state = host.init(params)
+    for _ in range(2):
+        _, state = host.update(zero, state, params)
+    first = int(np.flatnonzero(state.gone.per_channel)[0])
+    released = jnp.arange(11) == first
+    _, state = host.update(zero, state, params, released=released)
+    assert not state.gone.per_channel[first]
+    assert state.gone.per_channel.sum() == 5
+    _, state = host.update(zero, state, params)  # It is due again.
+    assert state.gone.per_channel[first] and state.gone.per_channel.sum() == 6
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_dtypes_zeros_and_one_compilation(dtype):
+    params = toy.mlp_params(dtype=dtype)
+    tx = methods.hosted(
+        optax.adam(0.1),
+        methods.remove_lowest(toy.mlp_groups(params), HALF, methods.l1_norm(), floor=2),
+    )
+    state, traces = tx.init(params), 0
+    abstract = jax.eval_shape(tx.init, params)
+
+    @jax.jit
+    def step(params, state, grads):
+        nonlocal traces
+        traces += 1
+        updates, state = tx.update(grads, state, params)
+        chex.assert_trees_all_equal_dtypes(updates, params)
+        return optax.apply_updates(params, updates), state
+
+    for i in range(4):
+        params, state = step(params, state, toy.mlp_grads(params, seed=i))
+        chex.assert_trees_all_equal_shapes_and_dtypes(state, abstract)
+    assert traces == 1
+    np.testing.assert_array_equal(gone(params), state.host.gone.per_channel)
+    assert gone(params).sum() == 6
+
+
+def test_a_number_is_a_limit_of_the_score():
+    params = {"w": jnp.array([[3.0, 1.0, 0.5], [4.0, 1.0, 0.5]])}
+    groups = sdp_jax.groups_from_axes(params, {"h": [sdp_jax.producer("w", 1)]})
+    host = methods.remove_lowest(groups, 1.2, methods.l2_norm())
+    updates, _ = host.update({"w": jnp.zeros((2, 3))}, host.init(params), params)
+    assert (params["w"] + updates["w"])[0].tolist() == [3.0, 1.0, 0.0]
+
+
+def test_a_channel_that_is_dead_by_itself_is_not_counted_as_removed():
+    params = {"w": jnp.array([[3.0, 0.0, 2.0, 1.0]])}
+    groups = sdp_jax.groups_from_axes(params, {"h": [sdp_jax.producer("w", 1)]})
+    host = methods.remove_lowest(
+        groups, sdp_jax.target_sparsity(0.5, 1, 2), methods.l2_norm()
+    )
+    step = {"w": jnp.full((1, 4), 0.1)}
+    state = host.init(params)
+    updates, state = host.update(step, state, params)
+    np.testing.assert_allclose(updates["w"], 0.1, rtol=1e-5)  # It may still grow.
+    updates, state = host.update(step, state, params)
+    assert state.gone.per_channel.tolist() == [False, True, False, True]
+
+
+def test_scores_from_outside():
+    params = toy.mlp_params()
+    groups = toy.mlp_groups(params)
+    tx = optax.chain(optax.sgd(0.1), methods.remove_lowest(groups, HALF))
+    scores = {"hidden0": np.arange(6.0), "hidden1": np.arange(5.0) + 10}
+    state = methods.set_scores(tx.init(params), groups, scores)
+    for i in range(2):
+        updates, state = tx.update(toy.mlp_grads(params, seed=i), state, params)
+        params = optax.apply_updates(params, updates)
+    # The floor keeps the last of the first dimension.
+    assert gone(params).tolist() == [True] * 5 + [False, True] + [False] * 4
+
+
+def test_bad_input():
+    params = toy.mlp_params()
+    groups = toy.mlp_groups(params)
+    with pytest.raises(TypeError, match=r"score must be a function .* got 'l2'"):
+        methods.remove_lowest(groups, HALF, "l2")
+    with pytest.raises(ValueError, match=r"every must be an integer .* got 0"):
+        methods.remove_lowest(groups, HALF, methods.l2_norm(), every=0)
+    with pytest.raises(ValueError, match=r"average them before set_scores"):
+        methods.remove_lowest(groups, HALF, accumulate=True)
+    with pytest.raises(ValueError, match=r"no state of remove_lowest"):
+        methods.set_scores(
+            optax.sgd(0.1).init(params), groups, sdp_jax.channel_norms(groups, params)
+        )
+    tx = methods.remove_lowest(groups, HALF)
+    with pytest.raises(ValueError, match=r"hidden1.*got \{'hidden0': \(6,\)\}"):
+        methods.set_scores(tx.init(params), groups, {"hidden0": np.ones(6)})
+    host = methods.remove_lowest(groups, HALF, methods.taylor())
+    with pytest.raises(ValueError, match=r"methods\.hosted\(base, host\)"):
+        host.update(toy.mlp_grads(params), host.init(params), params)

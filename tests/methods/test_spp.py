@@ -1,0 +1,332 @@
+"""Structured Probabilistic Pruning against its equations in NumPy."""
+
+import math
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import sdp_jax
+from sdp_jax.methods import ranking_increment, spp, spp_params
+from tests.toy import mlp_grads, mlp_groups, mlp_params
+
+KEY = jax.random.key(3)
+
+
+def increment(r, n, a=0.05, u=0.25):
+    """The equation as the paper writes it."""
+    alpha = math.log(2 / u) / n
+    n1 = -math.log(u) / alpha
+    if r < n1:
+        return a * math.exp(-alpha * r)
+    return 2 * u * a - a * math.exp(-alpha * (2 * n1 - r))
+
+
+def channel_entries(params):
+    """For each channel of the two hidden layers its kernel column and bias."""
+    for i in (0, 1):
+        layer = params[f"layer{i}"]
+        for c in range(layer["bias"].shape[0]):
+            yield i, c, [layer["kernel"][:, c], layer["bias"][c : c + 1]]
+
+
+def numpy_tree(tree):
+    return jax.tree.map(lambda x: np.array(x, np.float64), tree)
+
+
+def rank_alive(norms, gone):
+    order = sorted(
+        (j for j in range(len(norms)) if not gone[j]), key=lambda j: norms[j]
+    )
+    return {j: r for r, j in enumerate(order)}
+
+
+@hypothesis.given(
+    st.integers(0, 60), st.integers(1, 40), st.floats(0.01, 1), st.floats(0.05, 0.9)
+)
+def test_increment_is_the_papers(r, n, a, u):
+    hypothesis.assume(r < 5 * n)
+    with jax.enable_x64(True):
+        found = float(ranking_increment(r, n, a, u))
+    assert found == pytest.approx(increment(r, n, a, u), rel=1e-9, abs=1e-12)
+
+
+def test_increment_falls_through_its_symmetry_point_to_zero(x64):
+    n, a, u = 40, 0.05, 0.25
+    values = np.asarray(ranking_increment(np.arange(60), n))
+    assert values[0] == a and values[n] == 0
+    assert (np.diff(values) < 0).all() and (values[n + 1 :] < 0).all()
+    middle = -math.log(u) / math.log(2 / u) * n
+    assert float(ranking_increment(middle, n)) == pytest.approx(u * a)
+    off = np.array([0.5, 3.0, 11.0])
+    pair = ranking_increment(middle - off, n) + ranking_increment(middle + off, n)
+    np.testing.assert_allclose(pair, 2 * u * a)
+
+
+def test_increment_is_finite_far_beyond_and_zero_without_a_number():
+    far = ranking_increment(jnp.array([500, 10**6]), 1)
+    assert np.isfinite(far).all() and (far < -1e9).all()
+    assert (ranking_increment(jnp.arange(3), jnp.array([0, -1, 0])) == 0).all()
+
+
+@pytest.mark.parametrize("momentum", [None, 0.9])
+def test_steps_are_the_equations(x64, momentum):
+    params = mlp_params(dtype=jnp.float64)
+    groups = mlp_groups(params)
+    share, lr, every, begin = {"hidden0": 0.5, "hidden1": 0.4}, 0.1, 2, 1
+    numbers = [3, 2]
+    tx = spp(
+        lr, groups, share, KEY, every=every, amplitude=0.4, ratio=0.3, begin=begin,
+        momentum=momentum,
+    )  # fmt: skip
+    state, update = tx.init(params), jax.jit(tx.update)
+    shadow = numpy_tree(params)
+    speed = jax.tree.map(np.zeros_like, shadow)
+    chance = [np.ones(6), np.ones(5)]
+    mask = [np.ones(6, bool), np.ones(5, bool)]
+    for n in range(1, 26):
+        grads = mlp_grads(params, seed=n)
+        updates, state = update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+
+        slope = numpy_tree(grads)
+        for i, c, parts in channel_entries(slope):
+            if not mask[i][c]:
+                for part in parts:
+                    part[:] = 0
+        speed = jax.tree.map(lambda s, g: (momentum or 0) * s + g, speed, slope)
+        shadow = jax.tree.map(lambda v, s: v - lr * s, shadow, speed)
+        norms = [np.zeros(6), np.zeros(5)]
+        for i, c, parts in channel_entries(shadow):
+            norms[i][c] = sum(np.abs(part).sum() for part in parts)
+        if n > begin and (n - begin) % every == 0:
+            for i in (0, 1):
+                gone = chance[i] == 0
+                left = numbers[i] - gone.sum()
+                if left > 0:
+                    for j, r in rank_alive(norms[i], gone).items():
+                        change = increment(r, left, 0.4, 0.3)
+                        chance[i][j] = min(max(chance[i][j] - change, 0), 1)
+        for i in (0, 1):
+            if (chance[i] == 0).sum() >= numbers[i]:
+                chance[i][chance[i] > 0] = 1
+        np.testing.assert_allclose(
+            state.probabilities.per_channel, np.concatenate(chance), atol=1e-12
+        )
+        # The masks are random; what follows from them is not.
+        drawn = np.asarray(state.mask.per_channel)
+        mask = [drawn[:6], drawn[6:]]
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12),
+            state.shadow, shadow,
+        )  # fmt: skip
+        expected = jax.tree.map(np.copy, shadow)
+        for i, c, parts in channel_entries(expected):
+            assert mask[i][c] or chance[i][c] < 1
+            assert not (mask[i][c] and chance[i][c] == 0)
+            if not mask[i][c]:
+                for part in parts:
+                    part[:] = 0
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), params, expected
+        )
+    assert update._cache_size() == 1
+    # The test has seen recovery, randomness and the end.
+    assert [(c == 0).sum() for c in chance] == numbers
+
+
+def test_masks_are_bernoulli_and_new_each_time():
+    params = {"w": jnp.ones((1, 4000))}
+    groups = sdp_jax.groups_from_axes(params, {"d": [sdp_jax.producer("w", 1)]})
+    tx = spp(0.1, groups, 0.5, KEY, every=10, amplitude=0.8, begin=0)
+    state = tx.init(params)
+    # Probabilities from elsewhere: the first 1000 at 0.3, the rest at 0.8.
+    chance = jnp.where(jnp.arange(4000) < 1000, 0.3, 0.8)
+    state = state._replace(
+        probabilities=state.probabilities._replace(per_channel=chance)
+    )
+    zeros, masks = {"w": jnp.zeros((1, 4000))}, []
+    update = jax.jit(tx.update)
+    for _ in range(3):
+        updates, state = update(zeros, state, params)
+        params = optax.apply_updates(params, updates)
+        masks.append(np.asarray(state.mask.per_channel))
+        np.testing.assert_array_equal(params["w"][0], masks[-1])
+    for mask in masks:
+        assert mask[:1000].mean() == pytest.approx(0.3, abs=4 * (0.21 / 1000) ** 0.5)
+        assert mask[1000:].mean() == pytest.approx(0.8, abs=4 * (0.16 / 3000) ** 0.5)
+    both = (masks[0] & masks[1])[1000:].mean()
+    assert both == pytest.approx(0.64, abs=0.04)
+
+
+@hypothesis.given(st.integers(0, 10**6))
+@hypothesis.settings(max_examples=8)
+def test_ends_with_the_number_and_nothing_random(seed):
+    params = mlp_params()
+    groups = mlp_groups(params)
+    tx = spp(0.02, groups, 0.5, jax.random.key(seed), every=1, amplitude=0.3)
+    update = jitted(tx, groups)
+    state = tx.init(params)
+    for n in range(40):
+        updates, state = update(mlp_grads(params, seed + n), state, params)
+        params = optax.apply_updates(params, updates)
+    chance = np.asarray(state.probabilities.per_channel)
+    assert set(chance) == {0.0, 1.0}
+    assert ((chance[:6] == 0).sum(), (chance[6:] == 0).sum()) == (3, 2)
+    alive = sdp_jax.channels_alive(groups, params)
+    np.testing.assert_array_equal(np.concatenate(list(alive.values())), chance == 1)
+    final = spp_params(state, groups, params)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), params, final
+    )
+
+
+CACHE = {}
+
+
+def jitted(tx, groups):
+    """One compilation for all examples: the key is in the state."""
+    return CACHE.setdefault(groups, jax.jit(tx.update))
+
+
+def test_without_sparsity_it_is_the_base():
+    params = other = mlp_params()
+    groups = mlp_groups(params)
+    base = optax.adamw(0.05, weight_decay=0.1)
+    tx = spp(base, groups, 0.0, KEY, every=1)
+    state, base_state = tx.init(params), base.init(params)
+    update, base_update = jax.jit(tx.update), jax.jit(base.update)
+    for n in range(4):
+        updates, state = update(mlp_grads(params, n), state, params)
+        params = optax.apply_updates(params, updates)
+        updates, base_state = base_update(mlp_grads(params, n), base_state, other)
+        other = optax.apply_updates(other, updates)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), params, other
+    )
+
+
+def test_dropped_channels_get_no_gradient_not_even_a_broken_one():
+    params = {"w": jnp.array([[1.0, 5.0]])}
+    groups = sdp_jax.groups_from_axes(params, {"d": [sdp_jax.producer("w", 1)]})
+    tx = spp(0.1, groups, 0.5, KEY, every=1, amplitude=1.0)
+    state = tx.init(params)
+    for grad in ([[0.0, 1.0]], [[jnp.nan, 1.0]], [[jnp.inf, 1.0]]):
+        updates, state = tx.update({"w": jnp.array(grad)}, state, params)
+        params = optax.apply_updates(params, updates)
+    np.testing.assert_allclose(params["w"], [[0, 4.7]], rtol=1e-6)
+    assert params["w"][0, 0] == 0
+    np.testing.assert_allclose(state.shadow["w"], [[1, 4.7]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("base", [optax.sgd(0.1, 0.9), optax.adamw(0.1)])
+def test_half_precision_keeps_dtypes_and_exact_zeros(base):
+    params = mlp_params(dtype=jnp.bfloat16)
+    groups = mlp_groups(params)
+    tx = spp(base, groups, 0.5, KEY, every=1, amplitude=0.6)
+    state = tx.init(params)
+    specs = jax.eval_shape(tx.init, params)
+    update = jax.jit(tx.update)
+    for n in range(5):
+        updates, state = update(mlp_grads(params, n), state, params)
+        assert {u.dtype for u in jax.tree.leaves(updates)} == {jnp.dtype(jnp.bfloat16)}
+        params = optax.apply_updates(params, updates)
+        alive = sdp_jax.channels_alive(groups, params)
+        mask = np.concatenate(list(alive.values()))
+        np.testing.assert_array_equal(mask, state.mask.per_channel)
+    assert update._cache_size() == 1 and not mask.all()
+    for have, want in zip(jax.tree.leaves(state), jax.tree.leaves(specs), strict=True):
+        assert (have.dtype, have.shape) == (want.dtype, want.shape)
+    assert state.shadow["layer0"]["bias"].dtype == jnp.float32
+    final = spp_params(state, groups, params)
+    assert final["layer0"]["bias"].dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("key", [jax.random.key(1), jax.random.PRNGKey(1)])
+def test_cut_takes_the_state_and_training_goes_on(key):
+    params = mlp_params()
+    groups = mlp_groups(params)
+    tx = spp(0.1, groups, 0.5, key, every=1, amplitude=1.0, momentum=0.9)
+    state, update = tx.init(params), jax.jit(tx.update)
+    for n in range(6):
+        updates, state = update(mlp_grads(params, n), state, params)
+        params = optax.apply_updates(params, updates)
+    cut = sdp_jax.plan_cut(groups, params)
+    assert {d.name: d.size for d in cut.groups} == {"hidden0": 3, "hidden1": 3}
+    small, small_state = cut.take(params), cut.take(state)
+    tx2 = spp(0.1, cut.groups, 0.0, key, every=1, momentum=0.9)
+    grads = mlp_grads(params, 9)
+    updates, small_state = jax.jit(tx2.update)(cut.take(grads), small_state, small)
+    dense, _ = update(grads, state, params)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
+        updates, cut.take(dense),
+    )  # fmt: skip
+
+
+def test_initialises_without_leaves_and_in_a_masked_tree():
+    params = mlp_params()
+    groups = mlp_groups(params)
+    tx = spp(0.1, groups, 0.5, KEY, every=1)
+    assert tx.init({}).probabilities.per_channel.shape == (11,)
+    state = optax.tree.map_params(tx, lambda x: x * 0, tx.init(params))
+    assert not any(jnp.any(x) for x in jax.tree.leaves(state.shadow))
+
+
+def test_floor_of_an_array_wins():
+    params = {"w": jnp.array([[1.0, 2.0, 3.0, 4.0]])}
+    groups = sdp_jax.groups_from_axes(params, {"d": [sdp_jax.producer("w", 1)]})
+    tx = spp(0.1, groups, 0.75, KEY, every=1, amplitude=1.0, floor=jnp.array(3))
+    state, update = tx.init(params), jax.jit(tx.update)
+    for _ in range(4):
+        updates, state = update({"w": jnp.zeros((1, 4))}, state, params)
+        params = optax.apply_updates(params, updates)
+    np.testing.assert_array_equal(params["w"], [[0, 2, 3, 4]])
+
+
+def test_spp_params_hides_only_what_is_pruned():
+    params = {"w": jnp.array([[1.0, 2.0, 3.0, 4.0]])}
+    groups = sdp_jax.groups_from_axes(params, {"d": [sdp_jax.producer("w", 1)]})
+    state = spp(0.1, groups, 0.5, KEY, every=1).init(params)
+    chance = jnp.array([0.0, 0.01, 1.0, 1.0])
+    state = state._replace(
+        probabilities=state.probabilities._replace(per_channel=chance)
+    )
+    found = spp_params((state, optax.EmptyState()), groups, params)
+    np.testing.assert_array_equal(found["w"], [[0, 2, 3, 4]])
+    with pytest.raises(ValueError, match="expected one state of spp"):
+        spp_params(optax.sgd(0.1).init(params), groups, params)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "message"),
+    [
+        ({"sparsity": 1.0}, ValueError, r"sparsity must be a number in \[0, 1\)"),
+        ({"sparsity": {"nope": 0.5}}, ValueError, "do not exist"),
+        ({"sparsity": "half"}, TypeError, "sparsity must be"),
+        ({"sparsity": jnp.array(0.5)}, TypeError, "not an array"),
+        ({"sparsity": 0.9, "floor": 3}, ValueError, "lower the sparsity"),
+        ({"every": 0}, ValueError, "every must be an integer"),
+        ({"every": 1.5}, TypeError, "every must be an integer"),
+        ({"begin": -1}, ValueError, "begin must be"),
+        ({"amplitude": 0}, ValueError, "amplitude must be a positive"),
+        ({"ratio": 1.0}, ValueError, "ratio must be"),
+        ({"key": 0}, TypeError, "jax.random.key"),
+        ({"base": -0.1}, ValueError, "learning rate"),
+    ],
+)
+def test_bad_input_is_refused(kwargs, error, message):
+    given = {"base": 0.1, "sparsity": 0.5, "key": KEY, "every": 1} | kwargs
+    with pytest.raises(error, match=message):
+        spp(groups=mlp_groups(), **given)
+
+
+def test_updates_need_params():
+    params = mlp_params()
+    tx = spp(0.1, mlp_groups(params), 0.5, KEY, every=1)
+    with pytest.raises(ValueError, match="spp needs the current parameters"):
+        tx.update(params, tx.init(params))
