@@ -152,12 +152,13 @@ def runs(config: Compare) -> list[tuple[str, train.Config]]:
     return found
 
 
-def record(name: str, config: train.Config) -> dict[str, Any]:
+def record(name: str, config: train.Config, dataset: data.Dataset) -> dict[str, Any]:
     """Trains, or goes on training, cuts, tests and times.
 
     Args:
       name: name of the entry.
       config: the run.
+      dataset: its data set.
 
     Returns:
       What is known of it, also kept beside the run.
@@ -165,11 +166,8 @@ def record(name: str, config: train.Config) -> dict[str, Any]:
     path = config.directory() / "compared.json"
     if path.is_file():
         return json.loads(path.read_text())
-    run = train.train(config)
-    result = run.result
-    images = data.load(
-        config.dataset, config.data_dir, downscale=config.downscale
-    ).test.images[:200]
+    run = train.train(config, dataset=dataset)
+    result, images = run.result, dataset.test.images[:200]
     cut = sdp_jax.plan_cut(run.groups, run.state.variables)
     small = cut.take(run.state.variables)
     dense_time, small_time = sdp_jax.latency(
@@ -367,8 +365,9 @@ def main(config: Compare) -> list[dict[str, Any]]:
       The rows of the table.
     """
     planned = runs(config)
+    dataset = data.load(config.dataset, config.data_dir, downscale=config.downscale)
     for i, (name, run) in enumerate(planned):
-        found = record(name, run)
+        found = record(name, run, dataset)
         print(
             f"{i + 1:3d} of {len(planned)}  {name}, "
             f"{'no target' if run.sparsity is None else format(run.sparsity, '.0%')}, "

@@ -275,6 +275,7 @@ def make_evaluate(
 def train(
     config: Config,
     *,
+    dataset: data.Dataset | None = None,
     on_step: Callable[[int, int], None] = lambda step, steps: None,
     on_epoch: Callable[[dict[str, Any]], None] = lambda record: None,
 ) -> Run:
@@ -282,6 +283,7 @@ def train(
 
     Args:
       config: the run.
+      dataset: the data set of the configuration, if it is loaded already.
       on_step: called after each step with its number and the number of all steps.
       on_epoch: called with the record of each epoch, also of those done earlier.
 
@@ -299,7 +301,8 @@ def train(
             f"epochs and evaluate_every must be at least 1; got {config.epochs} and "
             f"{config.evaluate_every}"
         )
-    dataset = data.load(config.dataset, config.data_dir, downscale=config.downscale)
+    if dataset is None:
+        dataset = data.load(config.dataset, config.data_dir, downscale=config.downscale)
     training, validation = data.hold_out(dataset.train, config.validation)
     per_epoch = data.steps_per_epoch(training, config.batch_size)
     steps = per_epoch * config.epochs

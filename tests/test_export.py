@@ -89,7 +89,7 @@ SYMBOLIC = {
         lambda p, x: (jax.nn.relu(x.reshape(-1, 3) @ p["a"]) @ p["b"]).reshape(
             *x.shape[:3], -1
         ),
-        "batch, height, width, 3",
+        "batch, height, 3, 3",
         (2, 5, 3, 3),
     ),
     "halved until it is as long as there are channels": (

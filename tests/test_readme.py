@@ -7,6 +7,8 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+import pytest
 from flax import nnx
 
 import sdp_jax
@@ -38,6 +40,22 @@ def test_example():
     assert all(jnp.isfinite(p).all() for p in jax.tree.leaves(small))
     exec(next(b for b in blocks() if "scores=scores" in b), names)
     assert names["cut"].widths["layer0"] < 20
+
+
+def test_methods_example(capsys):
+    params = toy.mlp_params(widths=(4, 20, 3))
+    groups = sdp_jax.find_groups(toy.mlp_apply, params, toy.batch()[0])
+    names = {"params": params, "groups": groups, "optax": optax, "sdp_jax": sdp_jax}
+    exec(next(b for b in blocks() if "decay_pruning(" in b), names)
+    index = float(capsys.readouterr().out.split()[0])
+    flat = np.concatenate([np.abs(x).ravel() for x in jax.tree.leaves(params)])
+    assert index == pytest.approx(1 - np.sqrt(flat).mean() ** 2 / flat.mean(), rel=1e-5)
+    tx, state = names["tx"], names["tx"].init(params)
+    step = jax.jit(lambda p, s: tx.update(jax.grad(toy.loss)(p, toy.batch()), s, p))
+    for _ in range(340):
+        updates, state = step(params, state)
+        params = optax.apply_updates(params, updates)
+    assert sdp_jax.plan_cut(groups, params).widths == {"layer0": 10}
 
 
 def test_valley_examples(tmp_path, monkeypatch, capsys):

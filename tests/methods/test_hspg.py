@@ -236,7 +236,7 @@ def test_dhspg_follows_its_equations(x64, enough):
         assert 0.2 <= zeros / 9
 
 
-@hypothesis.settings(max_examples=40)
+@hypothesis.settings(max_examples=20)
 @hypothesis.given(
     seed=st.integers(0, 10**6),
     amplification=st.floats(1.01, 30),
@@ -275,7 +275,7 @@ def first_step(params, grads, epsilon):
     return optax.apply_updates(params, updates), state.host.redundant.per_channel
 
 
-@hypothesis.settings(max_examples=30)
+@hypothesis.settings(max_examples=15)
 @hypothesis.given(seed=st.integers(0, 10**6), epsilon=st.floats(0, 0.95))
 def test_what_is_kept_stays_in_its_half_space(seed, epsilon):
     params, _ = make(seed=seed)

@@ -143,8 +143,10 @@ def test_zero_channels_have_no_slope():
     params = {"w": jnp.array([[0.3, 0.0, -0.4], [0.0, 0.0, 0.4]])}
     groups = sdp_jax.groups_from_axes(params, {"d": [sdp_jax.producer("w", 1)]})
     for bound in (0.5, 10.0):
-        slope = jax.grad(
-            lambda p, m=bound: perspective_penalty(groups, p, alpha=0.5, bound=m)
+        slope = jax.jit(
+            jax.grad(
+                lambda p, m=bound: perspective_penalty(groups, p, alpha=0.5, bound=m)
+            )
         )(params)["w"]
         assert np.isfinite(slope).all() and (slope[:, 1] == 0).all()
         # Ties of the largest entry share its slope.
@@ -180,7 +182,7 @@ def test_no_penalty_is_the_base_and_schedules_are_followed():
     groups = mlp_groups(params)
     grads = mlp_grads(params)
     same = perspective_regularizer(groups, 0.0, alpha=0.5, bound=2.0)
-    found, _ = same.update(grads, same.init(params), params)
+    found, _ = jax.jit(same.update)(grads, same.init(params), params)
     jax.tree.map(np.testing.assert_array_equal, found, grads)
 
     rising = perspective_regularizer(groups, lambda n: 2.0 * n, alpha=0.5, bound=2.0)
@@ -188,7 +190,7 @@ def test_no_penalty_is_the_base_and_schedules_are_followed():
     state, update = rising.init(params), jax.jit(rising.update)
     for _ in range(3):
         found, state = update(grads, state, params)
-    expected, _ = fixed.update(grads, fixed.init(params), params)
+    expected, _ = jax.jit(fixed.update)(grads, fixed.init(params), params)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), found, expected
     )
@@ -202,7 +204,7 @@ def test_half_precision_keeps_its_dtype():
         perspective_regularizer(groups, 0.1, alpha=0.5, bound=2.0),
         optax.sgd(0.1, 0.9),
     )
-    updates, _ = tx.update(mlp_grads(params), tx.init(params), params)
+    updates, _ = jax.jit(tx.update)(mlp_grads(params), tx.init(params), params)
     assert {u.dtype for u in jax.tree.leaves(updates)} == {jnp.dtype(jnp.bfloat16)}
     value = perspective_penalty(groups, params, alpha=0.5, bound=2.0)
     assert value.dtype == jnp.float32

@@ -117,7 +117,6 @@ def trained():
             config = Config(
                 widths=(100, 40),
                 epochs=30,
-                evaluate_every=30,
                 batch_size=64,
                 learning_rate=0.05,
                 momentum=0.9,
