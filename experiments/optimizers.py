@@ -204,6 +204,8 @@ def _altsdp(plan: Plan, groups: sdp_jax.Groups) -> optax.GradientTransformation:
     strength = sdp_jax.valley_strength(config.c, config.mu)
     if config.sparsity is not None:
         strength = plan.ramp(per_dimension=config.ranking == "per_dimension")
+    if config.stop_rise is not None:
+        strength = methods.until_compressed(strength, rise=config.stop_rise)
     valley: Any = None
     if config.valley == "hessian":
         valley = {"rank": config.valley_rank, "estimator": None}
@@ -431,8 +433,8 @@ def _regularizer(growing: bool) -> Callable[[Plan, sdp_jax.Groups], Any]:
         penalty = plan.config.penalty
         if not growing:
             return methods.group_norm_regularizer(groups, penalty)
-        # The coefficient grows by the penalty a hundred times before the cut.
-        every = max(1, plan.middle // 100)
+        # The coefficient grows by the penalty ten times before the cut.
+        every = max(1, plan.middle // 10)
         return methods.group_norm_regularizer(
             groups, penalty, growing=penalty, every=every
         )

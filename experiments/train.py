@@ -55,6 +55,8 @@ class Config:
       begin: with sparsity: share of the steps after which pruning begins.
       end: with sparsity: share of the steps after which it is done; what goes in one
         shot goes halfway between.
+      stop_rise: altsdp: stop pruning further once the PQ Index of what is left has
+        risen by so much above its least; none for no such rule.
       penalty: weight of the penalty, for methods that have one.
       decay_steps: steps of the Decay Pruning Method around its hosts; 1 for none.
       release_rate: its threshold of the escape rate; none releases no channel.
@@ -94,6 +96,7 @@ class Config:
     ranking: Literal["global", "per_dimension"] = "global"
     begin: float = 0.1
     end: float = 0.6
+    stop_rise: float | None = None
     penalty: float = 1e-3
     decay_steps: int = 1
     release_rate: float | None = None
@@ -378,6 +381,7 @@ def train(
                 sdp_jax.check_zeros(state.opt_state)
             alive = sdp_jax.channels_alive(groups, state.variables)
             record["channels"] = {k: int(v.sum()) for k, v in alive.items()}
+            record["pq_index"] = _pq_index(groups, state.variables)
             record["seconds"] = time.perf_counter() - start
             # The record comes first: an epoch without a checkpoint is done again.
             log.epoch(record)
@@ -416,6 +420,17 @@ def _result(
         "small_parameters": _count(small_variables["params"]),
         "flops": sdp_jax.cost(model.apply, variables, images[:1]).flops,
         "small_flops": sdp_jax.cost(small, small_variables, images[:1]).flops,
+    }
+
+
+def _pq_index(groups: sdp_jax.Groups, variables: Any) -> dict[str, float]:
+    """PQ Index of the weights, and of the norms of the channels that are left."""
+    norms = np.concatenate(
+        [np.asarray(v) for v in sdp_jax.channel_norms(groups, variables).values()]
+    )
+    return {
+        "weights": float(methods.pq_index(variables["params"])),
+        "norms": float(methods.pq_index(norms[norms > 0])),
     }
 
 
