@@ -136,7 +136,9 @@ def train_toy(tx, jit, steps=30):
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
-    step = jax.jit(step) if jit else step
+    if jit:
+        # As users compile it: without optimisation nothing is contracted.
+        step = jax.jit(step, compiler_options={"xla_backend_optimization_level": 3})
     params = toy.mlp_params()
     state = tx.init(params)
     for i in range(steps):

@@ -159,7 +159,6 @@ def test_zero_channels_are_exactly_zero(name, dtype):
 
 @grouped
 def test_vmap_over_an_ensemble(name):
-    groups = toy.mlp_groups()
     tx = made(name)
     members = [toy.mlp_params(seed=s) for s in range(3)]
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *members)

@@ -41,7 +41,9 @@ def test_a_given_twin_must_be_one(tmp_path):
     with pytest.raises(ValueError, match="the method, which must be sgd"):
         main(Certify(run=path, twin=path, **FAST))
     seed = run(tmp_path / "seed", method="sgd", seed=1)
-    found = main(Certify(run=path, twin=seed, **FAST | {"density_steps": 0, "curve_steps": 0}))
+    found = main(
+        Certify(run=path, twin=seed, **FAST | {"density_steps": 0, "curve_steps": 0})
+    )
     result = json.loads((path / "metrics.jsonl").read_text().splitlines()[-1])
     assert found.pruned["test"]["accuracy"] == pytest.approx(result["test_accuracy"])
     assert not found.same_seed and "do not share a seed" in found.summary()

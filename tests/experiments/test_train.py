@@ -213,7 +213,7 @@ def test_a_diverged_run_stops_with_a_reason(tmp_path):
 
 
 def test_no_epochs(tmp_path):
-    with pytest.raises(ValueError, match="epochs must be at least 1"):
+    with pytest.raises(ValueError, match="epochs.* must be at least 1; got 0"):
         run(tmp_path, epochs=0)
 
 

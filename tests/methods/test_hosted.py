@@ -12,8 +12,9 @@ from tests import toy
 def test_is_the_chain_for_a_host_that_wants_no_gradients():
     params = toy.mlp_params()
     host = sdp_jax.group_soft_threshold(toy.mlp_groups(params), 0.05)
-    ours, chain = methods.hosted(optax.adam(0.1), host), optax.chain(
-        optax.adam(0.1), host
+    ours, chain = (
+        methods.hosted(optax.adam(0.1), host),
+        optax.chain(optax.adam(0.1), host),
     )
     state, other = ours.init(params), chain.init(params)
     for i in range(3):
