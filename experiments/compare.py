@@ -31,6 +31,13 @@ ENTRIES: Mapping[str, dict[str, Any]] = {
     "SGD, dense": {"method": "sgd"},
     "AltSDP": {"method": "altsdp"},
     "AltSDP, radial": {"method": "altsdp", "dual": "radial"},
+    "AltSDP, adaptive": {"method": "altsdp", "dual": "radial", "power": 8.0},
+    "AltSDP, adaptive, by layer": {
+        "method": "altsdp",
+        "dual": "radial",
+        "power": 8.0,
+        "ranking": "per_dimension",
+    },
     "L2 at the end": {"method": "l2_last"},
     "random": {"method": "random"},
     "L1": {"method": "l1"},
@@ -62,7 +69,12 @@ ENTRIES: Mapping[str, dict[str, Any]] = {
 DPM = {"release_rate": 0.0, "release_length": 1.0}
 # Once for each seed, whatever the targets: they take none.
 WITHOUT_TARGET = {"SGD, dense", "HSPG", "gRDA"}
-OURS = ("AltSDP", "AltSDP, radial")
+OURS = (
+    "AltSDP",
+    "AltSDP, radial",
+    "AltSDP, adaptive",
+    "AltSDP, adaptive, by layer",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -306,7 +318,7 @@ def plot(table: list[dict[str, Any]], path: pathlib.Path) -> None:
                 [100 * r["accuracy"][1] for r in line],
                 color="black" if ours else colours[i % 20],
                 marker="o*sd^v"[i % 6] if not ours else "o",
-                linestyle="--" if name.endswith("radial") else "-",
+                linestyle="-" if not ours else ("-", "--", ":", "-.")[OURS.index(name)],
                 linewidth=2 if ours else 0.8,
                 markersize=5 if ours else 4,
                 label=name,

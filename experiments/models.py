@@ -52,10 +52,20 @@ class ConvNet(nn.Module):
             x = nn.BatchNorm(not train, momentum=0.9, name=f"norm{i}")(x)
             x = nn.relu(x)
             if i % 2:
-                x = nn.max_pool(x, (2, 2), (2, 2))
+                x = _pool(x)
         x = x.reshape(x.shape[0], -1)
         x = nn.relu(nn.Dense(self.widths[-1], name="dense")(x))
         return nn.Dense(self.classes, name="head")(x)
+
+
+def _pool(x: jax.Array) -> jax.Array:
+    """Maxima of 2×2 squares.
+
+    On the CPU a training step is twice as fast as with a reduction over windows.
+    """
+    n, height, width, channels = x.shape
+    x = x[:, : height // 2 * 2, : width // 2 * 2]
+    return x.reshape(n, height // 2, 2, width // 2, 2, channels).max((2, 4))
 
 
 Model: TypeAlias = Dnn | ConvNet

@@ -204,6 +204,8 @@ def _altsdp(plan: Plan, groups: sdp_jax.Groups) -> optax.GradientTransformation:
     strength = sdp_jax.valley_strength(config.c, config.mu)
     if config.sparsity is not None:
         strength = plan.ramp(per_dimension=config.ranking == "per_dimension")
+    if config.power != 1:
+        strength = sdp_jax.adaptive_strength(strength, config.power)
     if config.stop_rise is not None:
         strength = methods.until_compressed(strength, rise=config.stop_rise)
     valley: Any = None

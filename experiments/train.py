@@ -55,6 +55,7 @@ class Config:
       begin: with sparsity: share of the steps after which pruning begins.
       end: with sparsity: share of the steps after which it is done; what goes in one
         shot goes halfway between.
+      power: altsdp: exponent of the adaptive threshold; 1 for the plain one.
       stop_rise: altsdp: stop pruning further once the PQ Index of what is left has
         risen by so much above its least; none for no such rule.
       penalty: weight of the penalty, for methods that have one.
@@ -96,6 +97,7 @@ class Config:
     ranking: Literal["global", "per_dimension"] = "global"
     begin: float = 0.1
     end: float = 0.6
+    power: float = 1.0
     stop_rise: float | None = None
     penalty: float = 1e-3
     decay_steps: int = 1
@@ -343,6 +345,7 @@ def train(
         for record in log.epochs:
             on_epoch(record)
         step, evaluate = make_step(model, tx), make_evaluate(model.apply)
+        watch = make_watch(groups)
         refresh, due = None, range(0)
         if config.method == "altsdp" and config.valley == "hessian":
             refresh = make_refresh(model, training, state.batch_stats, config)
@@ -379,9 +382,7 @@ def train(
                 record["validation_loss"], record["validation_accuracy"] = found
             if config.method in optimizers.THRESHOLD:
                 sdp_jax.check_zeros(state.opt_state)
-            alive = sdp_jax.channels_alive(groups, state.variables)
-            record["channels"] = {k: int(v.sum()) for k, v in alive.items()}
-            record["pq_index"] = _pq_index(groups, state.variables)
+            record |= watch(state.variables)
             record["seconds"] = time.perf_counter() - start
             # The record comes first: an epoch without a checkpoint is done again.
             log.epoch(record)
@@ -423,15 +424,26 @@ def _result(
     }
 
 
-def _pq_index(groups: sdp_jax.Groups, variables: Any) -> dict[str, float]:
-    """PQ Index of the weights, and of the norms of the channels that are left."""
-    norms = np.concatenate(
-        [np.asarray(v) for v in sdp_jax.channel_norms(groups, variables).values()]
-    )
-    return {
-        "weights": float(methods.pq_index(variables["params"])),
-        "norms": float(methods.pq_index(norms[norms > 0])),
-    }
+def make_watch(groups: sdp_jax.Groups) -> Callable[[Any], dict[str, Any]]:
+    """``variables -> what a record says of the channels``."""
+
+    @jax.jit
+    def look(variables: Any) -> Any:
+        alive = sdp_jax.channels_alive(groups, variables)
+        norms = jnp.concatenate(list(sdp_jax.channel_norms(groups, variables).values()))
+        return (
+            {name: jnp.sum(value) for name, value in alive.items()},
+            methods.pq_index(variables["params"]),
+            methods.pq_index(norms, mask=norms > 0),
+        )
+
+    def watch(variables: Any) -> dict[str, Any]:
+        alive, weights, norms = look(variables)
+        index = {"weights": float(weights), "norms": float(norms)}
+        counts = {name: int(alive[name]) for name in groups.sizes}
+        return {"channels": counts, "pq_index": index}
+
+    return watch
 
 
 def variables_of(params: Any, batch_stats: Any) -> dict[str, Any]:

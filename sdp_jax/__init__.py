@@ -34,6 +34,7 @@ from sdp_jax.narrow import narrow
 from sdp_jax.plan import plan_cut
 from sdp_jax.strength import (
     Strength,
+    adaptive_strength,
     ramp_strength,
     target_sparsity,
     valley_strength,
@@ -95,6 +96,7 @@ __all__ = [
     "SoftThresholdState",
     "SpectralDensity",
     "Strength",
+    "adaptive_strength",
     "altsdp",
     "certify",
     "channel_norms",

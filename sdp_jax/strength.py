@@ -420,6 +420,70 @@ def target_sparsity(
     return Strength(init, update)
 
 
+def adaptive_strength(strength: StrengthLike, power: float = 4.0) -> Strength:
+    """Spares large channels: the same channels go, but those that stay shrink less.
+
+    The threshold ``t`` of ``strength`` becomes ``t (t / ‖v_c‖)^(power − 1)`` for each
+    channel, so that the group soft-threshold multiplies it by ::
+
+        max(0, 1 − (t / ‖v_c‖)^power)
+
+    With ``power=1`` nothing changes. With 2 it is the non-negative garrote, or one step
+    of the adaptive group lasso; the larger it is, the nearer to a hard threshold. The
+    factor is 0 at ``‖v_c‖ = t`` and rises from there without a jump, whatever the
+    power.
+
+    Args:
+      strength: a :class:`Strength`, a number or a schedule.
+      power: exponent, at least 1.
+
+    Returns:
+      A :class:`Strength`.
+
+    Raises:
+      ValueError: if ``power`` is below 1.
+      TypeError: if an argument is of another kind.
+
+    References:
+      Breiman, "Better Subset Regression Using the Nonnegative Garrote", Technometrics
+      1995; Zou, "The Adaptive Lasso and Its Oracle Properties", JASA 2006.
+
+    Example:
+      >>> import jax.numpy as jnp, sdp_jax
+      >>> strength = sdp_jax.adaptive_strength(1.0, power=2.0)
+      >>> norms = {"hidden": jnp.array([0.5, 2., 4.])}
+      >>> state = strength.init({"hidden": 3}, {"hidden": 1})
+      >>> thresholds, _ = strength.update(state, norms, {"hidden": 1})
+      >>> print(thresholds["hidden"])
+      [1.   0.5  0.25]
+    """
+    inner = as_strength(strength)
+    check_number("power", power, low=1, rule="a number of at least 1")
+
+    def bind(rate: Any, momentum: Any) -> Strength:
+        assert inner.bind is not None
+        return adaptive_strength(inner.bind(rate, momentum), power)
+
+    def update(state: Any, norms: Norms, floors: prox.Floors) -> tuple[Thresholds, Any]:
+        thresholds, state = inner.update(state, norms, floors)
+        return {
+            name: _spare(norms[name], value, power)
+            for name, value in thresholds.items()
+        }, state
+
+    return Strength(inner.init, update, None if inner.bind is None else bind)
+
+
+def _spare(norms: jax.Array, thresholds: jax.Array, power: float) -> jax.Array:
+    """``t (t / norm)^(power − 1)``, and ``t`` where that would be undefined."""
+    usual = jnp.isfinite(thresholds) & (norms > 0)
+    ratio = jnp.where(usual, thresholds, 0) / jnp.where(usual, norms, 1)
+    # Below the threshold the channel is zero anyway; the power must not overflow.
+    return jnp.where(
+        usual, thresholds * jnp.minimum(ratio, 1) ** (power - 1), thresholds
+    )
+
+
 def _count_target(
     target: str,
     groups: Groups | None,
