@@ -92,6 +92,7 @@ def feature_maps(
         # The last producer is the bias of the layer that puts the channel out.
         layer = d.producers[-1].path.split("/")[0]
         norms = [m.path.split("/")[0] for m in d.producers if "norm" in m.path]
+        output: Any
         (output,) = found["intermediates"][norms[0] if norms else layer]["__call__"]
         maps[d.name] = nn.relu(output)
     return maps

@@ -131,16 +131,15 @@ class Plan(NamedTuple):
         """The target, step by step."""
         return self.target(self.begin, self.end, per_dimension=per_dimension)
 
-    def widths_share(self, groups: sdp_jax.Groups) -> float:
-        """The share of the channels of every dimension that makes up the target."""
+    def layer_shares(self, groups: sdp_jax.Groups) -> dict[str, float]:
+        """What every dimension loses where all lose the same share of channels."""
         strength = self.one_shot(1, per_dimension=True)
         floors: Any = {name: 1 for name in groups.sizes}
         spread = {n: jnp.arange(1.0, s + 1) for n, s in groups.sizes.items()}
         thresholds, _ = strength.update(
             strength.init(groups.sizes, floors), spread, floors
         )
-        gone = sum(int(jnp.isinf(t).sum()) for t in thresholds.values())
-        return gone / groups.num_channels
+        return {name: float(jnp.isinf(t).mean()) for name, t in thresholds.items()}
 
 
 def has_scales(groups: sdp_jax.Groups) -> bool:
@@ -316,8 +315,7 @@ def _hspg(plan: Plan, groups: sdp_jax.Groups) -> optax.GradientTransformation:
 
 def _dhspg(plan: Plan, groups: sdp_jax.Groups) -> optax.GradientTransformation:
     # A norm of 2 vanishes between begin and end, however short the budget.
-    rate = plan.config.learning_rate / (1 - plan.config.momentum)
-    penalty = 2 / (rate * max(plan.end - plan.begin, 1))
+    penalty = 2 / (plan.config.learning_rate * max(plan.end - plan.begin, 1))
     host = methods.dhspg_host(
         groups,
         plan.one_shot(max(plan.begin, 1)),
@@ -349,7 +347,10 @@ def _gate(plan: Plan, groups: sdp_jax.Groups) -> optax.GradientTransformation:
     tick = max(1, (plan.end - plan.begin) // 40)
     host = methods.tick_tock(
         groups,
-        plan.ramp(),
+        # Complete at the last tick, where the last channels go.
+        plan.target(
+            plan.begin, plan.end // (4 * tick) * (4 * tick), per_dimension=False
+        ),
         tick_steps=tick,
         tock_steps=3 * tick,
         ticks=1,
@@ -358,9 +359,11 @@ def _gate(plan: Plan, groups: sdp_jax.Groups) -> optax.GradientTransformation:
     )
     base, penalty = _sgd(plan), plan.config.penalty
     if has_scales(groups):
-        rule = methods.scale_penalty(
-            groups, lambda count: jnp.where(count < plan.end, penalty, 0.0)
-        )
+
+        def in_time(count: Any) -> Any:
+            return jnp.where(count < plan.end, penalty, 0.0)
+
+        rule = methods.scale_penalty(groups, in_time)
         base = optax.chain(rule, base)
     return _decayed(plan, base, host, groups)
 
@@ -402,7 +405,7 @@ def _spp(plan: Plan, groups: sdp_jax.Groups) -> optax.GradientTransformation:
     return methods.spp(
         learning_rate(plan.config, plan.steps),
         groups,
-        plan.widths_share(groups),
+        plan.layer_shares(groups),
         jax.random.key(plan.config.seed),
         every=_events(plan, 100),
         begin=plan.begin,
@@ -420,7 +423,7 @@ def _increg(plan: Plan, groups: sdp_jax.Groups) -> optax.GradientTransformation:
     tx = methods.increg(
         learning_rate(config, plan.steps),
         groups,
-        plan.widths_share(groups),
+        plan.layer_shares(groups),
         every=_events(plan, updates),
         amplitude=amplitude,
         begin=plan.begin,

@@ -116,6 +116,27 @@ def check_number(
         raise ValueError(f"{name} must be {rule}; got {value!r}")
 
 
+def check_whole(name: str, value: Any, *, low: int = 0) -> None:
+    """Refuses what is not an integer of at least ``low``.
+
+    Args:
+      name: name of the argument.
+      value: what was given.
+      low: smallest allowed value.
+
+    Raises:
+      TypeError: if it is not an integer.
+      ValueError: if it is smaller, or beyond 32 bits.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(f"{name} must be an integer number of updates; got {value!r}")
+    if not low <= value < 2**31:
+        raise ValueError(
+            f"{name} must be a number of updates, at least {low} and below 2**31; got "
+            f"{value!r}"
+        )
+
+
 def check_momentum(momentum: Any) -> None:
     """Refuses a Python number outside ``[0, 1)``; arrays pass unchecked.
 

@@ -336,3 +336,39 @@ def test_targets_that_cannot_be_met_say_so():
         strength.init(groups.sizes, dict.fromkeys(groups.sizes, 4))
     with pytest.raises(ValueError, match="give both the same"):
         strength.init({"other": 3}, {"other": 1})
+
+
+@pytest.mark.parametrize("power", [1.0, 2.0, 4.0, 8.0])
+def test_adaptive_factors_in_closed_form(power):
+    norms = {"a": jnp.array([0.0, 0.5, 1.0, 1.5, 40.0]), "b": jnp.array([3.0, 1e-3])}
+    strength = sdp_jax.adaptive_strength(1.0, power)
+    state = strength.init({"a": 5, "b": 2}, {})
+    thresholds, _ = strength.update(state, norms, {})
+    for name, values in norms.items():
+        found = prox.soft_threshold_factor(values, thresholds[name])
+        v = np.asarray(values, np.float64)
+        with np.errstate(divide="ignore"):
+            expected = np.maximum(0, 1 - np.where(v > 0, 1 / v, np.inf) ** power)
+        np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
+        np.testing.assert_array_equal(np.asarray(found) == 0, v <= 1)
+
+
+def test_adaptive_keeps_targets_floors_and_bindings():
+    inner = sdp_jax.target_sparsity(0.5, 0, 2)
+    strength = sdp_jax.adaptive_strength(inner, 8.0)
+    sizes, floors = {"a": 4, "b": 4}, {"a": 1, "b": 1}
+    norms = {"a": jnp.array([1e-30, 2.0, 3.0, 4.0]), "b": jnp.array([0.1, 0.2, 5, 6])}
+    state, other = strength.init(sizes, floors), inner.init(sizes, floors)
+    for _ in range(3):
+        thresholds, state = strength.update(state, norms, floors)
+        plain, other = inner.update(other, norms, floors)
+    for name in sizes:
+        np.testing.assert_array_equal(np.isinf(thresholds[name]), np.isinf(plain[name]))
+        assert (thresholds[name] <= plain[name]).all()
+    valley = sdp_jax.adaptive_strength(sdp_jax.valley_strength(1.0, 0.6), 2.0)
+    bound = valley.bind(0.1, None)
+    thresholds, _ = bound.update(bound.init({"a": 4}, {}), {"a": norms["a"]}, {})
+    g = 0.1**1.1
+    np.testing.assert_allclose(thresholds["a"][1:], g**2 / norms["a"][1:], rtol=1e-5)
+    with pytest.raises(ValueError, match=r"power must be a number of at least 1"):
+        sdp_jax.adaptive_strength(1.0, 0.5)

@@ -28,7 +28,7 @@ from sdp_jax.groups import (
     split_channels,
 )
 from sdp_jax.methods.hosted import Score
-from sdp_jax.strength import check_number
+from sdp_jax.strength import check_number, check_whole
 from sdp_jax.transforms import check_kind, check_params, need_params
 
 Normalizer = Literal["mean", "max", "sum"]
@@ -211,10 +211,10 @@ def group_norm_regularizer(
     """
     check_kind(groups)
     check_number("reg", reg, low=0, rule="a non-negative number")
-    check_number("every", every, low=1, rule="an integer number of updates, at least 1")
+    check_whole("every", every, low=1)
     if growing is not None:
         check_number("growing", growing, low=0, rule="a non-negative number or None")
-    elif not (isinstance(every, int) and every == 1):
+    elif every != 1:
         raise ValueError(
             f"every={every!r} is the pace of the growing variant; give growing= too"
         )

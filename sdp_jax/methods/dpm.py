@@ -17,7 +17,7 @@ from sdp_jax.groups import (
     scale_channels,
     split_channels,
 )
-from sdp_jax.strength import check_number
+from sdp_jax.strength import check_number, check_whole
 from sdp_jax.transforms import (
     add_step,
     check_kind,
@@ -122,14 +122,12 @@ def decay_pruning(
       [4. 0.]
     """
     check_kind(groups)
-    check_number("steps", steps, low=1, rule="an integer number of steps, at least 1")
+    check_whole("steps", steps, low=1)
     if rate is not None:
         check_number("rate", rate, low=-1e30, rule="a number or None")
     check_number("length", length, low=0, rule="a non-negative number")
     if release_until is not None:
-        check_number(
-            "release_until", release_until, low=0, rule="a number of updates or None"
-        )
+        check_whole("release_until", release_until)
     base, host = (
         optax.with_extra_args_support(base),
         optax.with_extra_args_support(host),

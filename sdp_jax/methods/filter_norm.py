@@ -100,5 +100,7 @@ def magnitude(leaf: jax.Array) -> jax.Array:
 
 def sum_of(pairs: Any) -> jax.Array:
     """The sum over the members that :func:`sdp_jax.groups.member_sums` returned."""
-    values = [value for _, value in pairs]
-    return sum(values[1:], values[0])
+    total, *rest = [value for _, value in pairs]
+    for value in rest:
+        total = total + value
+    return total

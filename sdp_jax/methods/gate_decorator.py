@@ -125,7 +125,8 @@ def decorate(
                 dtype = jnp.finfo(table[gate.members[0].path].dtype).dtype
                 found.append(jnp.ones((d.size,), dtype))
                 continue
-            leaf = jnp.asarray(table[gate.scale.path])
+            # Where dimensions share a scale, the first has taken it out.
+            leaf = changed.get(gate.scale.path, jnp.asarray(table[gate.scale.path]))
             gamma = take_entries(leaf, gate.scale, d.size)
             found.append(gamma.reshape(-1).astype(leaf.dtype))
             old = changed.get(gate.scale.path, leaf)
@@ -133,7 +134,7 @@ def decorate(
                 old, gate.scale, d.size, jnp.ones_like(gamma)
             )
             for m in gate.members[1:]:
-                beta = take_entries(table[m.path], m, d.size)
+                beta = take_entries(changed.get(m.path, table[m.path]), m, d.size)
                 ratio = beta / jnp.where(gamma == 0, 1, gamma)
                 ratio = jnp.where(gamma == 0, jnp.sign(beta) * limit, ratio)
                 ratio = jnp.clip(ratio, -limit, limit)
@@ -357,6 +358,7 @@ def tick_tock(
     """
     rule, floors = check_rule(groups, strength, floor, "plain")
     phase = _phases(tick_steps, tock_steps, ticks, until)
+    last = _last_tick(tick_steps, tock_steps, ticks, until)
     score = gate_taylor(scales=scales)
     filters = _filters(groups, scales)
 
@@ -384,9 +386,12 @@ def tick_tock(
         params = need_params(params, updates, "tick_tock")
         gone = state.gone.per_channel
         if released is not None:
-            gone = gone & ~released
+            # Behind the last tick nothing would take it out again.
+            gone = gone & ~(released & (state.count <= last))
         tick, begins, ends = phase(state.count)
         found = join_channels(score(groups, params, gradients)).astype(jnp.float32)
+        # One bad batch must not spoil the sum.
+        found = jnp.where(jnp.isfinite(found), found, 0)
         counts = tick | (state.count < tock_steps)
         total = jnp.where(begins, 0, state.total.per_channel)
         total = jnp.where(counts, total + found, total)
@@ -546,6 +551,18 @@ def _phases(tick_steps: Any, tock_steps: Any, ticks: Any, until: Any) -> Any:
         return tick, tick & (step == 0), tick & (step == tick_steps - 1)
 
     return phase
+
+
+def _last_tick(tick_steps: int, tock_steps: int, ticks: int, until: int | None) -> int:
+    """The number of updates before the one that ends the last tick, or no limit."""
+    if until is None:
+        return 2**31 - 1
+    period = tock_steps + ticks * tick_steps
+    for start in (until // period * period, (until // period - 1) * period):
+        done = min((until - start - tock_steps) // tick_steps, ticks)
+        if done > 0 and start >= 0:
+            return start + tock_steps + done * tick_steps - 1
+    return 0
 
 
 def _filters(groups: Groups, scales: Sequence[str]) -> frozenset[str]:

@@ -7,7 +7,6 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from sdp_jax import prox
 from sdp_jax.groups import (
@@ -128,24 +127,3 @@ def check_epsilon(epsilon: Any) -> None:
     """
     high = math.nextafter(1, 0)
     check_number("epsilon", epsilon, low=0, high=high, rule="a number in [0, 1)")
-
-
-def check_whole(name: str, value: Any, *, low: int = 0) -> None:
-    """Refuses what is not an integer of at least ``low``.
-
-    Args:
-      name: name of the argument.
-      value: what was given.
-      low: smallest allowed value.
-
-    Raises:
-      TypeError: if it is not an integer.
-      ValueError: if it is smaller, or beyond 32 bits.
-    """
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise TypeError(f"{name} must be an integer number of updates; got {value!r}")
-    if not low <= value < 2**31:
-        raise ValueError(
-            f"{name} must be a number of updates, at least {low} and below 2**31; got "
-            f"{value!r}"
-        )

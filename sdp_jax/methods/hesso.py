@@ -20,12 +20,11 @@ from sdp_jax.groups import (
     scale_channels,
     split_channels,
 )
-from sdp_jax.methods.half_space import check_whole
 from sdp_jax.methods.hosted import Score, hosted
 from sdp_jax.methods.hspg import unit
 from sdp_jax.methods.remove import check_scores
 from sdp_jax.methods.taylor import need_gradients
-from sdp_jax.strength import StrengthLike, check_number
+from sdp_jax.strength import StrengthLike, check_number, check_whole
 from sdp_jax.transforms import (
     add_step,
     as_base,
@@ -231,6 +230,8 @@ def hesso_host(
         count = jnp.asarray(optax.safe_increment(state.count))
         fading, gone = state.fading.per_channel, state.gone.per_channel
         if released is not None:
+            # Behind the last choice nothing would take it out again.
+            released &= count <= begin + 1 + (periods - 1) * period
             fading, gone = fading & ~released, gone & ~released
         early = count <= begin
         done = jnp.maximum(count - begin - 1, 0)

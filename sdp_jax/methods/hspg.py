@@ -25,10 +25,10 @@ from sdp_jax.groups import (
     scale_channels,
     split_channels,
 )
-from sdp_jax.methods.half_space import check_epsilon, check_whole, project
+from sdp_jax.methods.half_space import check_epsilon, project
 from sdp_jax.methods.hosted import Score, hosted
 from sdp_jax.methods.taylor import need_gradients
-from sdp_jax.strength import StrengthLike, check_number
+from sdp_jax.strength import StrengthLike, check_number, check_whole
 from sdp_jax.transforms import (
     add_step,
     as_base,
@@ -569,9 +569,12 @@ def _redundancy(
 def unit(values: jax.Array) -> jax.Array:
     """A vector divided by its Euclidean norm, or itself where that is zero."""
     # By the largest magnitude first: squares of small numbers vanish.
-    largest = jnp.max(jnp.abs(values))
-    scaled = values / jnp.where(largest > 0, largest, 1)
-    norm = jnp.sqrt(jnp.sum(jnp.square(scaled)))
+    # What is not finite stays so, and does not count.
+    finite = jnp.where(jnp.isfinite(values), values, 0)
+    largest = jnp.max(jnp.abs(finite))
+    scale = jnp.where(largest > 0, largest, 1)
+    scaled = values / scale
+    norm = jnp.sqrt(jnp.sum(jnp.square(finite / scale)))
     return scaled / jnp.where(norm > 0, norm, 1)
 
 

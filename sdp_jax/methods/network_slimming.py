@@ -190,9 +190,10 @@ def scale_penalty(
                 sizes = [jnp.broadcast_to(norm, s.shape) for s in sizes]
             for m, value, size in zip(found[d.name], values, sizes, strict=True):
                 slope = jnp.where(size > 0, value / jnp.where(size > 0, size, 1), 0)
-                old = changed.get(m.path, gradients[m.path])
-                entries = take_entries(old, m, d.size)
+                # From the gradient itself: dimensions that share a scale count once.
+                entries = take_entries(gradients[m.path], m, d.size)
                 new = entries + jnp.asarray(rate, entries.dtype) * slope
+                old = changed.get(m.path, gradients[m.path])
                 changed[m.path] = put_entries(old, m, d.size, new)
         count = jnp.asarray(optax.safe_increment(state.count))
         return replace_leaves(updates, changed), ScalePenaltyState(count)

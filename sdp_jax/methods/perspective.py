@@ -246,7 +246,8 @@ def channel_maxima(groups: Groups, params: PyTree) -> dict[str, jax.Array]:
     for d in groups:
         for m in d.producers:
             leaf = magnitude(jnp.asarray(table[m.path]))
-            line = jnp.max(leaf, axis=[a for a in range(leaf.ndim) if a != m.axis])
+            rest = [a for a in range(leaf.ndim) if a != m.axis]
+            line = jnp.max(leaf, axis=rest, initial=0)
             value = jnp.max(line[m.positions(d.size)], axis=(0, 2))
             out[d.name] = jnp.maximum(out[d.name], value) if d.name in out else value
     return out

@@ -420,8 +420,8 @@ def _index(parts: Sequence[Part], p: float, q: float, axis: int | None) -> jax.A
 
 
 def _magnitude(x: jax.Array, alive: jax.Array | None) -> jax.Array:
-    x = jnp.abs(x)
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    # Before the magnitude is taken: int8 has no 128.
+    x = jnp.abs(x.astype(jnp.promote_types(x.dtype, jnp.float32)))
     return x if alive is None else jnp.where(alive, x, 0)
 
 
@@ -431,7 +431,8 @@ def _rows(x: jax.Array | None, axis: int) -> Any:
         return None
     if x.ndim == 0:
         return x.reshape(1, 1)
-    return jnp.moveaxis(x, axis, 0).reshape(x.shape[axis], -1)
+    length = x.shape[axis]
+    return jnp.moveaxis(x, axis, 0).reshape(length, x.size // max(length, 1))
 
 
 def _entries(
@@ -467,7 +468,7 @@ def _norms(
     wide = {k: _magnitude(x, masks.get(k)) for k, x in arrays.items() if k in ours}
     peak = jnp.zeros((), jnp.float32)
     for x in wide.values():
-        peak = jnp.maximum(peak, jnp.max(x))
+        peak = jnp.maximum(peak, jnp.max(x, initial=0))
     peak = jnp.where(peak == 0, 1, peak)
     leaves = [wide[k] / peak if k in ours else x for k, x in arrays.items()]
     structure = jax.tree.structure(tree)

@@ -4,7 +4,9 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from sdp_jax.groups import (
@@ -15,7 +17,7 @@ from sdp_jax.groups import (
     split_channels,
 )
 from sdp_jax.methods.hosted import Score
-from sdp_jax.strength import StrengthLike, check_number
+from sdp_jax.strength import StrengthLike, check_whole
 from sdp_jax.transforms import add_step, check_params, check_rule, need_params, step_to
 
 
@@ -26,13 +28,16 @@ class RemoveLowestState(NamedTuple):
       strength: state of the strength.
       count: number of updates so far, int32 scalar.
       gone: which channels are removed.
-      total: scores summed over the steps since the last removal.
+      total: scores summed over the steps since the last removal; not a number before
+        there are any.
+      advanced: number of updates that the strength knows of, int32 scalar.
     """
 
     strength: Any
     count: jax.Array
     gone: PerChannel
     total: PerChannel
+    advanced: jax.Array
 
 
 def remove_lowest(
@@ -49,7 +54,8 @@ def remove_lowest(
     The classical loop of structured pruning, score, remove, train on, as one
     transformation: all at once (a ramp of one step), gradually, or a few at a time
     every so many steps. What is removed stays zero, unless a wrapper such as
-    :func:`sdp_jax.methods.decay_pruning` releases it.
+    :func:`sdp_jax.methods.decay_pruning` releases it. As long as a score is not finite,
+    nothing is decided; it is made up for at the next time.
 
     Args:
       groups: the channel dimensions.
@@ -90,7 +96,7 @@ def remove_lowest(
        [3.9 0. ]]
     """
     rule, floors = check_rule(groups, strength, floor, "plain")
-    check_number("every", every, low=1, rule="an integer number of steps, at least 1")
+    check_whole("every", every, low=1)
     if score is not None and not callable(score):
         raise TypeError(
             "score must be a function score(groups, params, grads=None, "
@@ -109,7 +115,8 @@ def remove_lowest(
             rule.init(groups.sizes, floors),
             jnp.zeros((), jnp.int32),
             PerChannel(jnp.zeros(size, bool)),
-            PerChannel(jnp.zeros(size, jnp.float32)),
+            PerChannel(jnp.full(size, 0 if accumulate else jnp.nan, jnp.float32)),
+            jnp.zeros((), jnp.int32),
         )
 
     def update_fn(
@@ -128,18 +135,24 @@ def remove_lowest(
         if released is not None:
             gone = gone & ~released
         total = state.total.per_channel
-        if score is not None and (accumulate or every == 1):
-            found = check_scores(groups, score(groups, params, gradients))
-            total = total + found if accumulate else found
+        due = count % every == 0
 
-        def decide() -> tuple[jax.Array, Any]:
-            latest = total / every
-            if not accumulate:
-                latest = total
-                if score is not None and every > 1:
-                    latest = check_scores(groups, score(groups, params, gradients))
+        def found() -> jax.Array:
+            assert score is not None
+            return check_scores(groups, score(groups, params, gradients))
+
+        if score is not None and accumulate:
+            # One bad batch must not spoil the mean.
+            latest = found()
+            total = total + jnp.where(jnp.isfinite(latest), latest, 0)
+        elif score is not None:
+            total = jax.lax.cond(due, found, lambda: total)
+        mean = total / every if accumulate else total
+        due &= jnp.all(jnp.isfinite(mean))
+
+        def decide() -> tuple[jax.Array, Any, jax.Array]:
             # What is gone comes first, so that it counts towards the target.
-            ranked = jnp.where(gone, -1, latest)
+            ranked = jnp.where(gone, -1, mean)
             values = split_channels(ranked, groups.sizes)
 
             def advance(_: Any, carry: Any) -> Any:
@@ -149,24 +162,19 @@ def remove_lowest(
 
             # The strength counts every update, and decides by the scores of this one.
             start = (jnp.zeros_like(ranked), state.strength)
-            flat, inner = jax.lax.fori_loop(0, every, advance, start)
-            return gone | (ranked < flat), inner
+            flat, inner = jax.lax.fori_loop(state.advanced, count, advance, start)
+            return gone | (ranked < flat), inner, count
 
-        if every == 1:
-            due = True
-            gone, strength_state = decide()
-        else:
-            due = count % every == 0
-            gone, strength_state = jax.lax.cond(
-                due, decide, lambda: (gone, state.strength)
-            )
+        gone, strength_state, advanced = jax.lax.cond(
+            due, decide, lambda: (gone, state.strength, state.advanced)
+        )
         if accumulate:
-            total = jnp.where(due, 0, total)
+            total = jnp.where(count % every == 0, 0, total)
         factor = jnp.where(gone, 0.0, 1.0)
         candidate = add_step(params, updates)
         point = scale_channels(groups, candidate, split_channels(factor, groups.sizes))
         new_state = RemoveLowestState(
-            strength_state, count, PerChannel(gone), PerChannel(total)
+            strength_state, count, PerChannel(gone), PerChannel(total), advanced
         )
         return step_to(point, params), new_state
 
@@ -187,7 +195,8 @@ def set_scores(
       The same state, with these scores.
 
     Raises:
-      ValueError: if there is no such state, or the scores do not fit the groups.
+      ValueError: if there is no such state, the scores do not fit the groups, or one is
+        negative or not finite.
 
     Example:
       >>> import jax.numpy as jnp, optax, sdp_jax
@@ -204,6 +213,13 @@ def set_scores(
        [1. 0.]]
     """
     flat = check_scores(groups, scores)
+    known = not isinstance(flat, jax.core.Tracer)
+    if known and not bool(jnp.all(jnp.isfinite(flat) & (flat >= 0))):
+        raise ValueError(
+            "scores must be finite and not negative, the lowest goes first; got "
+            f"{ {k: np.asarray(v).tolist() for k, v in scores.items()} }. Subtract "
+            "their minimum"
+        )
 
     def is_ours(node: Any) -> bool:
         return isinstance(node, RemoveLowestState)

@@ -585,13 +585,17 @@ def _lowest_out(
 ) -> np.ndarray:
     """Which entries of a matrix stay, where each row loses its smallest ones."""
     number = alive.sum(axis=1)
+    if not values.size:
+        return alive
     removed = count(
         np.broadcast_to(np.asarray(index, np.float64), number.shape), number
     )
     ascending = np.sort(np.where(alive, values, np.inf), axis=1)
     place = np.minimum(removed, values.shape[1] - 1)
     threshold = np.take_along_axis(ascending, place[:, None], axis=1)
-    return alive & ~(values < threshold)
+    # Entries that are zero already go as well, or they would hold up every round.
+    dead = (threshold == 0) & (values == 0)
+    return alive & ~((values < threshold) | dead)
 
 
 def _fixed(share: float) -> Count:
@@ -662,6 +666,10 @@ def _check_trained(params: PyTree, trained: PyTree, mask: PyTree) -> None:
         )
     masks = leaf_table(mask)
     for path, leaf in leaf_table(trained).items():
+        if np.any(np.isnan(np.asarray(leaf, np.float32))):
+            raise ValueError(
+                f"train returned NaN in leaf {path!r}; lower its learning rate"
+            )
         if np.any(np.asarray(leaf)[~masks[path]] != 0):
             raise ValueError(
                 f"train moved masked entries of leaf {path!r} away from zero; put "

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import strategies as st
 
 import sdp_jax
+from sdp_jax import methods
 from sdp_jax.methods import decay_pruning, hosted
 from sdp_jax.methods.gate_decorator import (
     TickTockState,
@@ -492,3 +493,25 @@ def test_bad_input():
         host.update(params, host.init(params))
     with pytest.raises(ValueError, match="gate_taylor needs gradients"):
         host.update(params, host.init(params), params)
+
+
+def test_dimensions_that_share_a_scale_have_its_gate_once():
+    params = {"scale": jnp.array([2.0, -3.0, 4.0, 5.0]), "bias": jnp.arange(4.0)}
+    found = []
+    for name, inner in (("pairs", 2), ("halves", 1)):
+        size = {"pairs": 2, "halves": 2}[name]
+        outer = 1 if name == "pairs" else 2
+        members = [
+            sdp_jax.producer(path, 0, inner=inner, outer=outer)
+            for path in ("scale", "bias")
+        ]
+        part = sdp_jax.groups_from_axes(params, {name: members}, sizes={name: size})
+        found.extend(part)
+    groups = sdp_jax.Groups(tuple(found), part.leaves)
+    decorated, gates = methods.decorate(groups, params)
+    again = methods.apply_gates(groups, decorated, gates)
+    chex.assert_trees_all_close(again, params, rtol=1e-6)
+    tx = methods.scale_penalty(groups, 0.5)
+    zero = jax.tree.map(jnp.zeros_like, params)
+    grads, _ = tx.update(zero, tx.init(params), params)
+    assert grads["scale"].tolist() == [0.5, -0.5, 0.5, 0.5]

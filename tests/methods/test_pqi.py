@@ -453,3 +453,9 @@ def test_init_is_abstract():
     tx = sdp_jax.altsdp(0.1, toy.mlp_groups(), strength=strength)
     jax.eval_shape(tx.init, toy.mlp_params())
     tx.init({})
+
+
+def test_odd_leaves():
+    assert methods.pq_index({"a": jnp.zeros((3, 0))}, scope="row")["a"].shape == (0,)
+    index = methods.pq_index(jnp.array([-128, 127], jnp.int8))
+    assert 0 <= float(index) < 1e-4

@@ -104,7 +104,7 @@ def test_gradual_removal_follows_the_ramp_and_never_takes_back():
         np.testing.assert_array_equal(now, state.host.gone.per_channel)
         before = now
         counts.append(now.sum())
-    # Nothing goes while a ramp rises (its first 30 %); then 4 a step, seen every second.
+    # Nothing goes while a ramp rises, its first 30 %; then 4 a step, every second seen.
     assert counts == [0, 0, 0, 0, 0, 16, 16, 24, 24, 32, 32, 40, 40, 40]
 
 
@@ -153,6 +153,44 @@ def test_dtypes_zeros_and_one_compilation(dtype):
     assert gone(params).sum() == 6
 
 
+def test_a_decision_on_bad_scores_is_made_up_for_at_the_next_step():
+    params = toy.mlp_params()
+    groups = toy.mlp_groups(params)
+    rule = HALF
+    tx = methods.hosted(
+        optax.chain(optax.zero_nans(), optax.sgd(0.01)),
+        methods.remove_lowest(groups, rule, methods.taylor()),
+    )
+    bad = jax.tree.map(lambda p: jnp.full_like(p, jnp.nan), params)
+    grads = [toy.mlp_grads(params), bad, toy.mlp_grads(params, seed=5)]
+    state = tx.init(params)
+    for i, gradient in enumerate(grads):
+        if i == 2:
+            assert not gone(params).any()
+            scores = np.concatenate(
+                list(methods.taylor()(groups, params, gradient).values())
+            )
+        updates, state = tx.update(gradient, state, params)
+        params = optax.apply_updates(params, updates)
+    assert set(np.flatnonzero(gone(params))) == set(np.argsort(scores)[:6])
+
+
+def test_without_scores_from_outside_nothing_goes():
+    params = toy.mlp_params()
+    groups = toy.mlp_groups(params)
+    tx = methods.remove_lowest(groups, HALF)
+    zero, state = jax.tree.map(jnp.zeros_like, params), tx.init(params)
+    for _ in range(4):
+        updates, state = tx.update(zero, state, params)
+        assert not gone(optax.apply_updates(params, updates)).any()
+    scores = {"hidden0": np.arange(6.0) + 10, "hidden1": np.arange(5.0)}
+    state = methods.set_scores(state, groups, scores)
+    updates, state = tx.update(zero, state, params)
+    assert state.gone.per_channel.tolist() == [True] * 2 + [False] * 4 + [True] * 4 + [
+        False
+    ]
+
+
 def test_a_number_is_a_limit_of_the_score():
     params = {"w": jnp.array([[3.0, 1.0, 0.5], [4.0, 1.0, 0.5]])}
     groups = sdp_jax.groups_from_axes(params, {"h": [sdp_jax.producer("w", 1)]})
@@ -193,8 +231,12 @@ def test_bad_input():
     groups = toy.mlp_groups(params)
     with pytest.raises(TypeError, match=r"score must be a function .* got 'l2'"):
         methods.remove_lowest(groups, HALF, "l2")
-    with pytest.raises(ValueError, match=r"every must be an integer .* got 0"):
+    with pytest.raises(
+        ValueError, match=r"every must be a number of updates, at least 1"
+    ):
         methods.remove_lowest(groups, HALF, methods.l2_norm(), every=0)
+    with pytest.raises(TypeError, match=r"every must be an integer .* got 2\.0"):
+        methods.remove_lowest(groups, HALF, methods.l2_norm(), every=2.0)
     with pytest.raises(ValueError, match=r"average them before set_scores"):
         methods.remove_lowest(groups, HALF, accumulate=True)
     with pytest.raises(ValueError, match=r"no state of remove_lowest"):
@@ -204,6 +246,10 @@ def test_bad_input():
     tx = methods.remove_lowest(groups, HALF)
     with pytest.raises(ValueError, match=r"hidden1.*got \{'hidden0': \(6,\)\}"):
         methods.set_scores(tx.init(params), groups, {"hidden0": np.ones(6)})
+    for bad in (-1.0, np.nan, np.inf):
+        scores = {"hidden0": np.arange(6.0), "hidden1": np.full(5, bad)}
+        with pytest.raises(ValueError, match=r"finite and not negative.*minimum"):
+            methods.set_scores(tx.init(params), groups, scores)
     host = methods.remove_lowest(groups, HALF, methods.taylor())
     with pytest.raises(ValueError, match=r"methods\.hosted\(base, host\)"):
         host.update(toy.mlp_grads(params), host.init(params), params)

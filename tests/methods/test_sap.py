@@ -398,3 +398,20 @@ def test_more_bad_input():
     with pytest.raises(ValueError, match="keep_mask needs"):
         tx = methods.keep_mask(jnp.ones(2, bool))
         tx.update(jnp.ones(2), tx.init(jnp.ones(2)))
+
+
+def test_weights_that_are_zero_already_do_not_hold_up_the_rounds():
+    params = {"w": jnp.arange(1.0, 41.0).reshape(5, 8).at[:, :2].set(0)}
+    kept = [
+        r.kept
+        for r in methods.lottery_ticket(lambda p, mask: p, params, rounds=2, share=0.2)
+    ]
+    # The ten zeros first, then a fifth of what is left.
+    assert kept == pytest.approx([1.0, 0.75, 0.6])
+
+
+def test_training_that_fails_is_said():
+    params = {"w": jnp.ones((2, 3))}
+    rounds = methods.sap(lambda p, m: {"w": p["w"] * jnp.nan}, params, rounds=1)
+    with pytest.raises(ValueError, match=r"train returned NaN in leaf 'w'"):
+        list(rounds)
