@@ -473,8 +473,10 @@ BUILDERS: Mapping[Method, Builder] = {
         lambda plan: methods.group_importance(), _regularizer(True)
     ),
     "slimming": _by_score(
-        lambda plan: methods.scale_score(),
+        # Layers without a scale go by their entries, each layer by itself.
+        lambda plan: methods.scale_score(missing="rms"),
         lambda plan, groups: methods.scale_penalty(groups, plan.config.penalty),
+        per_dimension=True,
     ),
     "perspective": _by_score(
         lambda plan: methods.l2_norm(),
