@@ -302,7 +302,7 @@ def plot(table: list[dict[str, Any]], path: pathlib.Path) -> None:
 
     names = list(dict.fromkeys(r["name"] for r in table))
     colours = plt.get_cmap("tab20")(np.linspace(0, 1, 20))
-    figure, axes = plt.subplots(1, 3, figsize=(15, 5.5), sharey=True)
+    figure, axes = plt.subplots(1, 3, figsize=(15, 6), sharey=True)
     titles = {
         "flops_left": "FLOPs left",
         "parameters_left": "parameters left",
@@ -335,11 +335,13 @@ def plot(table: list[dict[str, Any]], path: pathlib.Path) -> None:
         )
         axis.set_xlabel(title)
         axis.set_xscale("log")
-    values = sorted(100 * r["accuracy"][0] for r in table)
     # Collapsed networks would flatten the picture; the table has them.
-    axes[0].set_ylim(max(values[0], values[len(values) // 2] - 12) - 0.5, None)
+    values = [100 * r["accuracy"][0] for r in table]
+    low, high = float(np.quantile(values, 0.1)), max(values)
+    axes[0].set_ylim(low - 0.1 * (high - low), high + 0.1 * (high - low))
     axes[0].set_ylabel("test accuracy, %")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")
+    handles = axes[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside right center", fontsize="small")
     figure.set_layout_engine("constrained")
     figure.savefig(path, dpi=90)
     plt.close(figure)
