@@ -4,6 +4,7 @@ from typing import Any, Literal, TypeAlias
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import sdp_jax
@@ -65,7 +66,11 @@ def _pool(x: jax.Array) -> jax.Array:
     """
     n, height, width, channels = x.shape
     x = x[:, : height // 2 * 2, : width // 2 * 2]
-    return x.reshape(n, height // 2, 2, width // 2, 2, channels).max((2, 4))
+    x = x.reshape(n, height // 2, 2, width // 2, 2, channels)
+    # Pairs, because the derivative of a maximum over an axis divides by the number of
+    # entries equal to it, which may be none where XLA computes them twice.
+    x = jnp.maximum(x[:, :, 0], x[:, :, 1])
+    return jnp.maximum(x[:, :, :, 0], x[:, :, :, 1])
 
 
 Model: TypeAlias = Dnn | ConvNet

@@ -399,7 +399,7 @@ def test_weak_channels_fade_faster_in_training():
         (
             lambda g: methods.group_norm_regularizer(g, growing=1, every=0),
             ValueError,
-            "every must be an integer",
+            "every must be a number of updates",
         ),
         (
             lambda g: methods.group_norm_regularizer(g, every=5),
