@@ -1,3 +1,5 @@
+import math
+
 from experiments.benchmarks.tracing import Config, main
 
 
@@ -10,6 +12,8 @@ def test_all_columns_are_filled(capsys):
         "ViT-B/16",
         "decoder",
     }
-    assert all(value >= 0 for key in figures for value in figures[key].values())
+    # Differences of two times may come out negative on a busy machine.
+    values = [value for key in figures for value in figures[key].values()]
+    assert len(values) > 15 and all(map(math.isfinite, values))
     lines = capsys.readouterr().out.strip().splitlines()
     assert len(lines) == 6 and lines[-1].startswith("decoder, 2 layers")
