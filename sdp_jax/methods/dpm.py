@@ -10,13 +10,13 @@ import optax
 from sdp_jax.groups import (
     Groups,
     PerChannel,
-    PyTree,
     channel_norms,
     channels_alive,
     join_channels,
     scale_channels,
     split_channels,
 )
+from sdp_jax.methods.hosted import channel_entries
 from sdp_jax.strength import check_number, check_whole
 from sdp_jax.transforms import (
     add_step,
@@ -188,7 +188,10 @@ def decay_pruning(
         factor = jnp.where(decaying, imposed, jnp.where(zeros, 0, 1))
         point = scale_channels(groups, free, split_channels(factor, groups.sizes))
         out = jax.tree.map(
-            jnp.where, _entries(groups, params, ours), step_to(point, params), moved
+            jnp.where,
+            channel_entries(groups, params, ours),
+            step_to(point, params),
+            moved,
         )
         new_state = DecayPruningState(
             base_state,
@@ -212,11 +215,3 @@ def _mean_alive(groups: Groups, values: jax.Array, alive: jax.Array) -> jax.Arra
         mean = jnp.sum(part) / jnp.maximum(jnp.sum(living[name]), 1)
         means[name] = jnp.broadcast_to(mean, part.shape)
     return join_channels(means)
-
-
-def _entries(groups: Groups, params: PyTree, channels: jax.Array) -> PyTree:
-    """Which entries are producers of one of these channels, leaf by leaf."""
-    ones = jax.tree.map(lambda p: jnp.ones(p.shape, jnp.float32), params)
-    others = jnp.where(channels, 0.0, 1.0).astype(jnp.float32)
-    left = scale_channels(groups, ones, split_channels(others, groups.sizes))
-    return jax.tree.map(lambda x: x == 0, left)

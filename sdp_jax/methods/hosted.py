@@ -8,9 +8,10 @@ has already turned into a step: :func:`hosted` hands it on beside the step.
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 import optax
 
-from sdp_jax.groups import Groups, PyTree
+from sdp_jax.groups import Groups, PyTree, scale_channels, split_channels
 
 
 class Score(Protocol):
@@ -95,3 +96,20 @@ def hosted(
         return steps, HostedState(base_state, host_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def channel_entries(groups: Groups, tree: PyTree, channels: jax.Array) -> PyTree:
+    """Which entries are producers of one of these channels, leaf by leaf.
+
+    Args:
+      groups: the channel dimensions.
+      tree: a tree that has the producers of ``groups`` as leaves.
+      channels: a Boolean vector ``(num_channels,)``.
+
+    Returns:
+      A tree of Boolean arrays of the same shapes.
+    """
+    ones = jax.tree.map(lambda x: jnp.ones(x.shape, jnp.float32), tree)
+    others = jnp.where(channels, 0.0, 1.0).astype(jnp.float32)
+    left = scale_channels(groups, ones, split_channels(others, groups.sizes))
+    return jax.tree.map(lambda x: x == 0, left)

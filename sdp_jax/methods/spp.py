@@ -16,10 +16,10 @@ from sdp_jax.groups import (
     PerChannel,
     PyTree,
     join_channels,
-    scale_channels,
     split_channels,
 )
 from sdp_jax.methods.filter_norm import l1_norm
+from sdp_jax.methods.hosted import channel_entries
 from sdp_jax.strength import check_number
 from sdp_jax.transforms import (
     as_base,
@@ -414,9 +414,5 @@ def keep_channels(groups: Groups, tree: PyTree, keep: jax.Array) -> PyTree:
     Returns:
       A tree of the same structure, shapes and dtypes.
     """
-    ones = jax.tree.map(lambda x: jnp.ones(x.shape, jnp.float32), tree)
-    factor = jnp.where(keep, 1.0, 0.0).astype(jnp.float32)
-    kept = scale_channels(groups, ones, split_channels(factor, groups.sizes))
-    return jax.tree.map(
-        lambda x, k: jnp.where(k != 0, x, 0).astype(x.dtype), tree, kept
-    )
+    gone = channel_entries(groups, tree, ~keep)
+    return jax.tree.map(lambda x, g: jnp.where(g, 0, x).astype(x.dtype), tree, gone)
