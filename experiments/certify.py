@@ -22,20 +22,16 @@ import tyro
 
 import sdp_jax
 from experiments import data
-from experiments.train import (
-    Config,
-    Run,
-    make_loss,
-    progress_bars,
-    read_lines,
-    train,
-    variables_of,
-)
+from experiments.config import Config
+from experiments.log import read_lines
+from experiments.steps import make_loss, variables_of
+from experiments.train import Run, progress_bars, train
 
 # What twins have in common; what only pruning uses does not count.
 ALIKE = (
-    *("dataset", "downscale", "model", "widths", "epochs", "batch_size"),
-    *("learning_rate", "schedule", "momentum", "weight_decay", "validation"),
+    *("dataset", "downscale", "augment", "model", "compute", "widths", "epochs"),
+    *("batch_size", "learning_rate", "schedule", "warmup", "momentum"),
+    *("weight_decay", "validation"),
 )
 
 

@@ -21,9 +21,10 @@ import jax
 import numpy as np
 import tyro
 
-import sdp_jax
 from experiments import data, models, train
+from experiments.config import Config
 from experiments.optimizers import NEED_SCALES
+from experiments.outcome import time_cut
 
 # What each entry trains with, beside what all share. Penalties are those of the papers,
 # scaled up where so short a budget would not let them act.
@@ -124,7 +125,7 @@ class Compare:
     data_dir: pathlib.Path | None = None
 
 
-def runs(config: Compare) -> list[tuple[str, train.Config]]:
+def runs(config: Compare) -> list[tuple[str, Config]]:
     """The runs of a comparison, with the name of each one's entry.
 
     Args:
@@ -160,11 +161,11 @@ def runs(config: Compare) -> list[tuple[str, train.Config]]:
                 directory = config.out / f"{_slug(name)}{label}-seed{seed}"
                 settings = shared | entry
                 settings |= {"sparsity": share, "seed": seed, "out": directory}
-                found.append((name, train.Config(**settings)))
+                found.append((name, Config(**settings)))
     return found
 
 
-def record(name: str, config: train.Config, dataset: data.Dataset) -> dict[str, Any]:
+def record(name: str, config: Config, dataset: data.Dataset) -> dict[str, Any]:
     """Trains, or goes on training, cuts, tests and times.
 
     Args:
@@ -180,13 +181,8 @@ def record(name: str, config: train.Config, dataset: data.Dataset) -> dict[str, 
         return json.loads(path.read_text())
     run = train.train(config, dataset=dataset)
     result, images = run.result, dataset.test.images[:200]
-    cut = sdp_jax.plan_cut(run.groups, run.state.variables)
-    small = cut.take(run.state.variables)
-    dense_time, small_time = sdp_jax.latency(
-        run.model.apply,
-        sdp_jax.narrow(run.model.apply, cut),
-        args=[(run.state.variables, images), (small, images)],
-        repeats=30,
+    dense_time, small_time = time_cut(
+        run.model, run.groups, run.state.variables, images, repeats=30
     )
     found = {
         "name": name,

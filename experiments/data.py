@@ -3,25 +3,98 @@
 import io
 import lzma
 import pathlib
+import pickle
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
-Name: TypeAlias = Literal["digits", "mnist", "cifar10"]
+Name: TypeAlias = Literal["digits", "mnist", "cifar10", "cifar100"]
 
-CIFAR10_FILE = "cifar10-jpeg.tar.xz"
-CIFAR10_COUNTS = {"train": 50_000, "test": 10_000}
-CIFAR10_CLASSES: tuple[str, ...] = (
-    *("airplane", "automobile", "bird", "cat", "deer"),
-    *("dog", "frog", "horse", "ship", "truck"),
+_CIFAR10_NAMES = tuple(
+    "airplane automobile bird cat deer dog frog horse ship truck".split()
 )
-CIFAR10_MEAN, CIFAR10_DEVIATION = (
-    np.asarray(x, np.float32)
-    for x in ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
+_CIFAR100_NAMES = tuple(
+    """
+    apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge
+    bus butterfly camel can castle caterpillar cattle chair chimpanzee clock cloud
+    cockroach couch crab crocodile cup dinosaur dolphin elephant flatfish forest fox
+    girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard lobster man
+    maple_tree motorcycle mountain mouse mushroom oak_tree orange orchid otter palm_tree
+    pear pickup_truck pine_tree plain plate poppy porcupine possum rabbit raccoon ray
+    road rocket rose sea seal shark shrew skunk skyscraper snail snake spider squirrel
+    streetcar sunflower sweet_pepper table tank telephone television tiger tractor train
+    trout tulip turtle wardrobe whale willow_tree wolf woman worm
+    """.split()
 )
+
+
+class Info(NamedTuple):
+    """What a data set looks like.
+
+    Attributes:
+      shape: height, width and channels of an image.
+      classes: number of classes.
+      train: images in the training set.
+      test: images in the test set.
+      mean: of each channel, for pixels between 0 and 1; taken out of the images.
+      deviation: of each channel; the images are divided by it.
+      files: what a data directory may hold it in; the first that is there counts.
+      names: names of the classes, in the order of the labels; where there are any,
+        every class has equally many images.
+    """
+
+    shape: tuple[int, int, int]
+    classes: int
+    train: int
+    test: int
+    mean: tuple[float, ...]
+    deviation: tuple[float, ...]
+    files: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
+
+
+INFO: dict[Name, Info] = {
+    "digits": Info((8, 8, 1), 10, 1437, 360, (0.0,), (1.0,)),
+    "mnist": Info(
+        (28, 28, 1), 10, 60_000, 10_000, (0.1307,), (0.3081,), files=("mnist.npz",)
+    ),
+    "cifar10": Info(
+        *((32, 32, 3), 10, 50_000, 10_000),
+        mean=(0.4914, 0.4822, 0.4465),
+        deviation=(0.2470, 0.2435, 0.2616),
+        files=("cifar10-jpeg.tar.xz", "cifar10-jpeg", "cifar-10-python.tar.gz"),
+        names=_CIFAR10_NAMES,
+    ),
+    "cifar100": Info(
+        *((32, 32, 3), 100, 50_000, 10_000),
+        mean=(0.5071, 0.4865, 0.4409),
+        deviation=(0.2673, 0.2564, 0.2762),
+        files=("cifar100-jpeg.tar.xz", "cifar100-jpeg", "cifar-100-python.tar.gz"),
+        names=_CIFAR100_NAMES,
+    ),
+}
+
+# The labels, and the files of each part, in the archives that end in -python.tar.gz.
+_PICKLES: dict[Name, tuple[bytes, dict[str, tuple[str, ...]]]] = {
+    "cifar10": (
+        b"labels",
+        {
+            "train": tuple(f"cifar-10-batches-py/data_batch_{i}" for i in range(1, 6)),
+            "test": ("cifar-10-batches-py/test_batch",),
+        },
+    ),
+    "cifar100": (
+        b"fine_labels",
+        {"train": ("cifar-100-python/train",), "test": ("cifar-100-python/test",)},
+    ),
+}
+
+# Images of bytes with their labels, of the training and of the test set.
+_Parts: TypeAlias = dict[str, tuple[np.ndarray, np.ndarray]]
 
 
 class Split(NamedTuple):
@@ -57,10 +130,18 @@ def load(
 
     Args:
       name: ``"digits"`` (1,797 images of 8×8 that come with scikit-learn), ``"mnist"``
-        (70,000 of 28×28) or ``"cifar10"`` (60,000 of 32×32 in colour).
+        (70,000 of 28×28), ``"cifar10"`` or ``"cifar100"`` (60,000 of 32×32 in colour).
       data_dir: directory with ``mnist.npz`` (arrays ``x_train``, ``y_train``,
-        ``x_test``, ``y_test``) or ``cifar10-jpeg.tar.xz`` (JPEG files
-        ``train/<class>/<n>.jpg`` and ``test/<class>/<n>.jpg``); without it
+        ``x_test``, ``y_test``), or with one of the following, of which the first that
+        is there is read; ``cifar100`` is named likewise.
+
+        * ``cifar10-jpeg.tar.xz``, JPEG files ``train/<class>/<n>.jpg`` and
+          ``test/<class>/<n>.jpg``;
+        * ``cifar10-jpeg``, the same files in a folder;
+        * ``cifar-10-python.tar.gz``, as its authors publish it.
+
+        JPEG files are ordered by class, then by name as text, however they are kept;
+        the authors' archive keeps its own order. Without ``data_dir``
         tensorflow-datasets downloads the original data set.
       downscale: images become the means of squares of this side.
 
@@ -68,30 +149,66 @@ def load(
       The data set.
 
     Raises:
-      ValueError: if the name is unknown, the file is not what it should be, or
+      ValueError: if the name is unknown, a file is not what it should be, or
         ``downscale`` does not divide the side of the images.
-      FileNotFoundError: if ``data_dir`` has no such file.
-      ImportError: if tensorflow-datasets is needed and not installed.
+      FileNotFoundError: if ``data_dir`` has no such file, or tensorflow-datasets could
+        not fetch the data set.
+      ImportError: if tensorflow-datasets, or what it needs, is not installed.
     """
+    _check(name, downscale)
     if name == "digits":
         dataset = _digits()
-    elif name == "mnist":
-        dataset = _mnist_file(data_dir) if data_dir is not None else _mnist_tfds()
-    elif name == "cifar10":
-        dataset = _cifar10_file(data_dir) if data_dir is not None else _cifar10_tfds()
+    elif data_dir is None:
+        dataset = _dataset(name, "tensorflow-datasets", _tfds(name))
     else:
-        raise ValueError(
-            f"data set must be 'digits', 'mnist' or 'cifar10'; got {name!r}"
-        )
-    side = dataset.train.images.shape[1]
-    if downscale < 1 or side % downscale:
-        raise ValueError(
-            f"downscale must divide the side of the images, {side}; got {downscale}"
-        )
+        path = _path(name, pathlib.Path(data_dir))
+        if path.suffix == ".npz":
+            parts = _arrays(path)
+        elif path.name.endswith("-python.tar.gz"):
+            parts = _pickles(name, path)
+        else:
+            parts = _jpegs(name, path)
+        dataset = _dataset(name, str(path), parts)
     return dataset._replace(
         train=_downscaled(dataset.train, downscale),
         test=_downscaled(dataset.test, downscale),
     )
+
+
+def synthetic(
+    name: Name, *, count: int = 256, downscale: int = 1, seed: int = 0
+) -> Dataset:
+    """Noise in the shape of a data set, which needs no files.
+
+    Args:
+      name: the data set, as for :func:`load`.
+      count: images in the training set, and in the test set.
+      downscale: the sides of the images are divided by it.
+      seed: of the noise and of the labels.
+
+    Returns:
+      Images of normal noise and labels drawn from all classes, with the shapes, the
+      types and the number of classes that :func:`load` gives.
+
+    Raises:
+      ValueError: if the name is unknown, ``count`` is no integer from 1 on, or
+        ``downscale`` does not divide the side of the images.
+    """
+    _check(name, downscale)
+    if not isinstance(count, int) or count < 1:
+        raise ValueError(f"count must be an integer of at least 1; got {count}")
+    info = INFO[name]
+    height, width, channels = info.shape
+    shape = (count, height // downscale, width // downscale, channels)
+    rng = np.random.default_rng(seed)
+    train, test = (
+        Split(
+            rng.standard_normal(shape, np.float32),
+            rng.integers(info.classes, size=count, dtype=np.int32),
+        )
+        for _ in range(2)
+    )
+    return Dataset(train, test, info.classes)
 
 
 def hold_out(split: Split, count: int) -> tuple[Split, Split]:
@@ -153,122 +270,269 @@ def steps_per_epoch(split: Split, size: int) -> int:
     return len(split.labels) // size
 
 
+def _check(name: Name, downscale: int) -> None:
+    if name not in INFO:
+        *names, last = map(repr, INFO)
+        raise ValueError(f"data set must be {', '.join(names)} or {last}; got {name!r}")
+    side = INFO[name].shape[0]
+    if not isinstance(downscale, int) or downscale < 1 or side % downscale:
+        raise ValueError(
+            "downscale must be an integer that divides the side of the images, "
+            f"{side}; got {downscale}"
+        )
+
+
 def _digits() -> Dataset:
     from sklearn.datasets import load_digits
 
+    info = INFO["digits"]
     bunch: Any = load_digits()
     images = (bunch.images / 16).astype(np.float32)[..., None]
     labels = bunch.target.astype(np.int32)
     order = np.random.default_rng(0).permutation(len(labels))
-    train, test = order[:1437], order[1437:]
+    train, test = order[: info.train], order[info.train :]
     return Dataset(
-        Split(images[train], labels[train]), Split(images[test], labels[test]), 10
+        Split(images[train], labels[train]),
+        Split(images[test], labels[test]),
+        info.classes,
     )
 
 
-def _mnist_file(data_dir: pathlib.Path) -> Dataset:
-    path = pathlib.Path(data_dir) / "mnist.npz"
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"there is no mnist.npz in {data_dir}; give the directory that holds it, "
-            "or leave --data-dir out to download MNIST with tensorflow-datasets"
-        )
+def _path(name: Name, data_dir: pathlib.Path) -> pathlib.Path:
+    """The first file of the data set that is there."""
+    paths = [data_dir / file for file in INFO[name].files]
+    for path in paths:
+        if path.exists():
+            return path
+    raise FileNotFoundError(
+        f"there is no {_alternatives(name)} in {data_dir}"
+        f"{'' if data_dir.is_dir() else ', which is no directory'}; give the directory "
+        f"that holds it, or leave --data-dir out to download {name} with "
+        "tensorflow-datasets"
+    )
+
+
+def _alternatives(name: Name) -> str:
+    return " or ".join(INFO[name].files)
+
+
+def _arrays(path: pathlib.Path) -> _Parts:
+    """The arrays of ``mnist.npz``."""
     try:
         with path.open("rb") as handle, np.load(handle) as file:
-            arrays = {k: file[k] for k in ("x_train", "y_train", "x_test", "y_test")}
-    except (KeyError, ValueError, OSError, zipfile.BadZipFile, EOFError) as error:
+            parts = {p: (file[f"x_{p}"], file[f"y_{p}"]) for p in ("train", "test")}
+    except (
+        *(KeyError, TypeError, ValueError, OSError, EOFError),
+        *(zipfile.BadZipFile, zlib.error),
+    ) as error:
         raise ValueError(
             f"{path} is not a complete MNIST archive ({error}); it must hold x_train, "
             "y_train, x_test and y_test. Delete it and fetch it again"
         ) from error
-    for part, count in (("train", 60_000), ("test", 10_000)):
-        x, y = arrays[f"x_{part}"], arrays[f"y_{part}"]
-        if x.shape != (count, 28, 28) or y.shape != (count,) or x.dtype != np.uint8:
-            raise ValueError(
-                f"{path}: x_{part} is {x.dtype} {x.shape} and y_{part} {y.shape}; "
-                f"expected uint8 {(count, 28, 28)} and {(count,)}"
-            )
-        if y.min() < 0 or y.max() > 9:
-            raise ValueError(f"{path}: y_{part} has labels outside 0 to 9")
-    return Dataset(
-        _scaled(arrays["x_train"], arrays["y_train"]),
-        _scaled(arrays["x_test"], arrays["y_test"]),
-        10,
-    )
+    return {p: (x[..., None] if x.ndim == 3 else x, y) for p, (x, y) in parts.items()}
 
 
-def _mnist_tfds() -> Dataset:
-    parts = _tfds("mnist", "an mnist.npz")
-    train, test = (_scaled(x[..., 0], y) for x, y in parts)
-    return Dataset(train, test, 10)
-
-
-def _cifar10_file(data_dir: pathlib.Path) -> Dataset:
-    import PIL.Image
-
-    path = pathlib.Path(data_dir) / CIFAR10_FILE
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"there is no {CIFAR10_FILE} in {data_dir}; give the directory that holds "
-            "it, or leave --data-dir out to download CIFAR-10 with tensorflow-datasets"
-        )
-    found: dict[str, list[tuple[np.ndarray, int]]] = {"train": [], "test": []}
+def _files(path: pathlib.Path) -> Iterator[tuple[str, bytes]]:
+    """Names and contents of the files in an archive or a folder."""
     try:
+        if path.is_dir():
+            for file in path.rglob("*"):
+                if not file.is_dir():
+                    yield file.relative_to(path).as_posix(), file.read_bytes()
+            return
         with tarfile.open(path) as archive:
             for member in archive:
-                if not member.isfile():
-                    continue
-                part, label, _ = member.name.split("/")
-                file = archive.extractfile(member)
-                assert file is not None
-                image = np.asarray(PIL.Image.open(io.BytesIO(file.read())))
-                found[part].append((image, CIFAR10_CLASSES.index(label)))
+                content = archive.extractfile(member)
+                if content is not None:
+                    name = pathlib.PurePosixPath(member.name)
+                    yield name.as_posix(), content.read()
     except (
-        *(KeyError, ValueError, OSError, EOFError, tarfile.TarError, lzma.LZMAError),
+        *(OSError, EOFError, KeyError),
+        *(tarfile.TarError, lzma.LZMAError, zlib.error),
     ) as error:
         raise ValueError(
-            f"{path} cannot be read ({error}); it must hold JPEG files "
-            "train/<class>/<n>.jpg and test/<class>/<n>.jpg. Fetch it again"
+            f"{path} cannot be read ({type(error).__name__}: {error}); it is damaged "
+            "or only half there. Delete it and fetch it again"
         ) from error
-    parts = []
-    for part, count in CIFAR10_COUNTS.items():
-        shapes = {image.shape for image, _ in found[part]}
-        if len(found[part]) != count or shapes != {(32, 32, 3)}:
+
+
+def _jpegs(name: Name, path: pathlib.Path) -> _Parts:
+    """JPEG files ``<part>/<class>/<n>.jpg``, ordered by class and file name."""
+    import PIL.Image
+
+    info = INFO[name]
+    number = {label: i for i, label in enumerate(info.names)}
+    size = info.shape[1], info.shape[0]
+    found: dict[str, list[tuple[int, str, np.ndarray]]] = {"train": [], "test": []}
+    for file, content in _files(path):
+        part, _, rest = file.partition("/")
+        label, _, last = rest.partition("/")
+        if part not in found or label not in number or not last or "/" in last:
             raise ValueError(
-                f"{path} has {len(found[part])} images of shapes {sorted(shapes)} in "
-                f"{part}; expected {count} of (32, 32, 3)"
+                f"{path} holds {file}; expected nothing but train/<class>/<n>.jpg and "
+                f"test/<class>/<n>.jpg, with the {info.classes} classes "
+                f"{info.names[0]}, {info.names[1]}, … {info.names[-1]}. Remove or "
+                "rename it"
             )
-        images, labels = zip(*found[part], strict=True)
-        parts.append(_coloured(np.stack(images), np.asarray(labels)))
-    return Dataset(parts[0], parts[1], 10)
+        try:
+            image = PIL.Image.open(io.BytesIO(content), formats=["JPEG"])
+            seen = image.size, image.mode
+            pixels = np.asarray(image) if seen == (size, "RGB") else None
+        except (OSError, PIL.Image.DecompressionBombError) as error:
+            raise ValueError(
+                f"{path}: {file} is not a whole JPEG image ({error}); fetch it again"
+            ) from error
+        if pixels is None:
+            (width, height), mode = seen
+            raise ValueError(
+                f"{path}: {file} is an image of {width}×{height} pixels in mode {mode};"
+                f" expected {size[0]}×{size[1]} in mode RGB. Fetch the original {name}"
+            )
+        found[part].append((number[label], last, pixels))
+    parts: _Parts = {}
+    for part, rows in found.items():
+        rows.sort(key=lambda row: row[:2])
+        images = np.array([pixels for *_, pixels in rows], np.uint8)
+        labels = np.array([label for label, *_ in rows], np.int32)
+        parts[part] = images.reshape(-1, *info.shape), labels
+    return parts
 
 
-def _cifar10_tfds() -> Dataset:
-    parts = _tfds("cifar10", f"a {CIFAR10_FILE}")
-    train, test = (_coloured(x, y) for x, y in parts)
-    return Dataset(train, test, 10)
+class _Unpickler(pickle.Unpickler):
+    """Makes lists, dictionaries, bytes, numbers and arrays, and calls nothing else."""
+
+    allowed = {
+        ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
+        ("numpy", "ndarray"): np.ndarray,
+        ("numpy", "dtype"): np.dtype,
+    }
+
+    def find_class(self, module_name: str, global_name: str, /) -> Any:
+        """What the file may name; anything else is refused."""
+        try:
+            return self.allowed[module_name, global_name]
+        except KeyError:
+            raise pickle.UnpicklingError(
+                f"it names {module_name}.{global_name}, which no array needs"
+            ) from None
 
 
-def _tfds(name: str, alternative: str) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Images and labels of the training and the test set."""
+def _pickles(name: Name, path: pathlib.Path) -> _Parts:
+    """The archive for Python that the authors of CIFAR publish."""
+    key, wanted = _PICKLES[name]
+    contents = dict(_files(path))
+    height, width, channels = INFO[name].shape
+    parts: _Parts = {}
+    for part, files in wanted.items():
+        images, labels = [], []
+        for file in files:
+            try:
+                raw = _Unpickler(io.BytesIO(contents[file]), encoding="bytes").load()
+                rows = np.asarray(raw[b"data"]).reshape(-1, channels, height, width)
+                images.append(rows.transpose(0, 2, 3, 1))
+                labels.append(np.asarray(raw[key]))
+            # Opcodes of a damaged file may do anything that Python objects do.
+            except Exception as error:
+                raise ValueError(
+                    f"{path}: {file} is not what the authors of {name} publish "
+                    f"({type(error).__name__}: {error}); expected a pickled dictionary "
+                    f"with {b'data'!r} and {key!r}. Fetch the archive again"
+                ) from error
+        parts[part] = np.concatenate(images), np.concatenate(labels)
+    return parts
+
+
+def _tfds(name: Name) -> _Parts:
+    """The data set from tensorflow-datasets, in the order in which it is stored."""
+    instead = f"give --data-dir with {_alternatives(name)}"
     try:
         import tensorflow_datasets as tfds  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ImportError(
             f"{name} comes from tensorflow-datasets, which is not installed: "
-            f"pip install 'sdp-jax[tfds]', or give --data-dir with {alternative}"
+            f"pip install 'sdp-jax[tfds]', or {instead}"
         ) from error
-    parts = []
-    for part in ("train", "test"):
-        data: Any = tfds.as_numpy(tfds.load(name, split=part, batch_size=-1))
-        parts.append((data["image"], data["label"]))
+    parts: _Parts = {}
+    try:
+        for part in ("train", "test"):
+            # TensorFlow writes the files once; to read them takes none.
+            source: Any = tfds.data_source(
+                name, split=part, builder_kwargs={"file_format": "array_record"}
+            )
+            rows = source.__getitems__(range(len(source)))
+            parts[part] = (
+                np.stack([row["image"] for row in rows]),
+                np.stack([row["label"] for row in rows]),
+            )
+    except ImportError as error:
+        raise ImportError(
+            f"tensorflow-datasets needs more to make {name} ({error}): "
+            f"pip install 'sdp-jax[tfds]', or {instead}"
+        ) from error
+    # Whatever the network, the disk or the package itself may raise.
+    except Exception as error:
+        raise FileNotFoundError(
+            f"tensorflow-datasets could not fetch {name} "
+            f"({type(error).__name__}: {error}). It needs the network the first time, "
+            "and a TFDS_DATA_DIR in which no other version has put the data set in "
+            f"another format. Try again, or {instead}"
+        ) from error
     return parts
 
 
-def _coloured(images: np.ndarray, labels: np.ndarray) -> Split:
-    """Images of bytes, with the mean and deviation of CIFAR-10 taken out."""
-    scaled = (images.astype(np.float32) / 255 - CIFAR10_MEAN) / CIFAR10_DEVIATION
-    return Split(scaled, labels.astype(np.int32))
+def _dataset(name: Name, source: str, parts: _Parts) -> Dataset:
+    """Checks the parts, and takes mean and deviation out of the images."""
+    info = INFO[name]
+    for part, (images, labels) in parts.items():
+        _check_part(name, source, part, images, labels)
+    train, test = (
+        Split(_normalised(images, info), labels.astype(np.int32))
+        for images, labels in (parts["train"], parts["test"])
+    )
+    return Dataset(train, test, info.classes)
+
+
+def _check_part(
+    name: Name, source: str, part: str, images: np.ndarray, labels: np.ndarray
+) -> None:
+    info = INFO[name]
+    count = {"train": info.train, "test": info.test}[part]
+    again = f"Fetch {name} again"
+    if (
+        images.dtype != np.uint8
+        or images.shape[1:] != info.shape
+        or labels.dtype.kind not in "iu"
+        or labels.shape != images.shape[:1]
+    ):
+        raise ValueError(
+            f"{source}: the images of {part} are {images.dtype} {images.shape} and the "
+            f"labels {labels.dtype} {labels.shape}; expected uint8 "
+            f"{(count, *info.shape)} and integers {(count,)}. {again}"
+        )
+    if len(labels) and not 0 <= labels.min() <= labels.max() < info.classes:
+        raise ValueError(
+            f"{source}: {part} has labels outside 0 to {info.classes - 1}. {again}"
+        )
+    each = count // info.classes
+    for i, label in enumerate(info.names):
+        found = int(np.sum(labels == i))
+        if found != each:
+            raise ValueError(
+                f"{source} has {found} images of {label} in {part}; expected {each}. "
+                f"{again}"
+            )
+    if len(labels) != count:
+        raise ValueError(
+            f"{source} has {len(labels)} images in {part}; expected {count}. {again}"
+        )
+
+
+def _normalised(images: np.ndarray, info: Info) -> np.ndarray:
+    scaled = images.astype(np.float32)
+    scaled /= 255
+    scaled -= np.asarray(info.mean, np.float32)
+    scaled /= np.asarray(info.deviation, np.float32)
+    return scaled
 
 
 def _downscaled(split: Split, factor: int) -> Split:
@@ -277,9 +541,3 @@ def _downscaled(split: Split, factor: int) -> Split:
     n, height, width, channels = split.images.shape
     squares = (n, height // factor, factor, width // factor, factor, channels)
     return split._replace(images=split.images.reshape(squares).mean((2, 4)))
-
-
-def _scaled(images: np.ndarray, labels: np.ndarray) -> Split:
-    """Images of bytes, with the mean and deviation of MNIST taken out."""
-    scaled = (images.astype(np.float32)[..., None] / 255 - 0.1307) / 0.3081
-    return Split(scaled.astype(np.float32), labels.astype(np.int32))

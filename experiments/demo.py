@@ -20,7 +20,8 @@ import tyro
 
 import sdp_jax
 from experiments import data, report
-from experiments.train import Config, Run, train
+from experiments.config import Config
+from experiments.train import Run, train
 
 
 @dataclasses.dataclass(frozen=True)

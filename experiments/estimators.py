@@ -20,8 +20,10 @@ import tyro
 
 import sdp_jax
 from experiments import data, models
+from experiments.config import Config
 from experiments.optimizers import make_optimizer
-from experiments.train import Config, State, make_loss, make_step, train
+from experiments.steps import State, make_loss, make_step
+from experiments.train import train
 from sdp_jax.valley.sketch import ESTIMATORS, track
 from sdp_jax.valley.vectors import inner
 

@@ -17,7 +17,7 @@ import sdp_jax
 from sdp_jax import methods
 
 if TYPE_CHECKING:
-    from experiments.train import Config
+    from experiments.config import Config
 
 Method = Literal[
     "sgd",
@@ -150,9 +150,35 @@ def has_scales(groups: sdp_jax.Groups) -> bool:
 
 def learning_rate(config: "Config", steps: int) -> Any:
     """The learning rate of a run of ``steps`` updates, a number or a schedule."""
-    if config.schedule == "cosine":
-        return optax.cosine_decay_schedule(config.learning_rate, steps)
-    return config.learning_rate
+    rate, rest = config.learning_rate, steps - warmup_steps(config, steps)
+    schedules: dict[str, Any] = {
+        "constant": lambda: rate,
+        "cosine": lambda: optax.cosine_decay_schedule(rate, rest),
+        "step": lambda: optax.piecewise_constant_schedule(
+            rate, {rest // 2: 0.1, rest * 3 // 4: 0.1}
+        ),
+    }
+    schedule: Any = schedules[config.schedule]()
+    if rest == steps:
+        return schedule
+    if not callable(schedule):
+        schedule = optax.constant_schedule(rate)
+    parts: list[Any] = [optax.linear_schedule(0.0, rate, steps - rest), schedule]
+    return optax.join_schedules(parts, [steps - rest])
+
+
+def warmup_steps(config: "Config", steps: int) -> int:
+    """The number of steps in which the learning rate rises.
+
+    Raises:
+      ValueError: if the run has no other steps.
+    """
+    if not 0 <= config.warmup < config.epochs:
+        raise ValueError(
+            f"warmup must be at least 0 and less than the {config.epochs} epochs; got "
+            f"{config.warmup}"
+        )
+    return round(config.warmup * steps / config.epochs)
 
 
 def one_shot_step(config: "Config", steps: int) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 import matplotlib
 import tyro
 
-from experiments.train import read_lines
+from experiments.log import read_lines
 
 matplotlib.use("Agg")
 

@@ -24,7 +24,7 @@ import tyro
 from flax import traverse_util
 
 import sdp_jax
-from experiments import data, models, train
+from experiments import data, models, steps
 from sdp_jax import methods
 
 Method = Literal["sap", "sap_channels", "lottery_ticket", "one_shot"]
@@ -184,7 +184,7 @@ def loop(
     ours = groups if method == "sap_channels" else None
     decay = config.weight_decay if ours is None else config.channel_decay
     trainer = make_train(config, model, dataset.train, decay)
-    evaluate = train.make_evaluate(model.apply)
+    evaluate = steps.make_evaluate(model.apply)
 
     saved = State(config.out / "state" / f"{config.dataset}-{method}.npz", params)
     records = saved.records

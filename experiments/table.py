@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import tyro
 
-from experiments.train import Config, read_lines
+from experiments.config import Config
+from experiments.log import read_lines
 
 DEFAULT = Config().key()
 

@@ -1,20 +1,19 @@
 """Trains a network on one data set with one method, and cuts it.
 
 ``python -m experiments.train --dataset mnist --model dnn --method altsdp --data-dir D``
+or ``python -m experiments.train NAME --data-dir D`` with the name of one of
+:mod:`experiments.configs`, and any option of it changed.
 
-A run is a directory: ``metrics.jsonl`` (configuration, one line per epoch, result) and
-checkpoints. Started again with the same configuration it goes on where it was; the
-result is the same to the last bit.
+A run is a directory: ``metrics.jsonl`` (configuration, one line per epoch, result),
+checkpoints, and event files for TensorBoard. Interrupted, it saves and stops. Started
+again with the same configuration it goes on where it was; the result is the same to the
+last bit.
 """
 
-import dataclasses
-import json
-import pathlib
-import subprocess
 import sys
 import time
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,138 +25,21 @@ import rich.progress
 import tyro
 
 import sdp_jax
-from experiments import data, models, optimizers
-from experiments.optimizers import Counted, Method, make_optimizer
-from sdp_jax import methods
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """One training run.
-
-    Attributes:
-      dataset: digits (bundled), mnist or cifar10.
-      downscale: images become the means of squares of this side.
-      model: dnn or conv.
-      method: the method, see :mod:`experiments.optimizers`.
-      widths: hidden widths; default: the model's.
-      epochs: passes over the training set.
-      batch_size: examples in a batch.
-      learning_rate: initial rate.
-      schedule: constant, or cosine decay to zero.
-      momentum: momentum of SGD; 0 for none.
-      weight_decay: added to the gradient, ``weight_decay`` times the parameters.
-      c: altsdp: scale of the threshold c √γ (nγ)^μ.
-      mu: altsdp: its exponent.
-      sparsity: share of the target that goes; with altsdp instead of c and mu.
-      target: what it is a share of: channels, params or flops.
-      ranking: altsdp with sparsity: all channels together, or within each dimension.
-      begin: with sparsity: share of the steps after which pruning begins.
-      end: with sparsity: share of the steps after which it is done; what goes in one
-        shot goes halfway between.
-      power: altsdp: exponent of the adaptive threshold; 1 for the plain one.
-      stop_rise: altsdp: stop pruning further once the PQ Index of what is left has
-        risen by so much above its least; none for no such rule.
-      penalty: weight of the penalty, for methods that have one.
-      decay_steps: steps of the Decay Pruning Method around its hosts; 1 for none.
-      release_rate: its threshold of the escape rate; none releases no channel.
-      release_length: its threshold of the gradient's length.
-      dual: altsdp: full or radial dual variable.
-      valley: altsdp: how sharp directions are estimated that shrinkage keeps out of;
-        none for plain AltSDP, hessian for eigenvectors on some training examples.
-      valley_rank: altsdp with valley: number of directions.
-      valley_decay: altsdp with valley: what share of the past an estimate keeps.
-      valley_every: altsdp with valley: steps from one estimate to the next.
-      norm: weighting of the channel norms.
-      floor: channels that stay in each dimension.
-      validation: training examples held out and evaluated every epoch.
-      evaluate_every: epochs from one evaluation on the whole training set to the next;
-        the last epoch has one in any case.
-      seed: of initialisation and data order.
-      data_dir: directory with mnist.npz or cifar10-jpeg.tar.xz; default:
-        tensorflow-datasets.
-      out: directory of the run; default: a name made of the configuration.
-    """
-
-    dataset: data.Name = "digits"
-    downscale: int = 1
-    model: models.Name = "dnn"
-    method: Method = "altsdp"
-    widths: tuple[int, ...] = ()
-    epochs: int = 30
-    batch_size: int = 128
-    learning_rate: float = 0.1
-    schedule: Literal["constant", "cosine"] = "constant"
-    momentum: float = 0.0
-    weight_decay: float = 0.0
-    c: float = 0.1
-    mu: float = 0.6
-    sparsity: float | None = None
-    target: Literal["channels", "params", "flops"] = "channels"
-    ranking: Literal["global", "per_dimension"] = "global"
-    begin: float = 0.1
-    end: float = 0.6
-    power: float = 1.0
-    stop_rise: float | None = None
-    penalty: float = 1e-3
-    decay_steps: int = 1
-    release_rate: float | None = None
-    release_length: float = 1.0
-    dual: Literal["full", "radial"] = "full"
-    valley: Literal["none", "hessian", "svd", "frequent_directions", "oja"] = "none"
-    valley_rank: int = 8
-    valley_decay: float = 0.5
-    valley_every: int = 1
-    norm: Literal["plain", "size", "cost"] = "plain"
-    floor: int = 1
-    validation: int = 0
-    evaluate_every: int = 1
-    seed: int = 0
-    data_dir: pathlib.Path | None = None
-    out: pathlib.Path | None = None
-
-    def key(self) -> dict[str, Any]:
-        """What makes two runs the same run."""
-        raw = dataclasses.asdict(self)
-        del raw["data_dir"], raw["out"]
-        return json.loads(json.dumps(raw))
-
-    def directory(self) -> pathlib.Path:
-        """Where the run is kept."""
-        if self.out is not None:
-            return self.out
-        parts = [self.dataset, self.model, self.method]
-        if self.method == "altsdp":
-            parts.append(
-                f"c{self.c:g}-mu{self.mu:g}"
-                if self.sparsity is None
-                else f"sparsity{self.sparsity:g}"
-            )
-            parts.append(self.dual if self.valley == "none" else self.valley)
-        elif self.method != "sgd":
-            parts.append(f"{self.penalty:g}")
-            if self.sparsity is not None:
-                parts.append(f"sparsity{self.sparsity:g}")
-        return pathlib.Path("runs") / "-".join([*parts, f"seed{self.seed}"])
-
-
-class State(NamedTuple):
-    """What training changes.
-
-    Attributes:
-      params: the parameters.
-      batch_stats: running statistics, ``{}`` if there are none.
-      opt_state: state of the optimizer.
-    """
-
-    params: Any
-    batch_stats: Any
-    opt_state: Any
-
-    @property
-    def variables(self) -> dict[str, Any]:
-        """Flax's view of the model."""
-        return variables_of(self.params, self.batch_stats)
+from experiments import data, models, optimizers, pipeline
+from experiments.board import Board
+from experiments.config import Config
+from experiments.interrupt import Interrupt, Interrupted
+from experiments.log import Log
+from experiments.optimizers import Counted, make_optimizer
+from experiments.outcome import make_watch, outcome
+from experiments.refresh import make_from_outside
+from experiments.steps import (
+    State,
+    make_advance,
+    make_evaluate,
+    make_mesh,
+    on_devices,
+)
 
 
 class Run(NamedTuple):
@@ -178,103 +60,48 @@ class Run(NamedTuple):
     result: dict[str, Any]
 
 
-def make_loss(
-    model: models.Model,
-) -> Callable[[Any, Any, data.Split], tuple[jax.Array, Any]]:
-    """``params, batch_stats, batch -> mean loss, new batch_stats`` in training mode."""
+class Setup(NamedTuple):
+    """What a run is made of before its first step.
 
-    def loss_fn(
-        params: Any, batch_stats: Any, batch: data.Split
-    ) -> tuple[jax.Array, Any]:
-        output, changed = model.apply(
-            variables_of(params, batch_stats),
-            batch.images,
-            train=True,
-            mutable=["batch_stats"],
-        )
-        logits: Any = output
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
-        return losses.mean(), changed.get("batch_stats", {})
+    Attributes:
+      model: the network.
+      groups: its channel dimensions, on all variables.
+      tx: the optimizer.
+      state: the first state.
+    """
 
-    return loss_fn
+    model: models.Model
+    groups: sdp_jax.Groups
+    tx: optax.GradientTransformation
+    state: State
 
 
-def make_step(
-    model: models.Model, tx: optax.GradientTransformation
-) -> Callable[[State, data.Split], tuple[State, jax.Array]]:
-    """One jitted step: ``state, batch -> state, mean loss of the batch``."""
-    loss_fn = make_loss(model)
+def make_setup(config: Config, dataset: data.Dataset, steps: int) -> Setup:
+    """The network, its channels, the optimizer and the first state.
 
-    def step(state: State, batch: data.Split) -> tuple[State, jax.Array]:
-        grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-        (loss, batch_stats), grads = grad_fn(state.params, state.batch_stats, batch)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        return State(params, batch_stats, opt_state), loss
+    Args:
+      config: the run.
+      dataset: its data set.
+      steps: number of its updates.
 
-    return jax.jit(step, donate_argnums=0)
+    Returns:
+      These; under ``jax.eval_shape`` everything but their shapes is lost.
 
-
-def make_refresh(
-    model: models.Model, training: data.Split, batch_stats: Any, config: Config
-) -> Callable[[State], State]:
-    """Gives the optimizer the sharp directions of the loss on 2,000 examples."""
-    loss_fn = make_loss(model)
-    size = min(2000, len(training.labels))
-    batch = next(data.batches(training, size, seed=config.seed, epoch=0))
-    # Shapes are all that training mode needs of them; the state's buffers are donated.
-    batch_stats = jax.tree.map(jnp.zeros_like, batch_stats)
-
-    def mean_loss(params: Any, batch: data.Split) -> jax.Array:
-        return loss_fn(params, batch_stats, batch)[0]
-
-    def refresh(state: State) -> State:
-        pairs = sdp_jax.top_eigenpairs(
-            mean_loss, state.params, [batch], config.valley_rank, tol=0.1
-        )
-        opt_state = sdp_jax.set_basis(state.opt_state, pairs.vectors)
-        return state._replace(opt_state=opt_state)
-
-    return refresh
-
-
-def make_scores(
-    model: models.Model, groups: sdp_jax.Groups, training: data.Split, config: Config
-) -> Callable[[State], State]:
-    """Gives the optimizer discriminant information of 2,000 examples as scores."""
-    size = min(2000, len(training.labels))
-    batch = next(data.batches(training, size, seed=config.seed, epoch=0))
-    score = methods.discriminant_score(jnp.asarray(batch.labels))
-
-    def refresh(state: State) -> State:
-        maps = models.feature_maps(model, groups, state.variables, batch.images)
-        scores = score(groups, state.params, activations=maps)
-        opt_state = methods.set_scores(state.opt_state, groups, scores)
-        return state._replace(opt_state=opt_state)
-
-    return refresh
-
-
-def make_evaluate(
-    apply: Callable[..., Any],
-) -> Callable[[dict[str, Any], data.Split], tuple[float, float]]:
-    """``variables, split -> mean loss, accuracy`` in inference mode."""
-
-    @jax.jit
-    def chunk(variables: Any, images: jax.Array, labels: jax.Array) -> Any:
-        logits: Any = apply(variables, images)
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        return losses.sum(), (logits.argmax(-1) == labels).sum()
-
-    def evaluate(variables: dict[str, Any], split: data.Split) -> tuple[float, float]:
-        size, totals = 2000, np.zeros(2)
-        for start in range(0, len(split.labels), size):
-            part = (x[start : start + size] for x in split)
-            totals += np.asarray([float(t) for t in chunk(variables, *part)])
-        loss, correct = totals / len(split.labels)
-        return float(loss), float(correct)
-
-    return evaluate
+    Raises:
+      ValueError: if the configuration cannot be used.
+    """
+    model = models.make_model(
+        config.model, dataset.classes, config.widths, jnp.dtype(config.compute)
+    )
+    example = jnp.zeros((1, *dataset.train.images.shape[1:]))
+    # Under jit, because a deep network has thousands of small arrays to draw.
+    variables: Any = jax.jit(model.init)(jax.random.key(config.seed), example)
+    groups = sdp_jax.find_groups(model.apply, variables, example)
+    counted = Counted(groups, model.apply, variables, (example,))
+    tx = make_optimizer(config, groups.at("params"), steps, counted)
+    params = variables["params"]
+    state = State(params, variables.get("batch_stats", {}), tx.init(params))
+    return Setup(model, groups, tx, state)
 
 
 def train(
@@ -283,14 +110,17 @@ def train(
     dataset: data.Dataset | None = None,
     on_step: Callable[[int, int], None] = lambda step, steps: None,
     on_epoch: Callable[[dict[str, Any]], None] = lambda record: None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Run:
     """Trains, or goes on training, and cuts.
 
     Args:
-      config: the run.
+      config: the run; ``twin`` is for :func:`main` alone.
       dataset: the data set of the configuration, if it is loaded already.
-      on_step: called after each step with its number and the number of all steps.
+      on_step: called as steps are done with their number and the number of all steps.
       on_epoch: called with the record of each epoch, also of those done earlier.
+      stop: asked between steps (with ``loop="scan"``, between epochs) whether to save
+        and stop.
 
     Returns:
       The finished run.
@@ -300,76 +130,76 @@ def train(
         another run, or the loss is no longer finite.
       FileNotFoundError: if the data is not there.
       ImportError: if tensorflow-datasets is needed and not installed.
+      Interrupted: if ``stop`` asked for it; the run is saved.
     """
     if config.epochs < 1 or config.evaluate_every < 1:
         raise ValueError(
             f"epochs and evaluate_every must be at least 1; got {config.epochs} and "
             f"{config.evaluate_every}"
         )
+    mesh = make_mesh(config.devices, config.batch_size)
     if dataset is None:
         dataset = data.load(config.dataset, config.data_dir, downscale=config.downscale)
     training, validation = data.hold_out(dataset.train, config.validation)
     per_epoch = data.steps_per_epoch(training, config.batch_size)
     steps = per_epoch * config.epochs
-
-    chosen: Any = {"widths": config.widths} if config.widths else {}
-    model = models.MODELS[config.model](classes=dataset.classes, **chosen)
-    example = jnp.zeros((1, *training.images.shape[1:]))
-    variables: Any = model.init(jax.random.key(config.seed), example)
-    groups = sdp_jax.find_groups(model.apply, variables, example)
-    counted = Counted(groups, model.apply, variables, (example,))
-    tx = make_optimizer(config, groups.at("params"), steps, counted)
-    params = variables["params"]
-    state = State(params, variables.get("batch_stats", {}), tx.init(params))
+    model, groups, tx, state = make_setup(config, dataset, steps)
+    state = on_devices(state, mesh)
 
     directory = config.directory().absolute()
     log = Log(directory / "metrics.jsonl", config)
     manager = ocp.CheckpointManager(
-        directory / "checkpoints",
+        directory / "updates",
         options=ocp.CheckpointManagerOptions(
             max_to_keep=2, create=True, enable_async_checkpointing=False
         ),
     )
     with manager:
-        saved = [n for n in manager.all_steps() if n <= len(log.epochs)]
-        done = max(saved, default=0)
-        for late in set(manager.all_steps()) - set(saved):
-            manager.delete(late)
-        log.truncate(done)
-        if done:
-            abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-            restored: Any = manager.restore(
-                done, args=ocp.args.StandardRestore(abstract)
-            )
-            state = State(*restored)
+        # Losses of the epoch that was interrupted; NaN stands for those to come.
+        nothing = np.full(per_epoch, np.nan, np.float32)
+        saved = Saved(state, jnp.asarray(nothing))
+        done, saved = _restore(manager, log, saved, per_epoch)
+        state = saved.state
         for record in log.epochs:
             on_epoch(record)
-        step, evaluate = make_step(model, tx), make_evaluate(model.apply)
-        watch = make_watch(groups)
-        refresh, due = None, range(0)
-        if config.method == "altsdp" and config.valley == "hessian":
-            refresh = make_refresh(model, training, state.batch_stats, config)
-            due = range(0, steps, config.valley_every)
-        elif config.method in optimizers.FROM_OUTSIDE:
-            refresh = make_scores(model, groups.at("params"), training, config)
-            due = range(optimizers.one_shot_step(config, steps) - 1, steps, steps)
-        for epoch in range(done + 1, config.epochs + 1):
+        scan = config.loop == "scan" or (
+            config.loop == "auto" and jax.default_backend() != "cpu"
+        )
+        advance = make_advance(
+            model, tx, augment=config.augment, seed=config.seed, scan=scan, mesh=mesh
+        )
+        evaluate, watch = make_evaluate(model.apply), make_watch(groups)
+        refresh, due = make_from_outside(config, model, groups, training, state, steps)
+        resident = on_devices(training, mesh) if done < steps else training
+        for epoch in range(done // per_epoch + 1, config.epochs + 1):
             start = time.perf_counter()
-            order = data.batches(
-                training, config.batch_size, seed=config.seed, epoch=epoch
+            order = on_devices(
+                pipeline.order_of(
+                    training, config.batch_size, seed=config.seed, epoch=epoch
+                ),
+                mesh,
             )
-            losses = []
-            for i, batch in enumerate(order):
-                number = (epoch - 1) * per_epoch + i
-                if refresh is not None and number in due:
+            first, losses = done % per_epoch, list(saved.losses[: done % per_epoch])
+            while first < per_epoch:
+                if refresh is not None and done in due:
                     state = refresh(state)
-                state, loss = step(state, batch)
-                losses.append(loss)
-                on_step(number + 1, steps)
+                count = 1
+                if scan:
+                    count = per_epoch - first
+                    if refresh is not None:
+                        later = (n - done for n in due if n > done)
+                        count = min(count, next(later, count))
+                state, found = advance(state, resident, order, first, done, count)
+                losses.append(found)
+                first, done = first + count, done + count
+                on_step(done, steps)
+                if first < per_epoch and stop():
+                    raise _save_part(manager, done, state, losses, nothing)
+            losses = np.concatenate([np.atleast_1d(x) for x in jax.device_get(losses)])
             record: dict[str, Any] = {"epoch": epoch}
-            record["batch_loss"] = float(np.mean(jax.device_get(losses)))
+            record["batch_loss"] = float(np.mean(losses))
             if epoch % config.evaluate_every == 0 or epoch == config.epochs:
-                found = evaluate(state.variables, training)
+                found = evaluate(state.variables, resident)
                 record["train_loss"], record["train_accuracy"] = found
             loss = record.get("train_loss", record["batch_loss"])
             if not np.isfinite(loss):
@@ -386,171 +216,68 @@ def train(
             record["seconds"] = time.perf_counter() - start
             # The record comes first: an epoch without a checkpoint is done again.
             log.epoch(record)
-            manager.save(epoch, args=ocp.args.StandardSave(state))
+            _save(manager, done, Saved(state, jnp.asarray(nothing)))
             on_epoch(record)
-    if log.result is None:
-        log.finish(_result(model, groups, state.variables, dataset))
+            if epoch < config.epochs and stop():
+                raise Interrupted(f"stopped after epoch {epoch}")
+    if log.result is None or (config.timed and "milliseconds" not in log.result):
+        variables = jax.device_get(state.variables)
+        log.finish(outcome(config, model, groups, variables, dataset))
     assert log.result is not None
     return Run(model, groups, state, log.epochs, log.result)
 
 
-def _result(
-    model: models.Model, groups: sdp_jax.Groups, variables: Any, dataset: data.Dataset
-) -> dict[str, Any]:
-    """Cuts, checks that the small network computes the same, and tests both."""
-    cut = sdp_jax.plan_cut(groups, variables)
-    small, small_variables = sdp_jax.narrow(model.apply, cut), cut.take(variables)
-    images = dataset.test.images[:1000]
-    dense: Any = jax.jit(model.apply)(variables, images)
-    after: Any = jax.jit(small)(small_variables, images)
-    difference = float(jnp.max(jnp.abs(dense - after)))
-    if not difference <= 1e-3 * max(1.0, float(jnp.max(jnp.abs(dense)))):
-        raise AssertionError(
-            f"the small network differs from the dense one by {difference}"
-        )
-    loss, accuracy = make_evaluate(model.apply)(variables, dataset.test)
-    _, small_accuracy = make_evaluate(small)(small_variables, dataset.test)
-    return {
-        "test_loss": loss,
-        "test_accuracy": accuracy,
-        "small_test_accuracy": small_accuracy,
-        "largest_difference": difference,
-        "widths": cut.widths,
-        "dense_widths": groups.sizes,
-        "parameters": _count(variables["params"]),
-        "small_parameters": _count(small_variables["params"]),
-        "flops": sdp_jax.cost(model.apply, variables, images[:1]).flops,
-        "small_flops": sdp_jax.cost(small, small_variables, images[:1]).flops,
-    }
-
-
-def make_watch(groups: sdp_jax.Groups) -> Callable[[Any], dict[str, Any]]:
-    """``variables -> what a record says of the channels``."""
-
-    @jax.jit
-    def look(variables: Any) -> Any:
-        alive = sdp_jax.channels_alive(groups, variables)
-        norms = jnp.concatenate(list(sdp_jax.channel_norms(groups, variables).values()))
-        return (
-            {name: jnp.sum(value) for name, value in alive.items()},
-            methods.pq_index(variables["params"]),
-            methods.pq_index(norms, mask=norms > 0),
-        )
-
-    def watch(variables: Any) -> dict[str, Any]:
-        alive, weights, norms = look(variables)
-        index = {"weights": float(weights), "norms": float(norms)}
-        counts = {name: int(alive[name]) for name in groups.sizes}
-        return {"channels": counts, "pq_index": index}
-
-    return watch
-
-
-def variables_of(params: Any, batch_stats: Any) -> dict[str, Any]:
-    """Flax's view of a model."""
-    stats = {"batch_stats": batch_stats} if batch_stats else {}
-    return {"params": params, **stats}
-
-
-def _count(params: Any) -> int:
-    return sum(x.size for x in jax.tree.leaves(params))
-
-
-class Log:
-    """The metrics file of a run: configuration, epochs, result.
+class Saved(NamedTuple):
+    """A checkpoint.
 
     Attributes:
-      path: the file.
-      epochs: records of the epochs so far.
-      result: the last record of a finished run, or ``None``.
+      state: the state.
+      losses: of the steps of an epoch that is not complete, float32
+        ``(steps per epoch,)``, NaN for those to come.
     """
 
-    def __init__(self, path: pathlib.Path, config: Config):
-        """Reads the file or begins it.
-
-        Args:
-          path: the file.
-          config: the run it belongs to.
-
-        Raises:
-          ValueError: if it belongs to another run.
-        """
-        self.path = path
-        self.epochs: list[dict[str, Any]] = []
-        self.result: dict[str, Any] | None = None
-        lines = read_lines(path) if path.exists() else []
-        if not lines:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._header = {"config": config.key(), **_environment()}
-            return
-        self._header = lines[0]
-        # What a run of an earlier version does not name had its default.
-        ours, theirs = config.key(), Config().key() | self._header.get("config", {})
-        other = sorted(k for k in ours | theirs if ours.get(k) != theirs.get(k))
-        if other:
-            raise ValueError(
-                f"{path.parent} holds a run with another configuration; it differs in "
-                + ", ".join(
-                    f"{k} ({theirs.get(k)!r}, not {ours.get(k)!r})" for k in other
-                )
-                + ". Give another --out, or delete the directory"
-            )
-        self.epochs = [line for line in lines if "epoch" in line]
-        self.result = next((line for line in lines if "test_accuracy" in line), None)
-
-    def truncate(self, epochs: int) -> None:
-        """Forgets what came after the last checkpoint, by an atomic rewrite."""
-        if epochs < len(self.epochs):
-            self.result = None
-        self.epochs = self.epochs[:epochs]
-        records = [self._header, *self.epochs]
-        if self.result is not None:
-            records.append(self.result)
-        text = "".join(json.dumps(record) + "\n" for record in records)
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text(text)
-        temporary.replace(self.path)
-
-    def epoch(self, record: dict[str, Any]) -> None:
-        """Adds the record of an epoch."""
-        self.epochs.append(record)
-        self._write(record)
-
-    def finish(self, result: dict[str, Any]) -> None:
-        """Adds the result."""
-        self.result = result
-        self._write(result)
-
-    def _write(self, record: dict[str, Any]) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+    state: State
+    losses: Any
 
 
-def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The complete records of a metrics file; a torn last line is left out."""
-    records = []
-    for line in path.read_text().splitlines():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return records
+def _save(manager: ocp.CheckpointManager, done: int, saved: Saved) -> None:
+    manager.save(done, args=ocp.args.StandardSave(saved))
 
 
-def _environment() -> dict[str, Any]:
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        capture_output=True,
-        text=True,
-        cwd=pathlib.Path(__file__).parent,
-        check=False,
-    ).stdout.strip()
-    device = jax.devices()[0]
-    return {
-        "versions": {"jax": jax.__version__, "sdp_jax": sdp_jax.__version__},
-        "device": f"{device.platform} {device.device_kind}",
-        "commit": commit or None,
-    }
+def _save_part(
+    manager: ocp.CheckpointManager,
+    done: int,
+    state: State,
+    losses: list[Any],
+    nothing: np.ndarray,
+) -> Interrupted:
+    """Saves amid an epoch, and returns what to raise."""
+    known = np.concatenate([np.atleast_1d(x) for x in jax.device_get(losses)])
+    kept = nothing.copy()
+    kept[: len(known)] = known
+    _save(manager, done, Saved(state, jnp.asarray(kept)))
+    return Interrupted(f"stopped after {done} steps")
+
+
+def _restore(
+    manager: ocp.CheckpointManager, log: Log, fresh: Saved, per_epoch: int
+) -> tuple[int, Saved]:
+    """The last checkpoint whose epochs are recorded; records beyond it are dropped.
+
+    Returns:
+      The number of steps done, and the checkpoint or, without one, ``fresh``.
+    """
+    steps = manager.all_steps()
+    usable = [n for n in steps if n // per_epoch <= len(log.epochs)]
+    done = max(usable, default=0)
+    for late in set(steps) - set(usable):
+        manager.delete(late)
+    log.truncate(done // per_epoch)
+    if not done:
+        return 0, fresh
+    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, fresh)
+    restored: Any = manager.restore(done, args=ocp.args.StandardRestore(abstract))
+    return done, Saved(State(*restored[0]), restored[1])
 
 
 def progress_bars(console: rich.console.Console) -> rich.progress.Progress:
@@ -564,16 +291,18 @@ def progress_bars(console: rich.console.Console) -> rich.progress.Progress:
     )
 
 
-def main(config: Config) -> Run:
-    """Trains with a progress bar and prints a line per epoch and the result.
+def show(config: Config, **options: Any) -> Run:
+    """Trains with a progress bar, a line per epoch and event files for TensorBoard.
 
     Args:
       config: the run.
+      **options: handed on to :func:`train`.
 
     Returns:
       The finished run.
     """
     console = rich.console.Console()
+    board = Board(config.directory() / "tensorboard")
     with progress_bars(console) as progress:
         task = progress.add_task(config.method, total=None)
 
@@ -581,13 +310,19 @@ def main(config: Config) -> Run:
             progress.update(task, completed=step, total=steps)
 
         def on_epoch(record: dict[str, Any]) -> None:
-            channels = " ".join(str(n) for n in record["channels"].values())
-            console.print(
-                f"epoch {record['epoch']:3d}  batch loss {record['batch_loss']:.4f}  "
-                f"channels {channels}"
+            board.write(record)
+            accuracy = record.get("validation_accuracy", record.get("train_accuracy"))
+            shown = "" if accuracy is None else f"  accuracy {accuracy:.2%}"
+            state = (
+                f"loss {record['batch_loss']:.4f}{shown}  "
+                f"channels left {sum(record['channels'].values())}"
             )
+            progress.update(task, description=f"{config.method}  {state}")
+            counts = " ".join(str(n) for n in record["channels"].values())
+            console.print(f"epoch {record['epoch']:3d}  {state}: {counts}")
 
-        run = train(config, on_step=on_step, on_epoch=on_epoch)
+        run = train(config, on_step=on_step, on_epoch=on_epoch, **options)
+    board.close()
     result = run.result
     widths = ", ".join(
         f"{name} {left} of {result['dense_widths'][name]}"
@@ -596,14 +331,69 @@ def main(config: Config) -> Run:
     console.print(
         f"test accuracy {result['test_accuracy']:.2%}, after the cut "
         f"{result['small_test_accuracy']:.2%}; {widths}; parameters "
-        f"{result['parameters']:,} to {result['small_parameters']:,}; "
-        f"{config.directory()}"
+        f"{result['parameters']:,} to {result['small_parameters']:,}, FLOPs "
+        f"{result['flops']:,} to {result['small_flops']:,}; {config.directory()}"
     )
     return run
 
 
+def main(config: Config) -> Run:
+    """Trains, with ``twin`` first the twin, and prints how they compare.
+
+    Args:
+      config: the run.
+
+    Returns:
+      The finished run.
+    """
+    with Interrupt() as stop:
+        if not config.twin:
+            return show(config, stop=stop)
+        dataset = data.load(config.dataset, config.data_dir, downscale=config.downscale)
+        twin = show(config.twin_of(), dataset=dataset, stop=stop)
+        run = show(config, dataset=dataset, stop=stop)
+    ours, theirs = (
+        (r.epochs[-1]["train_loss"], r.result["small_test_accuracy"])
+        for r in (run, twin)
+    )
+    print(
+        f"training loss {ours[0]:.4f}, of the twin {theirs[0]:.4f}; "
+        f"test accuracy {ours[1]:.2%}, of the twin {theirs[1]:.2%}"
+    )
+    return run
+
+
+def parse(arguments: list[str]) -> Config:
+    """The run that a command line names.
+
+    Args:
+      arguments: options, or the name of a configuration and options.
+
+    Returns:
+      The run.
+
+    Raises:
+      ValueError: if there is no configuration of that name.
+    """
+    from experiments.configs import CONFIGS
+
+    name, default = "experiments.train", Config()
+    if arguments and not arguments[0].startswith("-"):
+        name, *arguments = arguments
+        if name not in CONFIGS:
+            known = "\n  ".join(CONFIGS)
+            raise ValueError(
+                f"no configuration is named {name!r}; there are\n  {known}"
+            )
+        default = CONFIGS[name]
+    return tyro.cli(Config, default=default, args=arguments, prog=name)
+
+
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Config))
+        main(parse(sys.argv[1:]))
+    except Interrupted as error:
+        print(f"{error} and saved; the same command goes on", file=sys.stderr)
+        sys.exit(130)
     except (ValueError, FileNotFoundError, ImportError) as error:
         sys.exit(f"error: {error}")

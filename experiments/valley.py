@@ -30,7 +30,8 @@ from experiments.certify import (
     load_run,
     make_task,
 )
-from experiments.train import Config, Run, progress_bars
+from experiments.config import Config
+from experiments.train import Run, progress_bars
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,7 +20,7 @@ import tyro
 import sdp_jax
 from experiments import data, models
 from experiments.benchmarks import update_cost
-from experiments.train import make_loss
+from experiments.steps import make_loss
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,8 @@ import pytest
 
 import sdp_jax
 from experiments.certify import Certify, main
-from experiments.train import Config, train
+from experiments.config import Config
+from experiments.train import train
 
 TINY = Config(widths=(12, 8), epochs=2, batch_size=256, method="altsdp", sparsity=0.3)
 FAST = {"examples": 100, "curvature_examples": 50, "rank": 2, "points": 3}

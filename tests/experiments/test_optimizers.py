@@ -7,6 +7,7 @@ import pytest
 
 import sdp_jax
 from experiments import models
+from experiments.config import Config
 from experiments.optimizers import (
     HOSTS,
     METHODS,
@@ -14,7 +15,6 @@ from experiments.optimizers import (
     Counted,
     make_optimizer,
 )
-from experiments.train import Config
 
 STEPS = 40
 

@@ -2,8 +2,9 @@ import math
 
 import pytest
 
+from experiments.config import Config
 from experiments.pqi import plot, traces
-from experiments.train import Config, train
+from experiments.train import train
 
 
 def test_trace_of_a_run(tmp_path):

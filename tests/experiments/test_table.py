@@ -2,8 +2,9 @@ import dataclasses
 
 import pytest
 
+from experiments.config import Config
 from experiments.table import markdown, rows
-from experiments.train import Config, train
+from experiments.train import train
 
 
 def test_one_row_for_all_seeds_of_a_configuration(tmp_path):

@@ -15,7 +15,9 @@ import orbax.checkpoint as ocp
 import pytest
 
 import sdp_jax
-from experiments.train import Config, main, read_lines, train
+from experiments.config import Config
+from experiments.log import read_lines
+from experiments.train import main, train
 
 ROOT = pathlib.Path(__file__).parents[2]
 TINY = Config(widths=(12, 8), epochs=3, batch_size=256)
@@ -158,7 +160,7 @@ def test_what_a_crash_leaves_behind(tmp_path, when, monkeypatch, whole_run):
         save = ocp.CheckpointManager.save
 
         def crash(self, step, **keywords):
-            if step == 2:
+            if step == 10:  # Five an epoch.
                 raise KeyboardInterrupt
             return save(self, step, **keywords)
 

@@ -4,7 +4,8 @@ import jax
 import pytest
 
 import sdp_jax
-from experiments.train import Config, train
+from experiments.config import Config
+from experiments.train import train
 from experiments.valley import Valley, main, prune_to, sparsity_of
 from tests import toy
 from tests.valley.test_certificate import certificate

@@ -15,7 +15,8 @@ import pytest
 import sdp_jax
 from experiments import data
 from experiments.certify import make_task
-from experiments.train import Config, train
+from experiments.config import Config
+from experiments.train import train
 from tests import toy
 
 FAST = {"rank": 2, "curve_steps": 20, "points": 5}

@@ -1,0 +1,26 @@
+"""Networks in Flax, with their widths as arguments; none knows of pruning."""
+
+from experiments.models.convnet import ConvNet
+from experiments.models.dnn import Dnn
+from experiments.models.feature_maps import feature_maps
+from experiments.models.lenet import LeNet
+from experiments.models.resnet import ResNet
+from experiments.models.table import MODELS, Model, Name, make_model
+from experiments.models.vgg import Vgg
+from experiments.models.vit import Vit
+from experiments.models.wrn import WideResNet
+
+__all__ = [
+    "MODELS",
+    "ConvNet",
+    "Dnn",
+    "LeNet",
+    "Model",
+    "Name",
+    "ResNet",
+    "Vgg",
+    "Vit",
+    "WideResNet",
+    "feature_maps",
+    "make_model",
+]
