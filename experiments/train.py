@@ -10,6 +10,10 @@ again with the same configuration it goes on where it was; the result is the sam
 last bit.
 """
 
+import dataclasses
+import pathlib
+import dataclasses
+import pathlib
 import sys
 import time
 from collections.abc import Callable
@@ -321,8 +325,10 @@ def show(config: Config, **options: Any) -> Run:
             counts = " ".join(str(n) for n in record["channels"].values())
             console.print(f"epoch {record['epoch']:3d}  {state}: {counts}")
 
-        run = train(config, on_step=on_step, on_epoch=on_epoch, **options)
-    board.close()
+        try:
+            run = train(config, on_step=on_step, on_epoch=on_epoch, **options)
+        finally:
+            board.close()
     result = run.result
     widths = ", ".join(
         f"{name} {left} of {result['dense_widths'][name]}"
@@ -370,23 +376,25 @@ def parse(arguments: list[str]) -> Config:
       arguments: options, or the name of a configuration and options.
 
     Returns:
-      The run.
+      The run; that of a configuration is kept in ``runs/NAME-seedSEED`` if ``--out``
+      does not say otherwise.
 
     Raises:
       ValueError: if there is no configuration of that name.
     """
     from experiments.configs import CONFIGS
 
-    name, default = "experiments.train", Config()
-    if arguments and not arguments[0].startswith("-"):
-        name, *arguments = arguments
-        if name not in CONFIGS:
-            known = "\n  ".join(CONFIGS)
-            raise ValueError(
-                f"no configuration is named {name!r}; there are\n  {known}"
-            )
-        default = CONFIGS[name]
-    return tyro.cli(Config, default=default, args=arguments, prog=name)
+    if not arguments or arguments[0].startswith("-"):
+        return tyro.cli(Config, args=arguments, description=__doc__)
+    name, *arguments = arguments
+    if name not in CONFIGS:
+        known = "\n  ".join(CONFIGS)
+        raise ValueError(f"no configuration is named {name!r}; there are\n  {known}")
+    config = tyro.cli(Config, default=CONFIGS[name], args=arguments, prog=name)
+    if config.out is None:
+        out = pathlib.Path("runs") / f"{name}-seed{config.seed}"
+        config = dataclasses.replace(config, out=out)
+    return config
 
 
 if __name__ == "__main__":
