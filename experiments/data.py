@@ -1,11 +1,11 @@
 """Data sets in memory, and an order of batches that depends on seed and epoch alone."""
 
+import gzip
 import io
 import lzma
 import pathlib
 import pickle
 import tarfile
-import zipfile
 import zlib
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -321,13 +321,12 @@ def _arrays(path: pathlib.Path) -> _Parts:
     try:
         with path.open("rb") as handle, np.load(handle) as file:
             parts = {p: (file[f"x_{p}"], file[f"y_{p}"]) for p in ("train", "test")}
-    except (
-        *(KeyError, TypeError, ValueError, OSError, EOFError),
-        *(zipfile.BadZipFile, zlib.error),
-    ) as error:
+    # A damaged header makes zipfile and NumPy raise whatever comes up.
+    except Exception as error:
         raise ValueError(
-            f"{path} is not a complete MNIST archive ({error}); it must hold x_train, "
-            "y_train, x_test and y_test. Delete it and fetch it again"
+            f"{path} is not a complete MNIST archive ({type(error).__name__}: {error});"
+            " it must hold x_train, y_train, x_test and y_test. Delete it and fetch it "
+            "again"
         ) from error
     return {p: (x[..., None] if x.ndim == 3 else x, y) for p, (x, y) in parts.items()}
 
@@ -340,12 +339,16 @@ def _files(path: pathlib.Path) -> Iterator[tuple[str, bytes]]:
                 if not file.is_dir():
                     yield file.relative_to(path).as_posix(), file.read_bytes()
             return
-        with tarfile.open(path) as archive:
+        opened = lzma.open if path.suffix == ".xz" else gzip.open
+        with opened(path) as stream, tarfile.open(fileobj=stream, mode="r:") as archive:
             for member in archive:
                 content = archive.extractfile(member)
                 if content is not None:
                     name = pathlib.PurePosixPath(member.name)
                     yield name.as_posix(), content.read()
+            # The checksum comes behind all files.
+            while stream.read(2**20):
+                pass
     except (
         *(OSError, EOFError, KeyError),
         *(tarfile.TarError, lzma.LZMAError, zlib.error),
