@@ -21,7 +21,7 @@ import rich.progress
 import tyro
 
 import sdp_jax
-from experiments import data
+from experiments import data, models
 from experiments.config import Config
 from experiments.log import read_lines
 from experiments.steps import make_loss, variables_of
@@ -83,7 +83,7 @@ class Task(NamedTuple):
 
 
 def load_run(path: pathlib.Path, data_dir: pathlib.Path | None = None) -> Run:
-    """A finished run of :mod:`experiments.train`.
+    """A finished run of :mod:`experiments.train`, its network in float32.
 
     Args:
       path: its directory.
@@ -102,7 +102,17 @@ def load_run(path: pathlib.Path, data_dir: pathlib.Path | None = None) -> Run:
             f"{path} holds no finished run of experiments.train; start it again with "
             "the same configuration to go on"
         )
-    return train(config_of(path, data_dir))
+    config = config_of(path, data_dir)
+    return in_float32(train(config), config)
+
+
+def in_float32(run: Run, config: Config) -> Run:
+    """The run with a network that computes in float32.
+
+    Curvature and barriers are measured beyond the precision of the training.
+    """
+    classes = data.INFO[config.dataset].classes
+    return run._replace(model=models.make_model(config.model, classes, config.widths))
 
 
 def config_of(path: pathlib.Path, data_dir: pathlib.Path | None) -> Config:
@@ -117,6 +127,16 @@ def dataset_of(config: Config, data_dir: pathlib.Path | None) -> data.Dataset:
     dataset = data.load(config.dataset, data_dir, downscale=config.downscale)
     training, _ = data.hold_out(dataset.train, config.validation)
     return dataset._replace(train=training)
+
+
+def histories(twin: Run, run: Run, method: str) -> dict[str, list[float]]:
+    """Training losses of both, of the batches where the rest was not evaluated."""
+    records = [*twin.epochs, *run.epochs]
+    key = "train_loss" if all("train_loss" in r for r in records) else "batch_loss"
+    return {
+        name: [record[key] for record in found.epochs]
+        for name, found in (("SGD", twin), (method, run))
+    }
 
 
 def make_task(
@@ -203,8 +223,7 @@ def main(options: Certify) -> sdp_jax.Certificate:
     run = load_run(options.run, options.data_dir)
     config = config_of(options.run, options.data_dir)
     directory = options.run / "twin" if options.twin is None else options.twin
-    plain = {"method": "sgd", "out": directory}
-    twin_config = dataclasses.replace(config, **plain)
+    twin_config = dataclasses.replace(config.twin_of(), out=directory)
     file = directory / "metrics.jsonl"
     if file.is_file() and read_lines(file):
         twin_config = config_of(directory, options.data_dir)
@@ -219,7 +238,7 @@ def main(options: Certify) -> sdp_jax.Certificate:
         report = Reporter(progress)
         twin = train(twin_config, on_step=lambda n, all: report("twin", n, all))
         task = make_task(
-            twin,
+            in_float32(twin, twin_config),
             dataset,
             examples=options.examples,
             curvature_examples=options.curvature_examples,
@@ -238,10 +257,7 @@ def main(options: Certify) -> sdp_jax.Certificate:
             curve_steps=options.curve_steps,
             tolerance=options.tolerance,
             same_seed=config.seed == twin_config.seed,
-            histories={
-                "SGD": [record["train_loss"] for record in twin.epochs],
-                config.method: [record["train_loss"] for record in run.epochs],
-            },
+            histories=histories(twin, run, config.method),
             progress=report,
             **task.keywords,
         )

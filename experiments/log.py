@@ -52,7 +52,9 @@ class Log:
                 + ". Give another --out, or delete the directory"
             )
         self.epochs = [line for line in lines if "epoch" in line]
-        self.result = next((line for line in lines if "test_accuracy" in line), None)
+        results = [line for line in lines if "test_accuracy" in line]
+        # Timed later, a run has a second one.
+        self.result = results[-1] if results else None
 
     def truncate(self, epochs: int) -> None:
         """Forgets what came after the last checkpoint, by an atomic rewrite."""

@@ -173,12 +173,14 @@ def warmup_steps(config: "Config", steps: int) -> int:
     Raises:
       ValueError: if the run has no other steps.
     """
-    if not 0 <= config.warmup < config.epochs:
-        raise ValueError(
-            f"warmup must be at least 0 and less than the {config.epochs} epochs; got "
-            f"{config.warmup}"
-        )
-    return round(config.warmup * steps / config.epochs)
+    if 0 <= config.warmup < config.epochs:
+        count = round(config.warmup * steps / config.epochs)
+        if count < steps:
+            return count
+    raise ValueError(
+        f"warmup must be at least 0 and less than the {config.epochs} epochs, so that "
+        f"at least one of the {steps} steps follows it; got {config.warmup}"
+    )
 
 
 def one_shot_step(config: "Config", steps: int) -> int:

@@ -12,8 +12,6 @@ last bit.
 
 import dataclasses
 import pathlib
-import dataclasses
-import pathlib
 import sys
 import time
 from collections.abc import Callable

@@ -11,6 +11,7 @@ from flax import nnx
 from jax import export
 
 import sdp_jax
+from experiments import models
 from tests import promise, toy
 from tests.zoo import ZOO
 
@@ -151,24 +152,47 @@ def test_gradients_of_the_artefact(tmp_path, params):
     )
 
 
+def fresh_process(folder, x):
+    """The output of the artefact ``model``, without this package and without Flax."""
+    np.save(folder / "x.npy", x)
+    code = (
+        "import sys, jax, jax.export, numpy as np\n"
+        "sys.modules['sdp_jax'] = sys.modules['flax'] = None\n"
+        "model = jax.export.deserialize(bytearray(open('model', 'rb').read()))\n"
+        "np.save('y.npy', model.call(np.load('x.npy')))\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=folder, check=True)
+    return np.load(folder / "y.npy")
+
+
 def test_it_runs_without_the_package(tmp_path, params):
     cut, small, zeroed = half(toy.mlp_apply, params, X)
     sdp_jax.export_stablehlo(
         small, cut.take(zeroed), X, path=tmp_path / "model", embed_params=True
     )
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
-    np.save(tmp_path / "x.npy", X[:3])
-    code = (
-        "import sys, jax, numpy as np\n"
-        "sys.modules['sdp_jax'] = None\n"
-        "model = jax.export.deserialize(bytearray(open('model', 'rb').read()))\n"
-        "np.save('y.npy', model.call(np.load('x.npy')))\n"
-    )
-    subprocess.run(
-        [sys.executable, "-c", "import jax.export\n" + code], cwd=tmp_path, check=True
-    )
-    found = np.load(tmp_path / "y.npy")
+    found = fresh_process(tmp_path, X[:3])
     np.testing.assert_allclose(found, toy.mlp_apply(zeroed, X[:3]), rtol=1e-5)
+
+
+def test_a_small_vgg16_runs_without_the_package(tmp_path):
+    model = models.make_model("vgg16", 10, (8, 8, 8, 16, 16))
+    x = np.random.default_rng(0).normal(size=(4, 32, 32, 3)).astype(np.float32)
+    variables = jax.jit(model.init)(jax.random.key(0), x)
+    # Statistics and scales as after training: all different.
+    rng = np.random.default_rng(1)
+    variables = jax.tree.map(
+        lambda v: v * (1 + rng.uniform(-0.3, 0.3, v.shape)).astype(v.dtype), variables
+    )
+    cut, small, zeroed = half(model.apply, variables, x)
+    assert cut.widths["conv4_2"] == 8
+    sdp_jax.export_stablehlo(
+        small, cut.take(zeroed), x, path=tmp_path / "model", embed_params=True
+    )
+    found = fresh_process(tmp_path, x[:3])
+    np.testing.assert_allclose(
+        found, model.apply(zeroed, x[:3]), rtol=1e-4, atol=1e-4 * np.abs(found).max()
+    )
 
 
 def test_static_arguments_and_inputs_without_a_batch(params):

@@ -2,6 +2,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
@@ -13,7 +14,9 @@ from experiments.optimizers import (
     METHODS,
     NEED_SCALES,
     Counted,
+    learning_rate,
     make_optimizer,
+    warmup_steps,
 )
 
 STEPS = 40
@@ -70,7 +73,11 @@ EXACT = set(METHODS) - {"sgd", "hspg", "grda", "discriminant", "spp", "dhspg"}
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains_and_meets_its_target(method, networks):
-    config = Config(method=method, sparsity=0.5, target="flops", learning_rate=0.05)
+    # Warmup begins with a rate of zero.
+    config = Config(
+        **{"method": method, "sparsity": 0.5, "target": "flops", "learning_rate": 0.05},
+        **{"schedule": "cosine", "warmup": 3.0},
+    )
     share = left(config, networks[kind(method)])
     if method in EXACT:
         assert 0.25 < share <= 0.5
@@ -104,3 +111,59 @@ def test_what_a_method_needs_is_said():
     with pytest.raises(ValueError, match=r"decay_steps is for the methods \['dep"):
         config = Config(method="l2", sparsity=0.5)
         make_optimizer(dataclasses.replace(config, decay_steps=5), groups, STEPS)
+
+
+# The rate of 0.3 after k of n steps.
+SHAPES = {
+    "constant": lambda k, n: 0.3,
+    "cosine": lambda k, n: 0.15 * (1 + np.cos(np.pi * k / n)),
+    "step": lambda k, n: 0.3 * 0.1 ** ((k >= n // 2) + (k >= n * 3 // 4)),
+}
+
+
+@pytest.mark.parametrize("warmup", [0.0, 0.1, 1.5, 4.0])
+@pytest.mark.parametrize("schedule", SHAPES)
+def test_the_learning_rate_rises_and_follows_its_schedule(schedule, warmup):
+    steps, epochs = 200, 10
+    config = Config(learning_rate=0.3, schedule=schedule, epochs=epochs, warmup=warmup)
+    rate, rise = learning_rate(config, steps), int(20 * warmup)
+    assert warmup_steps(config, steps) == rise
+    at = rate if callable(rate) else lambda step: rate
+    rest = steps - rise
+    changes = [rise + rest // 2, rise + rest * 3 // 4]
+    seen = {0, 1, rise, rise + 1, steps - 1, *changes, *(c - 1 for c in changes)}
+    for step in sorted({*seen, *range(0, steps, 13)}):
+        expected = SHAPES[schedule](step - rise, rest)
+        if step < rise:
+            expected = 0.3 * step / rise
+        np.testing.assert_allclose(at(jnp.int32(step)), expected, rtol=1e-4, atol=1e-7)
+
+
+def test_without_warmup_a_constant_rate_is_a_number():
+    # Which keeps the bits of runs from before there was one.
+    assert learning_rate(Config(learning_rate=0.3), 200) == 0.3
+
+
+@pytest.mark.parametrize("warmup", [-1.0, 9.9, 10.0, 12.5, float("nan")])
+def test_a_run_of_nothing_but_warmup_is_refused(warmup):
+    config = Config(method="sgd", epochs=10, warmup=warmup)
+    groups = network("dnn", (4, 4))[2].at("params")
+    expected = rf"less than the 10 epochs, .* 40 steps .*; got {warmup}"
+    with pytest.raises(ValueError, match=expected):
+        make_optimizer(config, groups, STEPS)
+
+
+def test_the_first_step_of_a_warmup_changes_nothing(networks):
+    _, variables, groups, _ = networks["dnn"]
+    params = variables["params"]
+    gradient = jax.tree.map(jnp.ones_like, params)
+    for momentum in (0.0, 0.9):
+        config = Config(method="sgd", epochs=4, warmup=2.0, momentum=momentum)
+        tx = make_optimizer(config, groups.at("params"), STEPS)
+        updates, state = tx.update(gradient, tx.init(params), params)
+        assert not any(x.any() for x in jax.tree.leaves(updates))
+        updates, _ = tx.update(gradient, state, params)
+        # The rate is a twentieth of the whole.
+        expected = -0.1 / 20 * (1 + momentum)
+        for x in jax.tree.leaves(updates):
+            np.testing.assert_allclose(x, expected, rtol=1e-5)

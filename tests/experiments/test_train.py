@@ -3,6 +3,7 @@ import json
 import os
 import pathlib
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -15,9 +16,10 @@ import orbax.checkpoint as ocp
 import pytest
 
 import sdp_jax
+from experiments import data
 from experiments.config import Config
 from experiments.log import read_lines
-from experiments.train import main, train
+from experiments.train import main, make_setup, train
 
 ROOT = pathlib.Path(__file__).parents[2]
 TINY = Config(widths=(12, 8), epochs=3, batch_size=256)
@@ -181,17 +183,30 @@ def test_what_a_crash_leaves_behind(tmp_path, when, monkeypatch, whole_run):
     assert epochs == [1, 2, 3]
 
 
-def test_killed_at_random_steps_it_ends_with_the_same_bits(tmp_path):
+# Signals to a process, what it returns, and the last line of what it says.
+ENDS = [
+    ([signal.SIGKILL], -signal.SIGKILL, None),
+    ([signal.SIGINT], 130, r"stopped after .* and saved; the same command goes on"),
+    # The second one does not wait for a step to end.
+    ([signal.SIGINT, signal.SIGTERM], -signal.SIGINT, "KeyboardInterrupt"),
+]
+
+
+def test_killed_and_interrupted_it_ends_with_the_same_bits(tmp_path):
     changed = {"sparsity": 0.5, "momentum": 0.9, "epochs": 40, "batch_size": 64}
+    changed |= {"augment": "crop_flip", "warmup": 1.0}
     whole = run(tmp_path, "whole", **changed)
     command = [sys.executable, "-m", "experiments.train", "--widths", "12", "8"]
     for key, value in changed.items():
         command += [f"--{key.replace('_', '-')}", str(value)]
     command += ["--out", str(tmp_path / "part")]
-    metrics = tmp_path / "part/metrics.jsonl"
-    chance, killed = random.Random(0), 0
-    for _ in range(2):
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    metrics, log = tmp_path / "part/metrics.jsonl", tmp_path / "stderr"
+    chance = random.Random(0)
+    for signals, code, said in ENDS:
+        with log.open("w") as file:
+            process = subprocess.Popen(
+                command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=file
+            )
         begun = len(read_lines(metrics)) if metrics.exists() else 0
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline and process.poll() is None:
@@ -199,14 +214,19 @@ def test_killed_at_random_steps_it_ends_with_the_same_bits(tmp_path):
                 break
             time.sleep(0.01)
         time.sleep(chance.uniform(0, 0.1))
-        process.send_signal(signal.SIGKILL)
-        killed += process.wait() == -signal.SIGKILL
-    assert killed == 2
-    assert 2 < len(read_lines(metrics)) < 41
-    # The third process to go on is this one.
+        for number in signals:
+            process.send_signal(number)
+        assert process.wait(120) == code, log.read_text()
+        if said is not None:
+            assert re.search(rf"{said}\n$", log.read_text())
+            assert ("Traceback" in log.read_text()) == (code < 0)
+        assert begun + 3 < len(read_lines(metrics)) < 41
+    # The last process to go on is this one.
     part = train(dataclasses.replace(TINY, out=tmp_path / "part", **changed))
     chex.assert_trees_all_equal(part.state, whole.state)
     assert part.result == whole.result
+    for a, b in zip(part.epochs, whole.epochs, strict=True):
+        assert a | {"seconds": 0} == b | {"seconds": 0}
 
 
 def test_a_diverged_run_stops_with_a_reason(tmp_path):
@@ -233,23 +253,33 @@ def test_the_command_reports_bad_input_in_one_line(tmp_path):
     assert "Traceback" not in result.stderr
 
 
-def test_main_prints_the_result(tmp_path, capsys):
-    main(dataclasses.replace(TINY, out=tmp_path / "run", sparsity=0.5))
+def test_main_trains_the_twin_first_and_compares(tmp_path, capsys):
+    out = tmp_path / "run"
+    config = dataclasses.replace(TINY, sparsity=0.5, momentum=0.9, epochs=2, out=out)
+    done = main(dataclasses.replace(config, twin=True))
     printed = capsys.readouterr().out
-    assert "test accuracy" in printed and "dense0" in printed
-
-
-def test_directories_of_different_runs_differ():
-    configs = [
-        Config(),
-        Config(c=0.2),
-        Config(sparsity=0.5),
-        Config(sparsity=0.5, dual="radial"),
-        Config(method="sgd"),
-        Config(method="prox_sgd"),
-        Config(seed=1),
-    ]
-    assert len({c.directory() for c in configs}) == len(configs)
+    twin = train(dataclasses.replace(config.twin_of(), out=tmp_path / "other"))
+    header, *records = read_lines(out / "twin/metrics.jsonl")
+    assert header["config"] == config.twin_of().key() and header["config"] != TINY.key()
+    assert records[-1] == twin.result
+    for a, b in zip(records[:-1], twin.epochs, strict=True):
+        assert a | {"seconds": 0} == b | {"seconds": 0}
+    # One is printed after the other, and then both.
+    *_, last = lines = printed.strip().splitlines()
+    begun = [i for i, line in enumerate(lines) if line.startswith("epoch   1")]
+    ended = [i for i, line in enumerate(lines) if line.startswith("test accuracy")]
+    assert begun[0] < ended[0] < begun[1] < ended[1] < len(lines) - 1
+    losses = [r.epochs[-1]["train_loss"] for r in (done, twin)]
+    rates = [r.result["small_test_accuracy"] for r in (done, twin)]
+    assert last == (
+        f"training loss {losses[0]:.4f}, of the twin {losses[1]:.4f}; "
+        f"test accuracy {rates[0]:.2%}, of the twin {rates[1]:.2%}"
+    )
+    assert "dense0 12 of 12" in lines[ended[0]] + lines[ended[0] + 1]
+    # They begin with the same weights.
+    dataset = data.load("digits")
+    setups = [make_setup(c, dataset, 10) for c in (config, config.twin_of())]
+    chex.assert_trees_all_equal(*(setup.state.params for setup in setups))
 
 
 @pytest.mark.study
