@@ -1,3 +1,4 @@
+import dataclasses
 import struct
 import sys
 import time
@@ -6,7 +7,12 @@ import pytest
 from tensorboardX.crc32c import crc32c
 from tensorboardX.proto.event_pb2 import Event
 
+from experiments import data
 from experiments.board import Board
+from experiments.config import Config
+from experiments.interrupt import Interrupted
+from experiments.log import read_lines
+from experiments.train import show
 
 RECORD = {
     "epoch": 1,
@@ -69,10 +75,13 @@ def test_event_files_hold_the_records(tmp_path):
 
 def test_a_run_that_goes_on_replaces_them(tmp_path):
     path = tmp_path / "board"
-    for _ in range(2):
+    for name in ("first", "second"):
         board = Board(path)
         board.write(RECORD)
         board.close()
+        # They are named by the second in which they begin.
+        (file,) = path.iterdir()
+        file.rename(path / f"events.out.tfevents.{name}")
     assert len(list(path.iterdir())) == 1
     assert sorted(events_of(path)) == sorted(expected(RECORD))
 
@@ -92,3 +101,26 @@ def test_without_tensorboardx(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
     with pytest.raises(ImportError, match="tensorboardX"):
         Board(tmp_path / "board")
+
+
+def test_a_run_shows_its_records_each_once(tmp_path):
+    config = Config(
+        **{"method": "sgd", "widths": (4,), "epochs": 3, "batch_size": 256},
+        out=tmp_path / "run",
+    )
+    dataset, path = data.synthetic("digits", count=512), tmp_path / "run/tensorboard"
+    with pytest.raises(Interrupted):
+        show(config, dataset=dataset, stop=lambda: path.exists())
+    assert {step for step, *_ in events_of(path)} == {1}
+    show(config, dataset=dataset)
+    _, *records, _ = read_lines(tmp_path / "run/metrics.jsonl")
+    found = events_of(path)
+    assert len(found) == len(set(found)) == 3 * 8
+    assert {step for step, *_ in found} == {1, 2, 3}
+    losses = {step: value for step, tag, value in found if tag == "train_loss"}
+    for record in records:
+        assert losses[record["epoch"]] == pytest.approx(record["train_loss"])
+    # Another run in the same directory is refused, and they stay.
+    with pytest.raises(ValueError, match="another configuration"):
+        show(dataclasses.replace(config, seed=1), dataset=dataset)
+    assert events_of(path) == found
