@@ -73,6 +73,11 @@ VARIANTS: Mapping[str, dict[str, Any]] = {
         **{"method": "altsdp", "dual": "radial", "power": 8.0},
         **{"ranking": "per_dimension", "end": 0.5},
     },
+    # Survivors are hardly shrunk: for networks that cannot fit the training set.
+    "altsdp_hard": {
+        **{"method": "altsdp", "dual": "radial", "power": 100.0},
+        **{"ranking": "per_dimension", "end": 0.5},
+    },
     "sgd": {"method": "sgd"},
     "l2": {"method": "l2", "end": 0.5},
     "depgraph": {"method": "depgraph", "end": 0.5},
