@@ -11,7 +11,6 @@ methods, targets or seeds.
 
 import dataclasses
 import json
-import os
 import pathlib
 import sys
 from collections.abc import Mapping
@@ -21,8 +20,10 @@ import jax
 import numpy as np
 import tyro
 
+import sdp_jax
 from experiments import data, models, train
 from experiments.config import Config
+from experiments.files import write_whole
 from experiments.optimizers import NEED_SCALES
 from experiments.outcome import time_cut
 
@@ -181,9 +182,9 @@ def record(name: str, config: Config, dataset: data.Dataset) -> dict[str, Any]:
         return json.loads(path.read_text())
     run = train.train(config, dataset=dataset)
     result, images = run.result, dataset.test.images[:200]
-    dense_time, small_time = time_cut(
-        run.model, run.groups, run.state.variables, images, repeats=30
-    )
+    variables = run.state.variables
+    cut = sdp_jax.plan_cut(run.groups, variables)
+    dense_time, small_time = time_cut(run.model, cut, variables, images, repeats=30)
     found = {
         "name": name,
         "sparsity": config.sparsity,
@@ -196,7 +197,7 @@ def record(name: str, config: Config, dataset: data.Dataset) -> dict[str, Any]:
         "widths": list(result["widths"].values()),
         "seconds": sum(r["seconds"] for r in run.epochs),
     }
-    _write(path, json.dumps(found))
+    write_whole(path, json.dumps(found))
     return found
 
 
@@ -359,8 +360,8 @@ def summarise(out: pathlib.Path) -> list[dict[str, Any]]:
     )
     table = rows(records)
     lines = ",\n".join(json.dumps(r) for r in records)
-    _write(out / "results.json", f"[\n{lines}\n]\n")
-    _write(out / "table.md", markdown(table))
+    write_whole(out / "results.json", f"[\n{lines}\n]\n")
+    write_whole(out / "table.md", markdown(table))
     plot(table, out / "pareto.png")
     return table
 
@@ -394,14 +395,6 @@ def main(config: Compare) -> list[dict[str, Any]]:
 
 def _slug(name: str) -> str:
     return "".join(c if c.isalnum() else "-" for c in name.lower()).replace("--", "-")
-
-
-def _write(path: pathlib.Path, text: str) -> None:
-    """Writes a file whole or not at all, also beside other processes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    temporary.write_text(text)
-    temporary.replace(path)
 
 
 if __name__ == "__main__":

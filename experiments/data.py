@@ -239,9 +239,6 @@ def hold_out(split: Split, count: int) -> tuple[Split, Split]:
 def batches(split: Split, size: int, *, seed: int, epoch: int) -> Iterator[Split]:
     """The batches of one epoch; the last incomplete one is left out.
 
-    The order is a function of ``seed`` and ``epoch``, so that a run that resumes at an
-    epoch sees what it would have seen.
-
     Args:
       split: the training set.
       size: examples in a batch.
@@ -254,10 +251,31 @@ def batches(split: Split, size: int, *, seed: int, epoch: int) -> Iterator[Split
     Raises:
       ValueError: if ``size`` is below 1 or above the number of examples.
     """
+    for index in order_of(split, size, seed=seed, epoch=epoch):
+        yield Split(split.images[index], split.labels[index])
+
+
+def order_of(split: Split, size: int, *, seed: int, epoch: int) -> np.ndarray:
+    """Which examples make the batches of an epoch, as in :func:`batches`.
+
+    The order is a function of ``seed`` and ``epoch``, so that a run that resumes at an
+    epoch sees what it would have seen.
+
+    Args:
+      split: the training set.
+      size: examples in a batch.
+      seed: seed of the run.
+      epoch: number of the epoch.
+
+    Returns:
+      int32 ``(batches, size)``.
+
+    Raises:
+      ValueError: if ``size`` is below 1 or above the number of examples.
+    """
     count = steps_per_epoch(split, size)
     order = np.random.default_rng([seed, epoch]).permutation(len(split.labels))
-    for index in order[: count * size].reshape(count, size):
-        yield Split(split.images[index], split.labels[index])
+    return order[: count * size].reshape(count, size).astype(np.int32)
 
 
 def steps_per_epoch(split: Split, size: int) -> int:

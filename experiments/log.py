@@ -10,6 +10,7 @@ import jax
 
 import sdp_jax
 from experiments.config import Config
+from experiments.files import write_whole
 
 
 class Log:
@@ -65,9 +66,7 @@ class Log:
         if self.result is not None:
             records.append(self.result)
         text = "".join(json.dumps(record) + "\n" for record in records)
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text(text)
-        temporary.replace(self.path)
+        write_whole(self.path, text)
 
     def epoch(self, record: dict[str, Any]) -> None:
         """Adds the record of an epoch."""

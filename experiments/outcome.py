@@ -72,14 +72,14 @@ def outcome(
         "small_flops": sdp_jax.cost(small, small_variables, images[:1]).flops,
     }
     if config.timed:
-        times = time_cut(model, groups, variables, dataset.test.images[:200])
+        times = time_cut(model, cut, variables, dataset.test.images[:200])
         result["milliseconds"], result["small_milliseconds"] = times
     return result
 
 
 def time_cut(
     model: models.Model,
-    groups: sdp_jax.Groups,
+    cut: sdp_jax.Cut,
     variables: Any,
     images: np.ndarray,
     *,
@@ -89,15 +89,14 @@ def time_cut(
 
     Args:
       model: the dense network.
-      groups: its channel dimensions.
-      variables: its variables, with zeros where channels go.
+      cut: what makes the small one.
+      variables: variables of the dense one, with zeros where channels go.
       images: the images.
       repeats: how often each is timed.
 
     Returns:
       Both medians.
     """
-    cut = sdp_jax.plan_cut(groups, variables)
     # On the device, or the copies would be timed, too.
     args = [(variables, images), (cut.take(variables), images)]
     dense, small = sdp_jax.latency(

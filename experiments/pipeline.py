@@ -9,29 +9,8 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from experiments import data
-
-
-def order_of(split: data.Split, size: int, *, seed: int, epoch: int) -> np.ndarray:
-    """Which examples make the batches of an epoch, as in :func:`data.batches`.
-
-    Args:
-      split: the training set.
-      size: examples in a batch.
-      seed: seed of the run.
-      epoch: number of the epoch.
-
-    Returns:
-      int32 ``(batches, size)``.
-
-    Raises:
-      ValueError: if ``size`` is below 1 or above the number of examples.
-    """
-    count = data.steps_per_epoch(split, size)
-    order = np.random.default_rng([seed, epoch]).permutation(len(split.labels))
-    return order[: count * size].reshape(count, size).astype(np.int32)
 
 
 def gather(split: data.Split, index: jax.Array) -> data.Split:

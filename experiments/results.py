@@ -23,6 +23,7 @@ import tyro
 
 from experiments.config import PRUNING, Config
 from experiments.configs import CONFIGS, ROWS, VARIANTS
+from experiments.files import write_whole
 from experiments.log import read_lines
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -263,7 +264,7 @@ def collect(config: Collect) -> list[pathlib.Path]:
                 f"or add a label to the name of the directory: {found['run']}-LABEL"
             )
     for path, text in texts.items():
-        _write(path, text)
+        write_whole(path, text)
     return list(texts)
 
 
@@ -421,7 +422,7 @@ def write(config: Write) -> pathlib.Path:
             "python -m experiments.results collect"
         )
     where = os.path.relpath(config.results.resolve(), config.out.resolve().parent)
-    _write(config.out, markdown(records, pathlib.Path(where).as_posix()))
+    write_whole(config.out, markdown(records, pathlib.Path(where).as_posix()))
     return config.out
 
 
@@ -630,14 +631,6 @@ def _provenance(lines: list[dict[str, Any]]) -> str:
                 out.append(line["command"] + (f"  # also {others}" if others else ""))
         out.append("```\n")
     return "\n".join(out)
-
-
-def _write(path: pathlib.Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    temporary.write_text(text)
-    temporary.replace(path)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from flax import traverse_util
 
 import sdp_jax
 from experiments import data, models, steps
+from experiments.files import write_whole
 from sdp_jax import methods
 
 Method = Literal["sap", "sap_channels", "lottery_ticket", "one_shot"]
@@ -394,10 +395,7 @@ def _matrices(tree: Any) -> dict[str, Any]:
 
 
 def _write(path: pathlib.Path, results: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(rounded(results), indent=1) + "\n")
-    temporary.replace(path)
+    write_whole(path, json.dumps(rounded(results), indent=1) + "\n")
 
 
 def rounded(value: Any) -> Any:

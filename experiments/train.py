@@ -27,9 +27,10 @@ import rich.progress
 import tyro
 
 import sdp_jax
-from experiments import data, models, optimizers, pipeline
+from experiments import data, models, optimizers
 from experiments.board import Board
 from experiments.config import Config
+from experiments.configs import CONFIGS
 from experiments.interrupt import Interrupt, Interrupted
 from experiments.log import Log
 from experiments.optimizers import Counted, make_optimizer
@@ -176,12 +177,13 @@ def train(
         for epoch in range(done // per_epoch + 1, config.epochs + 1):
             start = time.perf_counter()
             order = on_devices(
-                pipeline.order_of(
+                data.order_of(
                     training, config.batch_size, seed=config.seed, epoch=epoch
                 ),
                 mesh,
             )
-            first, losses = done % per_epoch, list(saved.losses[: done % per_epoch])
+            first = done % per_epoch
+            losses = [saved.losses[:first]]
             while first < per_epoch:
                 if refresh is not None and done in due:
                     state = refresh(state)
@@ -197,9 +199,8 @@ def train(
                 on_step(done, steps)
                 if first < per_epoch and stop():
                     raise _save_part(manager, done, state, losses, nothing)
-            losses = np.concatenate([np.atleast_1d(x) for x in jax.device_get(losses)])
             record: dict[str, Any] = {"epoch": epoch}
-            record["batch_loss"] = float(np.mean(losses))
+            record["batch_loss"] = float(np.mean(_joined(losses)))
             if epoch % config.evaluate_every == 0 or epoch == config.epochs:
                 found = evaluate(state.variables, resident)
                 record["train_loss"], record["train_accuracy"] = found
@@ -254,11 +255,15 @@ def _save_part(
     nothing: np.ndarray,
 ) -> Interrupted:
     """Saves amid an epoch, and returns what to raise."""
-    known = np.concatenate([np.atleast_1d(x) for x in jax.device_get(losses)])
+    known = _joined(losses)
     kept = nothing.copy()
     kept[: len(known)] = known
     _save(manager, done, Saved(state, jnp.asarray(kept)))
     return Interrupted(f"stopped after {done} steps")
+
+
+def _joined(losses: list[Any]) -> np.ndarray:
+    return np.concatenate(jax.device_get(losses))
 
 
 def _restore(
@@ -380,8 +385,6 @@ def parse(arguments: list[str]) -> Config:
     Raises:
       ValueError: if there is no configuration of that name.
     """
-    from experiments.configs import CONFIGS
-
     if not arguments or arguments[0].startswith("-"):
         return tyro.cli(Config, args=arguments, description=__doc__)
     name, *arguments = arguments

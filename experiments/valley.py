@@ -31,6 +31,7 @@ from experiments.certify import (
     make_task,
 )
 from experiments.config import Config
+from experiments.files import write_whole
 from experiments.train import Run, progress_bars
 
 
@@ -236,9 +237,7 @@ def main(options: Valley) -> dict[str, sdp_jax.Certificate]:
                 progress=Reporter(progress, f"{name}: "),
                 **task.keywords,
             )
-            temporary = file.with_suffix(".tmp")
-            temporary.write_text(certificate.to_json() + "\n")
-            temporary.replace(file)
+            write_whole(file, certificate.to_json() + "\n")
             certificates[name] = certificate
     console.print(markdown(certificates), soft_wrap=True, highlight=False)
     return certificates

@@ -16,7 +16,7 @@ import numpy as np
 import tyro
 
 import sdp_jax
-from experiments import data, pipeline
+from experiments import data
 from experiments.config import Config
 from experiments.configs import CONFIGS, ROWS
 from experiments.steps import make_advance
@@ -96,7 +96,7 @@ def main(options: TrainStep) -> dict[str, dict[str, float]]:
         advance = make_advance(model, tx, augment=config.augment, scan=scan)
         images = dataset.train.images[:1]
         flops = 3 * size * sdp_jax.cost(model.apply, state.variables, images).flops
-        order = pipeline.order_of(dataset.train, size, seed=0, epoch=1)
+        order = data.order_of(dataset.train, size, seed=0, epoch=1)
         order = jax.numpy.asarray(np.tile(order, (count, 1))[:count])
         resident = jax.tree.map(jax.numpy.asarray, dataset.train)
         calls[method] = [advance, state, resident, order]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import sdp_jax
-from experiments import data, pipeline, steps
+from experiments import data, steps
 from experiments.config import Config
 from experiments.configs import CONFIGS, ROWS, VARIANTS
 from experiments.outcome import make_watch
@@ -194,7 +194,7 @@ def test_a_run_of_two_steps_is_pruned_to_its_target(name):
     advance = steps.make_advance(
         made.model, made.tx, augment=config.augment, seed=config.seed
     )
-    order = jnp.asarray(pipeline.order_of(dataset.train, 8, seed=0, epoch=1))
+    order = jnp.asarray(data.order_of(dataset.train, 8, seed=0, epoch=1))
     training = steps.on_devices(dataset.train, None)
     state, losses = advance(made.state, training, order, 0, 0, 2)
     assert np.isfinite(losses).all()

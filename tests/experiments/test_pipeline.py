@@ -31,7 +31,7 @@ def marked(n, height=4, width=3, channels=2):
 
 @pytest.mark.parametrize(("seed", "epoch"), [(0, 1), (0, 2), (5, 1)])
 def test_the_order_is_that_of_the_batches(seed, epoch):
-    order = pipeline.order_of(SPLIT, 8, seed=seed, epoch=epoch)
+    order = data.order_of(SPLIT, 8, seed=seed, epoch=epoch)
     assert order.shape == (6, 8) and order.dtype == np.int32
     batches = list(data.batches(SPLIT, 8, seed=seed, epoch=epoch))
     for index, batch in zip(order, batches, strict=True):
@@ -42,7 +42,7 @@ def test_the_order_is_that_of_the_batches(seed, epoch):
 
 def test_a_batch_larger_than_the_set_is_refused():
     with pytest.raises(ValueError, match="between 1 and the 50 training examples"):
-        pipeline.order_of(SPLIT, 51, seed=0, epoch=1)
+        data.order_of(SPLIT, 51, seed=0, epoch=1)
 
 
 def test_without_augmentation_the_batch_is_what_the_index_says():

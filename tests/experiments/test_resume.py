@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import data, optimizers, pipeline
+from experiments import data, optimizers
 from experiments import train as training
 from experiments.config import Config
 from experiments.interrupt import Interrupted
@@ -172,7 +172,7 @@ def test_what_comes_from_outside_comes_before_the_same_steps(
     def advance(state, split, order, first, number, count):
         # A stand-in, because a scan of every length would be compiled.
         assert first == number % PER_EPOCH and number == done[-1]
-        expected = pipeline.order_of(kept, 32, seed=2, epoch=number // PER_EPOCH + 1)
+        expected = data.order_of(kept, 32, seed=2, epoch=number // PER_EPOCH + 1)
         np.testing.assert_array_equal(order, expected)
         done.append(number + count)
         return state, jnp.full(count, float(number))

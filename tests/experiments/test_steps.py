@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import data, pipeline, steps
+from experiments import data, steps
 from experiments.config import Config
 from experiments.train import make_setup
 
@@ -69,7 +69,7 @@ def trained(devices=1, scan=False, compute="float32"):
             made.model, made.tx, augment="crop_flip", seed=1, scan=scan, mesh=mesh
         )
     split = steps.on_devices(dataset().train, mesh)
-    order = pipeline.order_of(dataset().train, SIZE, seed=1, epoch=1)
+    order = data.order_of(dataset().train, SIZE, seed=1, epoch=1)
     order = steps.on_devices(np.concatenate([order] * 3), mesh)
     # A copy, because a step takes the buffers of its state.
     state = steps.on_devices(jax.tree.map(jnp.copy, made.state), mesh)
@@ -133,7 +133,7 @@ def test_bfloat16_is_close_and_keeps_a_float32_state():
 def test_other_numbers_of_the_steps_make_other_crops():
     jitted, done = trained().jitted, []
     split = steps.on_devices(dataset().train, None)
-    order = pipeline.order_of(dataset().train, SIZE, seed=1, epoch=1)
+    order = data.order_of(dataset().train, SIZE, seed=1, epoch=1)
     order = steps.on_devices(np.concatenate([order] * 3), None)
     for number in (0, 0, 7):
         state = jax.tree.map(jnp.copy, setup().state)
