@@ -65,7 +65,7 @@ class Certify:
 
 
 class Task(NamedTuple):
-    """A model and its data, as :func:`sdp_jax.certify` wants them.
+    """A model and its data, as :func:`sdp_jax.valley.certify` wants them.
 
     Attributes:
       loss_fn: mean loss of a batch in training mode.
@@ -189,7 +189,7 @@ def _batches(split: data.Split, order: np.ndarray) -> Iterator[data.Split]:
 
 
 class Reporter:
-    """Progress bars for :func:`sdp_jax.certify`, one for each stage."""
+    """Progress bars for :func:`sdp_jax.valley.certify`, one for each stage."""
 
     def __init__(self, progress: rich.progress.Progress, name: str = ""):
         """Draws into ``progress``, with ``name`` before each stage."""
@@ -206,7 +206,7 @@ class Reporter:
         self._progress.update(self._tasks[stage], completed=done, total=total)
 
 
-def main(options: Certify) -> sdp_jax.Certificate:
+def main(options: Certify) -> sdp_jax.valley.Certificate:
     """Certifies, prints the summary and writes the files.
 
     Args:
@@ -243,7 +243,7 @@ def main(options: Certify) -> sdp_jax.Certificate:
             examples=options.examples,
             curvature_examples=options.curvature_examples,
         )
-        certificate = sdp_jax.certify(
+        certificate = sdp_jax.valley.certify(
             task.loss_fn,
             twin.state.params,
             run.state.params,

@@ -124,7 +124,7 @@ def overlaps(options: Estimators, seed: int, checks: int = 4) -> dict[str, float
             for key, (basis, energy) in sketches.items():
                 sketches[key] = takes[key](basis, inner(basis, basis), energy, move)
             if number in when:
-                true = sdp_jax.top_eigenpairs(
+                true = sdp_jax.valley.top_eigenpairs(
                     mean_loss, state.params, [dataset.train], options.rank
                 ).vectors
                 for (name, decay), (basis, _) in sketches.items():

@@ -109,7 +109,7 @@ def trajectory(
         carry = run(carry, steps - done)
         done = steps
         strength = options.c * GAMMA**0.5 * (steps * GAMMA) ** options.mu
-        exact = sdp_jax.sdp(solution, groups, strength, directions, floor=0).params
+        exact = sdp_jax.valley.sdp(solution, groups, strength, directions, floor=0).params
         w = np.asarray(carry[0]["w"])
         error = (w.reshape(-1) - centre) @ hessian @ (w.reshape(-1) - centre) / 2
         records.append(

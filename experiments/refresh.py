@@ -45,10 +45,10 @@ def make_refresh(
         return loss_fn(params, batch_stats, batch)[0]
 
     def refresh(state: State) -> State:
-        pairs = sdp_jax.top_eigenpairs(
+        pairs = sdp_jax.valley.top_eigenpairs(
             mean_loss, state.params, [batch], config.valley_rank, tol=0.1
         )
-        opt_state = sdp_jax.set_basis(state.opt_state, pairs.vectors)
+        opt_state = sdp_jax.valley.set_basis(state.opt_state, pairs.vectors)
         return state._replace(opt_state=opt_state)
 
     return refresh

@@ -97,7 +97,7 @@ def sparsity_of(groups: sdp_jax.Groups, params: Any) -> float:
 
 
 def solutions(
-    options: Valley, reference: Run, pairs: sdp_jax.Eigenpairs
+    options: Valley, reference: Run, pairs: sdp_jax.valley.Eigenpairs
 ) -> dict[str, tuple[Any, bool]]:
     """Parameters by name, and whether they come from the seed of the reference.
 
@@ -130,7 +130,7 @@ def solutions(
     found["magnitude"] = prune_to(groups, dense, sparsity), True
     for method in ("exact", "first_order"):
         for restore in (False, True):
-            result = sdp_jax.sdp(
+            result = sdp_jax.valley.sdp(
                 dense,
                 groups,
                 None,
@@ -141,7 +141,7 @@ def solutions(
             )
             name = f"one-shot SDP, {method.replace('_', ' ')}"
             found[name + (", restored" if restore else "")] = result.params, True
-    far = sdp_jax.sdp(
+    far = sdp_jax.valley.sdp(
         dense, groups, None, pairs.vectors, sparsity=options.far, restore=True
     )
     found[f"one-shot SDP, restored, {options.far:.0%}"] = far.params, True
@@ -171,7 +171,7 @@ def _check_twin(
         )
 
 
-def main(options: Valley) -> dict[str, sdp_jax.Certificate]:
+def main(options: Valley) -> dict[str, sdp_jax.valley.Certificate]:
     """Certifies all solutions and prints the table.
 
     Args:
@@ -198,9 +198,9 @@ def main(options: Valley) -> dict[str, sdp_jax.Certificate]:
     groups, dense = reference.groups.at("params"), reference.state.params
     options.out.mkdir(parents=True, exist_ok=True)
     _check_options(options)
-    certificates: dict[str, sdp_jax.Certificate] = {}
+    certificates: dict[str, sdp_jax.valley.Certificate] = {}
     with progress_bars(console) as progress:
-        pairs = sdp_jax.top_eigenpairs(
+        pairs = sdp_jax.valley.top_eigenpairs(
             task.loss_fn,
             dense,
             task.curvature,
@@ -208,7 +208,7 @@ def main(options: Valley) -> dict[str, sdp_jax.Certificate]:
             tol=0.01,
             progress=Reporter(progress),
         )
-        few = sdp_jax.Eigenpairs(
+        few = sdp_jax.valley.Eigenpairs(
             pairs.values[: options.rank],
             jax.tree.map(lambda u: u[: options.rank], pairs.vectors),
             pairs.errors[: options.rank],
@@ -220,9 +220,9 @@ def main(options: Valley) -> dict[str, sdp_jax.Certificate]:
             file = options.out / f"{slug}.json"
             if file.is_file():
                 text = file.read_text()
-                certificates[name] = sdp_jax.Certificate.from_json(text)
+                certificates[name] = sdp_jax.valley.Certificate.from_json(text)
                 continue
-            certificate = sdp_jax.certify(
+            certificate = sdp_jax.valley.certify(
                 task.loss_fn,
                 dense,
                 params,
@@ -255,7 +255,7 @@ def _check_options(options: Valley) -> None:
     file.write_text(json.dumps(raw) + "\n")
 
 
-def markdown(certificates: dict[str, sdp_jax.Certificate]) -> str:
+def markdown(certificates: dict[str, sdp_jax.valley.Certificate]) -> str:
     """The certificates as a Markdown table.
 
     Args:

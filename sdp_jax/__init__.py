@@ -1,113 +1,65 @@
 """Structured pruning for JAX, one Optax transformation.
 
-Groups: :func:`find_groups`, :func:`groups_from_axes`, :class:`Groups`. Training:
-:func:`altsdp` and its pieces. Strengths: :func:`valley_strength`,
-:func:`target_sparsity`. Cutting: :func:`plan_cut`, :class:`Cut`, :func:`narrow`.
-The valley: :func:`top_eigenpairs`, :func:`sdp`, :func:`certify`. Measuring:
-:func:`cost`, :func:`latency`. Keeping: :func:`save`, :func:`load`,
-:func:`export_stablehlo`. Other published methods: :mod:`sdp_jax.methods`.
+Groups: :func:`find_groups`, :class:`Groups`. Training: :func:`altsdp`, its pieces and
+its strengths, for example :func:`target_sparsity`. Cutting: :func:`plan_cut`,
+:class:`Cut`, :func:`narrow`. Measuring: :func:`cost`, :func:`latency`.
+
+Behind doors of their own: :mod:`sdp_jax.methods`, the other published methods;
+:mod:`sdp_jax.valley`, sharp directions and certificates; and for who writes a strength,
+a score or a host, :mod:`sdp_jax.channels`, :mod:`sdp_jax.prox` and :mod:`sdp_jax.base`.
 """
 
-from sdp_jax import methods
-from sdp_jax.altsdp import altsdp, grda, prox_sgd
+from sdp_jax import base, channels, methods, prox, valley
+from sdp_jax._altsdp import altsdp, grda, prox_sgd
+from sdp_jax._narrow import narrow
+from sdp_jax.axes import groups_from_axes
+from sdp_jax.channels import (
+    channel_norms,
+    channel_products,
+    channel_weights,
+    channels_alive,
+    scale_channels,
+)
 from sdp_jax.cut import Cut
 from sdp_jax.export import export_stablehlo
 from sdp_jax.files import load, save
-from sdp_jax.groups import (
-    Dimension,
-    Frozen,
-    Groups,
-    Leaf,
-    Member,
-    PerChannel,
-    channel_norms,
-    channel_weights,
-    channels_alive,
-    consumer,
-    groups_from_axes,
-    producer,
-    running_state,
-    scale_channels,
-)
-from sdp_jax.measure import Cost, EquationCost, cost, latency
-from sdp_jax.narrow import narrow
+from sdp_jax.groups import Dimension, Groups, Member
+from sdp_jax.measure import cost, latency
 from sdp_jax.plan import plan_cut
 from sdp_jax.strength import (
     Strength,
     adaptive_strength,
     ramp_strength,
-    target_sparsity,
     valley_strength,
 )
+from sdp_jax.target import target_sparsity
 from sdp_jax.tracing.find import find_groups
 from sdp_jax.transforms import (
-    DualAveragingState,
-    GroupSoftThresholdState,
-    SoftThresholdState,
     check_zeros,
     dual_averaging,
     group_soft_threshold,
     radial_dual_averaging,
     soft_threshold,
 )
-from sdp_jax.valley.certificate import Certificate, Displacement
-from sdp_jax.valley.certify import certify
-from sdp_jax.valley.curvature import (
-    Eigenpairs,
-    SpectralDensity,
-    curvature_product,
-    spectral_density,
-    top_eigenpairs,
-)
-from sdp_jax.valley.path import PathLoss
-from sdp_jax.valley.project import (
-    ProjectOntoValleyState,
-    project_onto_valley,
-    set_basis,
-)
-from sdp_jax.valley.sdp import (
-    SdpResult,
-    directional_importance,
-    directional_scores,
-    sdp,
-)
-from sdp_jax.valley.statistics import reestimate_statistics
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "Certificate",
-    "Cost",
     "Cut",
     "Dimension",
-    "Displacement",
-    "DualAveragingState",
-    "Eigenpairs",
-    "EquationCost",
-    "Frozen",
-    "GroupSoftThresholdState",
     "Groups",
-    "Leaf",
     "Member",
-    "PathLoss",
-    "PerChannel",
-    "ProjectOntoValleyState",
-    "SdpResult",
-    "SoftThresholdState",
-    "SpectralDensity",
     "Strength",
     "adaptive_strength",
     "altsdp",
-    "certify",
+    "base",
     "channel_norms",
+    "channel_products",
     "channel_weights",
+    "channels",
     "channels_alive",
     "check_zeros",
-    "consumer",
     "cost",
-    "curvature_product",
-    "directional_importance",
-    "directional_scores",
     "dual_averaging",
     "export_stablehlo",
     "find_groups",
@@ -119,20 +71,14 @@ __all__ = [
     "methods",
     "narrow",
     "plan_cut",
-    "producer",
-    "project_onto_valley",
+    "prox",
     "prox_sgd",
     "radial_dual_averaging",
     "ramp_strength",
-    "reestimate_statistics",
-    "running_state",
     "save",
     "scale_channels",
-    "sdp",
-    "set_basis",
     "soft_threshold",
-    "spectral_density",
     "target_sparsity",
-    "top_eigenpairs",
+    "valley",
     "valley_strength",
 ]

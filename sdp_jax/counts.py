@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sdp_jax.groups import Groups, PyTree
+from sdp_jax.groups import Groups
 from sdp_jax.measure import flops
 from sdp_jax.tracing.analyse import Analysis, analyse
 from sdp_jax.tracing.trace import Body
 from sdp_jax.tracing.values import Axis
+from sdp_jax.tree import PyTree
 
 
 class Polynomial:

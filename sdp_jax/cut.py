@@ -14,21 +14,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
-from sdp_jax.groups import (
-    Dimension,
-    Groups,
-    Leaf,
-    Member,
-    PerChannel,
+from sdp_jax.channels import PerChannel, scale_channels
+from sdp_jax.groups import Dimension, Groups, Leaf, Member
+from sdp_jax.matching import Matcher, is_hidden
+from sdp_jax.tree import (
     PyTree,
     leaf_dtype,
     leaf_keys,
     leaf_table,
     missing_path_message,
 )
-from sdp_jax.measure import Cost
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +133,7 @@ class Cut:
           >>> import jax.numpy as jnp, sdp_jax
           >>> params = {"w": jnp.array([[3., 0.], [4., 0.]]), "b": jnp.array([1.])}
           >>> groups = sdp_jax.groups_from_axes(
-          ...     params, {"hidden": [sdp_jax.producer("w", 1)]})
+          ...     params, {"hidden": [sdp_jax.Member("w", 1)]})
           >>> cut = sdp_jax.plan_cut(groups, params)
           >>> print(cut.take(params)["w"])
           [[3.]
@@ -146,18 +142,17 @@ class Cut:
         entries = [
             # Haiku's keys contain the separator themselves.
             (tuple("/".join(keys).split("/")) if keys else (), leaf)
-            for keys, leaf in leaf_keys(tree, is_leaf=_is_hidden)
+            for keys, leaf in leaf_keys(tree, is_leaf=is_hidden)
         ]
-        owners: dict[int, str] = {}
-        self._find_owners(entries, list(range(len(entries))), 0, owners)
+        owners = self._matcher.owners(entries)
         leaves, found = [], False
         for i, (keys, leaf) in enumerate(entries):
             if keys[-1:] == PerChannel._fields:
                 leaf, found = self._take_channels("/".join(keys), leaf), True
             elif i in owners:
                 leaf, found = self._take_leaf("/".join(keys), owners[i], leaf), True
-            elif not _is_hidden(leaf) and np.ndim(leaf):
-                self._check_stranger(keys, leaf)
+            elif not is_hidden(leaf) and np.ndim(leaf):
+                self._matcher.check_stranger(keys, leaf)
             leaves.append(leaf)
         if not found and any(np.ndim(leaf) for leaf in jax.tree.leaves(tree)):
             raise ValueError(
@@ -166,7 +161,7 @@ class Cut:
                     self.dense.leaves[0].path, list(leaf_table(tree))
                 )
             )
-        small = jax.tree.unflatten(jax.tree.structure(tree, is_leaf=_is_hidden), leaves)
+        small = jax.tree.unflatten(jax.tree.structure(tree, is_leaf=is_hidden), leaves)
         if like is not None:
             _check_like(small, like)
         return small
@@ -188,7 +183,7 @@ class Cut:
           >>> import jax.numpy as jnp, sdp_jax
           >>> params = {"w": jnp.array([[0., 3.], [0., 4.]])}
           >>> groups = sdp_jax.groups_from_axes(
-          ...     params, {"hidden": [sdp_jax.producer("w", 1)]})
+          ...     params, {"hidden": [sdp_jax.Member("w", 1)]})
           >>> cut = sdp_jax.plan_cut(groups, params)
           >>> print(cut.fill(cut.take(params))["w"])
           [[0. 3.]
@@ -206,6 +201,37 @@ class Cut:
             leaf = jnp.asarray(leaf)
             leaves.append(jnp.zeros(shape, leaf.dtype).at[np.ix_(*where)].set(leaf))
         return jax.tree.unflatten(jax.tree.structure(tree), leaves)
+
+    def zero(self, params: PyTree) -> PyTree:
+        """The dense parameters with the producers of all channels that go at zero.
+
+        Args:
+          params: the dense parameters, or gradients or the like of their shapes.
+
+        Returns:
+          A tree of the same structure, shapes and dtypes. The function that the groups
+          were found on gives for it what the small function gives for :meth:`take` of
+          it.
+
+        Raises:
+          ValueError: if the tree has not the producers of the groups.
+
+        Example:
+          >>> import jax.numpy as jnp, sdp_jax
+          >>> params = {"w": jnp.array([[1., 3.], [1., 4.]])}
+          >>> groups = sdp_jax.groups_from_axes(
+          ...     params, {"hidden": [sdp_jax.Member("w", 1)]})
+          >>> print(sdp_jax.Cut(groups, ((1,),)).zero(params)["w"])
+          [[0. 3.]
+           [0. 4.]]
+        """
+        factors = np.zeros(self.dense.num_channels)
+        factors[self._channels] = 1
+        return scale_channels(self.dense, params, jnp.asarray(factors))
+
+    def index(self, path: str, axis: int) -> np.ndarray | None:
+        """Positions along an axis of a leaf that stay, or ``None`` if all do."""
+        return self._indices.get(path, {}).get(axis)
 
     def check_small(self, params: PyTree) -> None:
         """Checks that a tree has the structure of the groups and the small shapes.
@@ -282,49 +308,38 @@ class Cut:
         except ValueError as error:
             raise ValueError(f"not a cut in JSON: {error}") from error
 
-    def summary(self, dense: Cost | None = None, small: Cost | None = None) -> str:
-        """A table of what there was before and is after the cut.
-
-        Args:
-          dense: what ``sdp_jax.cost`` says of the dense function, for the rows of FLOPs
-            and bytes.
-          small: what it says of the narrowed function.
-
-        Returns:
-          Widths and entries; with the costs also FLOPs and bytes of one call.
-
-        Raises:
-          ValueError: if one of the costs is given without the other.
-        """
-        if (dense is None) != (small is None):
-            raise ValueError(
-                "summary takes the costs of both functions or neither: "
-                "sdp_jax.cost(fn, params, x) and "
-                "sdp_jax.cost(sdp_jax.narrow(fn, cut), cut.take(params), x)"
-            )
-        rows = [
+    def summary(self) -> str:
+        """A table of what there was before and is after the cut: widths, entries, FLOPs."""
+        rows: list[tuple[str, float, float]] = [
             (d.name, d.size, len(kept))
             for d, kept in zip(self.dense.dimensions, self.kept, strict=True)
         ]
         before = sum(math.prod(s) for s in self.dense.shapes.values())
         after = sum(math.prod(s) for s in self.small_shapes.values())
         rows.append(("entries", before, after))
-        if dense is not None and small is not None:
-            rows += [
-                ("bytes", dense.parameter_bytes, small.parameter_bytes),
-                ("FLOPs", dense.flops, small.flops),
-                ("activation bytes", dense.activation_bytes, small.activation_bytes),
-            ]
+        if self.dense.flops is not None:
+            widths = [list(w.values()) for w in (self.dense.sizes, self.widths)]
+            rows.append(("FLOPs", *map(self.dense.flops.at, widths)))
         first = max([len(row[0]) for row in rows] + [9])
-        second = max([len(f"{row[1]:,}") for row in rows] + [6])
+        second = max([len(f"{row[1]:,.0f}") for row in rows] + [6])
         lines = [f"{'dimension':<{first}}  {'before':>{second}}  {'after':>{second}}"]
         for name, a, b in rows:
             share = f"{b / max(a, 1):7.1%}"
-            lines.append(f"{name:<{first}}  {a:{second},}  {b:{second},}  {share}")
+            lines.append(
+                f"{name:<{first}}  {a:{second},.0f}  {b:{second},.0f}  {share}"
+            )
         return "\n".join(lines)
 
     def __str__(self) -> str:
         return self.summary()
+
+    @functools.cached_property
+    def _channels(self) -> np.ndarray:
+        """Numbers of the channels that stay, in a vector of all."""
+        numbers = self.dense.split(np.arange(self.dense.num_channels))
+        lines = zip(numbers.values(), self.kept, strict=True)
+        parts = [line[list(kept)] for line, kept in lines]
+        return np.concatenate([np.zeros(0, int), *parts])
 
     @functools.cached_property
     def _indices(self) -> dict[str, dict[int, np.ndarray]]:
@@ -345,109 +360,9 @@ class Cut:
         }
 
     @functools.cached_property
-    def _templates(self) -> dict[str, dict[tuple[str, ...], str]]:
-        """Owner by keys: of the whole tree (""), and of what is below each top key."""
-        whole = {
-            tuple(leaf.path.split("/")) if leaf.path else (): leaf.path
-            for leaf in self.dense.leaves
-        }
-        templates = {"": whole}
-        for keys, path in whole.items():
-            if len(keys) > 1:
-                templates.setdefault(keys[0], {})[keys[1:]] = path
-        return templates
-
-    def _find_owners(
-        self,
-        entries: list[tuple[tuple[str, ...], Any]],
-        subtree: list[int],
-        depth: int,
-        owners: dict[int, str],
-    ) -> None:
-        """Finds, from the root down, subtrees that are built like the dense one."""
-        leaves = [(entries[i][0][depth:], entries[i][1]) for i in subtree]
-        hidden = [keys for keys, leaf in leaves if _is_hidden(leaf)]
-        shown = {keys: leaf for keys, leaf in leaves if not _is_hidden(leaf)}
-        where = entries[subtree[0]][0][:depth] if subtree else ()
-        found = {
-            name: template
-            for name, template in self._templates.items()
-            if shown
-            and shown.keys() <= template.keys()
-            and all(
-                any(keys[: len(h)] == h for h in hidden)
-                for keys in template.keys() - shown.keys()
-            )
-            and ((not name and () not in template) or self._fits(shown, template))
-        }
-        if found:
-            # The whole before a part, then the part of that name, then what is cut.
-            names = [n for n in ("", where[-1] if where else "") if n in found]
-            names += [
-                n
-                for n, t in found.items()
-                if any(p in self._indices for p in t.values())
-            ]
-            if not names:
-                return
-            if len(set(names)) > 1 and names[0] not in ("", *where[-1:]):
-                raise ValueError(
-                    f"the subtree {'/'.join(where)!r} could be any of {sorted(names)} "
-                    "in the tree that the groups describe; pass it below its key"
-                )
-            for i, (keys, _) in zip(subtree, leaves, strict=True):
-                if keys in shown:
-                    owners[i] = found[names[0]][keys]
-            return
-        children: dict[str, list[int]] = {}
-        for i, (keys, _) in zip(subtree, leaves, strict=True):
-            if keys:
-                children.setdefault(keys[0], []).append(i)
-        for child in children.values():
-            self._find_owners(entries, child, depth + 1, owners)
-
-    def _fits(
-        self, shown: Mapping[tuple[str, ...], Any], template: Mapping[Any, str]
-    ) -> bool:
-        shapes = (
-            (tuple(np.shape(leaf)), self.dense.shapes[template[keys]])
-            for keys, leaf in shown.items()
-        )
-        return all(a == b or a[1:] == b or math.prod(a) <= 1 for a, b in shapes)
-
-    def _check_stranger(self, keys: tuple[str, ...], leaf: Any) -> None:
-        """Refuses leaves that seem to belong to the parameters but cannot be cut."""
-        shape, path = tuple(np.shape(leaf)), "/".join(keys)
-        for owner, indices in self._indices.items():
-            dense = self.dense.shapes[owner]
-            if (
-                owner
-                and f"/{path}".endswith(f"/{owner}")
-                and shape[-len(dense) :] == dense
-            ):
-                raise ValueError(
-                    f"leaf {path!r} has the name and shape of {owner!r} in the "
-                    "groups of this cut, but the tree around it has other leaves or "
-                    "shapes: it belongs to another model, or is a part; pass whole "
-                    "trees to take"
-                )
-            lengths = {dense[axis] for axis in indices}
-            if owner and f"/{owner}/" in f"/{path}/" and lengths & set(shape):
-                raise ValueError(self._no_form(path, shape, owner))
-        total = sum(math.prod(s) for s in self.dense.shapes.values())
-        if shape == (total,) and len(self.dense.leaves) > 1:
-            raise ValueError(
-                f"leaf {path!r} has as many entries as all parameters together; "
-                "flattened optimizer state (optax.flatten) has to be initialised anew "
-                "on the small parameters"
-            )
-
-    def _no_form(self, path: str, shape: tuple[int, ...], owner: str) -> str:
-        return (
-            f"leaf {path!r} has shape {shape}, but {owner!r}, to which it belongs, has "
-            f"{self.dense.shapes[owner]}: it cannot be cut. Factored or compressed "
-            "optimizer state (Adafactor, SM3) has to be initialised anew on the small "
-            "parameters; a tree that is already cut needs no second cut"
+    def _matcher(self) -> Matcher:
+        return Matcher(
+            self.dense, {path: set(axes) for path, axes in self._indices.items()}
         )
 
     def _take_leaf(self, path: str, owner: str, leaf: Any) -> Any:
@@ -462,7 +377,7 @@ class Cut:
         elif math.prod(shape) <= 1:
             return leaf  # the placeholder of an optimizer that does not use this leaf
         else:
-            raise ValueError(self._no_form(path, shape, owner))
+            raise ValueError(self._matcher.no_form(path, shape, owner))
         for axis, index in indices.items():
             leaf = _take(leaf, index, axis + lead)
         return leaf
@@ -475,11 +390,7 @@ class Cut:
                 f"{self.dense.num_channels} channels. It was cut already, or belongs "
                 "to a transformation with other groups: cut that with its own"
             )
-        index, start = [], 0
-        for d, kept in zip(self.dense.dimensions, self.kept, strict=True):
-            index += [start + i for i in kept]
-            start += d.size
-        return _take(leaf, np.asarray(index, int), len(shape) - 1)
+        return _take(leaf, self._channels, len(shape) - 1)
 
 
 def _members_after(
@@ -521,10 +432,6 @@ def _members_after(
         members.append(dataclasses.replace(m, **sizes))
         runs = runs[outer:]
     return members
-
-
-def _is_hidden(node: Any) -> bool:
-    return node is None or isinstance(node, optax.MaskedNode)
 
 
 def _take(leaf: Any, index: np.ndarray, axis: int) -> Any:

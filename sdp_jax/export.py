@@ -10,8 +10,8 @@ import jax
 import numpy as np
 from jax import export
 
-from sdp_jax.groups import PyTree, leaf_dtype
 from sdp_jax.tracing.static import is_static
+from sdp_jax.tree import PyTree, leaf_dtype
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 KNOWN_PLATFORMS = {"cpu", "cuda", "rocm", "tpu"}

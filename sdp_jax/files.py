@@ -8,7 +8,7 @@ import tempfile
 from typing import Any
 
 from sdp_jax.cut import Cut
-from sdp_jax.groups import PyTree
+from sdp_jax.tree import PyTree
 
 
 def save(directory: str | os.PathLike[str], params: PyTree, cut: Cut) -> None:

@@ -10,9 +10,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from sdp_jax.groups import PyTree, leaf_dtype
 from sdp_jax.tracing.source import user_line
 from sdp_jax.tracing.static import separate
+from sdp_jax.tree import PyTree, leaf_dtype
 
 # Primitives that only move or view entries.
 _FREE = frozenset(

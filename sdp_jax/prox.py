@@ -1,20 +1,22 @@
 """Proximal maps on channels: factors by which the channels of a group are multiplied.
 
 All maps work on *weighted norms* ``‖v_c‖ / k_c`` (see
-:func:`sdp_jax.groups.channel_weights`) and on thresholds in the same units, so that one
+:func:`sdp_jax.channel_weights`) and on thresholds in the same units, so that one
 comparison serves every weighting.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from sdp_jax.groups import Groups
 
-Floors: TypeAlias = Mapping[str, int | jax.Array]
+# Channels that stay, for each dimension in order.
+Floors: TypeAlias = Sequence[int | jax.Array]
 
 # A channel that only its dimension's floor keeps stays at this share of its dual
 # variable: enough for the layer to go on working, and for the dual to grow if it must.
@@ -82,6 +84,62 @@ def hold_floor(
     return jnp.where(norms >= level, held, threshold)
 
 
+def hold_floors(
+    groups: Groups, norms: jax.Array, thresholds: chex.Numeric, floors: Floors
+) -> jax.Array:
+    """Thresholds that leave so many channels of each dimension.
+
+    :func:`hold_floor`, dimension by dimension.
+
+    Args:
+      groups: the channel dimensions.
+      norms: weighted norms ``(num_channels,)``.
+      thresholds: a scalar, or one threshold per channel.
+      floors: channels that stay, for each dimension.
+
+    Returns:
+      Thresholds ``(num_channels,)`` in the dtype of ``norms``.
+
+    Example:
+      >>> import jax.numpy as jnp, sdp_jax
+      >>> params = {"w": jnp.ones((2, 3))}
+      >>> groups = sdp_jax.groups_from_axes(
+      ...     params, {"hidden": [sdp_jax.Member("w", 1)]})
+      >>> print(hold_floors(groups, jnp.array([1., 2., 5.]), 8., [1]))
+      [8.  8.  4.5]
+    """
+    thresholds = jnp.broadcast_to(jnp.asarray(thresholds, norms.dtype), norms.shape)
+    if not len(groups):
+        return thresholds
+    parts = groups.split(norms), groups.split(thresholds)
+    return groups.join(
+        {
+            name: hold_floor(parts[0][name], parts[1][name], floor)
+            for name, floor in zip(groups.sizes, floors, strict=True)
+        }
+    )
+
+
+def largest_each(groups: Groups, values: jax.Array, floors: Floors) -> jax.Array:
+    """Marks the largest values of each dimension.
+
+    Args:
+      groups: the channel dimensions.
+      values: a vector ``(num_channels,)``.
+      floors: how many, for each dimension.
+
+    Returns:
+      A Boolean vector ``(num_channels,)``.
+    """
+    parts = groups.split(values)
+    return groups.join(
+        {
+            name: largest(parts[name], floor)
+            for name, floor in zip(groups.sizes, floors, strict=True)
+        }
+    )
+
+
 def keep_alive(
     norms: jax.Array, thresholds: jax.Array, share: float = MIN_FACTOR
 ) -> jax.Array:
@@ -117,46 +175,46 @@ def ranks(values: jax.Array) -> jax.Array:
 
 
 def resolve_floors(
-    groups: Groups, floor: int | jax.Array | Mapping[str, int]
-) -> dict[str, int | jax.Array]:
+    groups: Groups, min_channels: int | jax.Array | Mapping[str, int]
+) -> tuple[int | jax.Array, ...]:
     """One floor for each dimension.
 
     Args:
       groups: the channel dimensions.
-      floor: a number for all dimensions, or one for each name (others get 1).
+      min_channels: a number for all dimensions, or one for each name (others get 1).
 
     Returns:
-      The floor by dimension name.
+      The number for each dimension, in order.
 
     Raises:
-      ValueError: if a floor is negative, above the size of its dimension, or given for
-        a dimension that does not exist.
-      TypeError: if a floor is not an integer.
+      ValueError: if a number is negative, above the size of its dimension, or given
+        for a dimension that does not exist.
+      TypeError: if one is not an integer.
     """
-    if isinstance(floor, Mapping):
-        unknown = sorted(set(floor) - set(groups.sizes))
+    if isinstance(min_channels, Mapping):
+        unknown = sorted(set(min_channels) - set(groups.sizes))
         if unknown:
             raise ValueError(
-                f"floor names dimensions that do not exist: {unknown}; there are "
-                f"{list(groups.sizes)}"
+                f"min_channels names dimensions that do not exist: {unknown}; there "
+                f"are {list(groups.sizes)}"
             )
-        floors: dict[str, int | jax.Array] = {
-            name: floor.get(name, 1) for name in groups.sizes
-        }
+        given = [min_channels.get(name, 1) for name in groups.sizes]
     else:
-        floors = {name: floor for name in groups.sizes}
-    for name, value in floors.items():
+        given = [min_channels] * len(groups)
+    floors: list[int | jax.Array] = []
+    for (name, size), value in zip(groups.sizes.items(), given, strict=True):
         if isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jnp.integer):
+            floors.append(value)
             continue
         if isinstance(value, bool) or not isinstance(value, int | np.integer):
             raise TypeError(
-                f"floor of dimension {name!r} is {value!r}; it must be an integer, the "
-                "number of channels to keep"
+                f"min_channels of dimension {name!r} is {value!r}; it must be an "
+                "integer, the number of channels to keep"
             )
-        if not 0 <= value <= groups.sizes[name]:
+        if not 0 <= value <= size:
             raise ValueError(
-                f"floor of dimension {name!r} is {value}, but it has "
-                f"{groups.sizes[name]} channels; give a floor between 0 and its size"
+                f"min_channels of dimension {name!r} is {value}, but it has {size} "
+                "channels; give a number between 0 and its size"
             )
-        floors[name] = int(value)
-    return floors
+        floors.append(int(value))
+    return tuple(floors)

@@ -5,48 +5,36 @@ Step ``n`` counts updates: the first update is ``n = 1``. All thresholds are in 
 units of the parameters (divided by the channel weight ``k``).
 """
 
-import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, TypeAlias
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
 
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from sdp_jax import prox
-from sdp_jax.counts import Polynomial, flop_counts, parameter_counts
-from sdp_jax.groups import Groups, PerChannel, PyTree, join_channels, split_channels
-
-Sizes: TypeAlias = Mapping[str, int]
-Norms: TypeAlias = Mapping[str, jax.Array]
-Thresholds: TypeAlias = dict[str, jax.Array]
-# The share that is left of a target when this many channels of each dimension are.
-ShareLeft: TypeAlias = Callable[[jax.Array], jax.Array]
-
-
-# The norms of a layer often lie close together, far from zero. Over this part of its
-# ramp a target therefore lets the threshold rise from zero to the norms it must reach.
-RISE = 0.3
+from sdp_jax.checks import check_momentum, check_number, check_steps
+from sdp_jax.groups import Groups
 
 
 class Strength(NamedTuple):
     """A rule that gives thresholds, as a pair of pure functions.
 
     Attributes:
-      init: ``init(sizes, floors) -> state``; raises ``ValueError`` if the rule cannot
-        be met for dimensions of these sizes and floors.
-      update: ``update(state, norms, floors) -> (thresholds, state)``, with weighted
-        norms and thresholds by dimension name, shape ``(size,)``. The thresholds must
-        leave ``floors[name]`` channels alive (see :func:`sdp_jax.prox.hold_floor`).
+      init: ``init(groups, floors) -> state``; raises ``ValueError`` if the rule cannot
+        be met for these groups and floors. ``floors`` has for each dimension, in order,
+        the number of channels that stay (see :func:`sdp_jax.prox.resolve_floors`).
+      update: ``update(state, norms, groups, floors) -> (thresholds, state)``, with
+        weighted norms and thresholds ``(num_channels,)``. The thresholds must leave so
+        many channels alive (see :func:`sdp_jax.prox.hold_floors`).
       bind: for a rule that wants the learning rate and momentum of the base optimizer:
         ``bind(learning_rate, momentum) -> Strength``, which keeps those that the rule
         was given; otherwise ``None``.
     """
 
-    init: Callable[[Sizes, prox.Floors], Any]
-    update: Callable[[Any, Norms, prox.Floors], tuple[Thresholds, Any]]
+    init: Callable[[Groups, prox.Floors], Any]
+    update: Callable[[Any, jax.Array, Groups, prox.Floors], tuple[jax.Array, Any]]
     bind: Callable[[Any, Any], "Strength"] | None = None
 
 
@@ -75,80 +63,6 @@ class ValleyState(NamedTuple):
     count: jax.Array
     total: jax.Array
     carry: jax.Array
-
-
-class TargetState(NamedTuple):
-    """State of :func:`target_sparsity`.
-
-    Attributes:
-      count: number of updates so far, int32 scalar.
-      thresholds: the latest thresholds, infinite for a channel that is zero; they stay
-        fixed once the end step is reached.
-    """
-
-    count: jax.Array
-    thresholds: PerChannel
-
-
-def check_number(
-    name: str, value: Any, *, low: float, high: float = math.inf, rule: str
-) -> None:
-    """Refuses a Python number outside ``[low, high]``; arrays pass unchecked.
-
-    Args:
-      name: name of the argument.
-      value: what was given.
-      low: smallest allowed value.
-      high: largest allowed value.
-      rule: what is expected, for the message.
-
-    Raises:
-      TypeError: if the value is neither a number nor an array.
-      ValueError: if it is a number that breaks the rule.
-    """
-    if isinstance(value, jax.Array):
-        return
-    if isinstance(value, bool) or not isinstance(
-        value, int | float | np.integer | np.floating
-    ):
-        raise TypeError(f"{name} must be {rule}; got {value!r}")
-    if not low <= value <= high or not math.isfinite(value):
-        raise ValueError(f"{name} must be {rule}; got {value!r}")
-
-
-def check_whole(name: str, value: Any, *, low: int = 0) -> None:
-    """Refuses what is not an integer of at least ``low``.
-
-    Args:
-      name: name of the argument.
-      value: what was given.
-      low: smallest allowed value.
-
-    Raises:
-      TypeError: if it is not an integer.
-      ValueError: if it is smaller, or beyond 32 bits.
-    """
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise TypeError(f"{name} must be an integer number of updates; got {value!r}")
-    if not low <= value < 2**31:
-        raise ValueError(
-            f"{name} must be a number of updates, at least {low} and below 2**31; got "
-            f"{value!r}"
-        )
-
-
-def check_momentum(momentum: Any) -> None:
-    """Refuses a Python number outside ``[0, 1)``; arrays pass unchecked.
-
-    Args:
-      momentum: what was given.
-
-    Raises:
-      TypeError: if it is neither a number nor an array.
-      ValueError: if it is a number outside.
-    """
-    high = math.nextafter(1, 0)
-    check_number("momentum", momentum, low=0, high=high, rule="a number in [0, 1)")
 
 
 def as_strength(strength: StrengthLike) -> Strength:
@@ -198,17 +112,19 @@ def ramp_strength(
 
     Example:
       >>> import jax.numpy as jnp, sdp_jax
+      >>> params = {"w": jnp.ones((2, 1))}
+      >>> groups = sdp_jax.groups_from_axes(
+      ...     params, {"hidden": [sdp_jax.Member("w", 1)]})
       >>> strength = sdp_jax.ramp_strength(1.0, begin_step=0, end_step=2, power=1.0)
-      >>> state = strength.init({"hidden": 1}, {"hidden": 0})
-      >>> norms = {"hidden": jnp.array([9.])}
+      >>> state, norms = strength.init(groups, [0]), jnp.array([9.])
       >>> for _ in range(3):
-      ...     thresholds, state = strength.update(state, norms, {"hidden": 0})
-      >>> print(thresholds["hidden"])
+      ...     thresholds, state = strength.update(state, norms, groups, [0])
+      >>> print(thresholds)
       [1.]
     """
     check_number("value", value, low=0, rule="a non-negative number")
     check_number("power", power, low=0, rule="a non-negative number")
-    _check_steps(begin_step, end_step)
+    check_steps(begin_step, end_step)
 
     def schedule(count: Any) -> Any:
         done = (count + 1 - begin_step) / (end_step - begin_step)
@@ -256,11 +172,13 @@ def valley_strength(
 
     Example:
       >>> import jax.numpy as jnp, sdp_jax
+      >>> params = {"w": jnp.ones((2, 2))}
+      >>> groups = sdp_jax.groups_from_axes(
+      ...     params, {"hidden": [sdp_jax.Member("w", 1)]})
       >>> strength = sdp_jax.valley_strength(c=1.0, mu=0.75, learning_rate=0.01)
-      >>> state = strength.init({"hidden": 2}, {"hidden": 1})
-      >>> norms = {"hidden": jnp.array([3., 4.])}
-      >>> thresholds, state = strength.update(state, norms, {"hidden": 1})
-      >>> [f"{t:.4f}" for t in thresholds["hidden"]]  # 1 · 0.01^½ · 0.01^¾
+      >>> state, norms = strength.init(groups, [1]), jnp.array([3., 4.])
+      >>> thresholds, state = strength.update(state, norms, groups, [1])
+      >>> [f"{t:.4f}" for t in thresholds]  # 1 · 0.01^½ · 0.01^¾
       ['0.0032', '0.0032']
     """
     check_number("c", c, low=0, rule="a non-negative number")
@@ -282,8 +200,8 @@ def valley_strength(
             momentum=beta if momentum is None else momentum,
         )
 
-    def init(sizes: Sizes, floors: prox.Floors) -> ValleyState:
-        del sizes, floors
+    def init(groups: Groups, floors: prox.Floors) -> ValleyState:
+        del groups, floors
         if learning_rate is None:
             raise ValueError(
                 "valley_strength needs learning_rate= here (a number or the schedule "
@@ -297,8 +215,8 @@ def valley_strength(
         )
 
     def update(
-        state: ValleyState, norms: Norms, floors: prox.Floors
-    ) -> tuple[Thresholds, ValleyState]:
+        state: ValleyState, norms: jax.Array, groups: Groups, floors: prox.Floors
+    ) -> tuple[jax.Array, ValleyState]:
         assert learning_rate is not None
         rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
         count = jnp.asarray(optax.safe_increment(state.count))
@@ -313,132 +231,11 @@ def valley_strength(
         step = jnp.asarray(c, dtype) * rate ** (exponent + 0.5) * growth - state.carry
         total = state.total + step
         carry = (total - state.total) - step
-        return _same_for_all(total, norms, floors), ValleyState(count, total, carry)
+        thresholds = prox.hold_floors(groups, norms, total, floors)
+        return thresholds, ValleyState(count, total, carry)
 
     complete = learning_rate is not None and momentum is not None
     return Strength(init, update, None if complete else bind)
-
-
-def target_sparsity(
-    fraction: float,
-    begin_step: int,
-    end_step: int,
-    *,
-    target: Literal["channels", "params", "flops"] = "channels",
-    groups: Groups | None = None,
-    fn: Callable[..., Any] | None = None,
-    params: PyTree = None,
-    inputs: Sequence[Any] = (),
-    per_dimension: bool = False,
-    power: float = 3.0,
-) -> Strength:
-    """Prunes exactly the asked-for share of channels, parameters or FLOPs.
-
-    At step ``n`` the threshold is the norm below which those channels lie that make up
-    the share ``fraction · (1 − (1 − (n − begin) / (end − begin))^power)`` of the
-    target; over the first 30 % of the ramp it rises to there from zero, linearly. Until
-    ``end_step`` channels may return; after it the set stays fixed and the thresholds
-    too, while training goes on. A share of channels is rounded to whole channels; of
-    parameters or FLOPs goes at least the share, and less than one channel more.
-
-    Args:
-      fraction: share of the target that is gone from ``end_step`` on, in [0, 1). After
-        a cut it counts the channels of the small model: 0 prunes no further.
-      begin_step: last step without pruning.
-      end_step: number of updates after which the share is reached.
-      target: what the share is of: ``"channels"``; ``"params"``, all entries of all
-        leaves of the groups; ``"flops"`` of ``fn(params, *inputs)``, counted as
-        :func:`sdp_jax.cost` counts those of the narrowed function.
-      groups: the groups that are pruned, for ``"params"`` and ``"flops"``.
-      fn: the function, for ``"flops"``.
-      params: its parameters, arrays or ``jax.ShapeDtypeStruct``, likewise.
-      inputs: its other arguments, likewise.
-      per_dimension: rank the channels within each dimension (every layer loses the
-        same share of its channels) instead of all together.
-      power: exponent of the rise; 3 is the cubic ramp of Zhu and Gupta 2017.
-
-    Returns:
-      A :class:`Strength`. Its ``init`` raises ``ValueError`` if the floors leave fewer
-      channels to prune than asked for. Floors that are arrays cannot be checked there:
-      where they forbid the share, they win.
-
-    Raises:
-      ValueError: if ``fraction`` is outside [0, 1), ``power`` not positive, the steps
-        are not in order, or the target lacks what it is counted on.
-      TypeError: if ``fraction`` or ``power`` is not a number or a step not an integer.
-
-    References:
-      The ramp: Zhu and Gupta, "To prune, or not to prune", arXiv 1710.01878, eq. 1.
-
-    Example:
-      >>> import jax.numpy as jnp, sdp_jax
-      >>> strength = sdp_jax.target_sparsity(0.5, begin_step=0, end_step=1)
-      >>> state = strength.init({"hidden": 4}, {"hidden": 1})
-      >>> norms = {"hidden": jnp.array([1., 4., 2., 3.])}
-      >>> thresholds, state = strength.update(state, norms, {"hidden": 1})
-      >>> print(thresholds["hidden"])
-      [inf  2. inf  2.]
-    """
-    check_number("fraction", fraction, low=0, rule="a number in [0, 1)")
-    if isinstance(fraction, jax.Array) or fraction >= 1:
-        raise ValueError(f"fraction must be a number in [0, 1); got {fraction!r}")
-    check_number("power", power, low=1e-6, rule="a positive number")
-    _check_steps(begin_step, end_step)
-    counts = _count_target(target, groups, fn, params, inputs)
-
-    def init(sizes: Sizes, floors: prox.Floors) -> TargetState:
-        if counts is None:
-            _check_channels(fraction, sizes, floors, per_dimension)
-        else:
-            assert groups is not None
-            _check_counts(fraction, target, groups, counts, sizes, floors)
-        zeros = jnp.zeros((sum(sizes.values()),), jnp.result_type(float))
-        return TargetState(jnp.zeros((), jnp.int32), PerChannel(zeros))
-
-    def update(
-        state: TargetState, norms: Norms, floors: prox.Floors
-    ) -> tuple[Thresholds, TargetState]:
-        count = jnp.asarray(optax.safe_increment(state.count))
-        done = jnp.clip((count - begin_step) / (end_step - begin_step), 0, 1)
-        # Division may round: at the end the share is exact.
-        final = count >= end_step
-        share = jnp.where(final, 1, 1 - (1 - done) ** power)
-        rise = jnp.where(final, 1, jnp.minimum(1, done / RISE))
-        old = state.thresholds.per_channel
-
-        def ranked() -> jax.Array:
-            blocks = [[name] for name in norms] if per_dimension else [list(norms)]
-            sizes = [sum(norms[name].shape[0] for name in names) for names in blocks]
-            if counts is None:
-                wanted = [share * round(fraction * size) for size in sizes]
-            else:
-                assert groups is not None
-                left = counts.share(list(groups.sizes.values()))
-                goal = (1 - share * fraction) * (1 + 1e-6)  # rounding
-                # Dictionaries that pass through jit come back in another order.
-                order = np.asarray([list(norms).index(name) for name in groups.sizes])
-                wanted = _wanted(
-                    norms,
-                    floors,
-                    lambda widths: left(widths[order]),
-                    goal,
-                    final,
-                    per_dimension,
-                )
-            found: Thresholds = {}
-            for names, number in zip(blocks, wanted, strict=True):
-                block = {name: norms[name] for name in names}
-                found |= _rank_block(block, floors, number, rise)
-            return join_channels(found).astype(old.dtype)
-
-        fixed = jax.lax.cond(count > end_step, lambda: old, ranked)
-        flat = join_channels(norms)
-        held = prox.keep_alive(flat, fixed.astype(flat.dtype))
-        flat = jnp.where(jnp.isinf(fixed), jnp.inf, held)
-        thresholds = split_channels(flat, {k: v.shape[0] for k, v in norms.items()})
-        return thresholds, TargetState(count, PerChannel(fixed))
-
-    return Strength(init, update)
 
 
 def adaptive_strength(strength: StrengthLike, power: float = 4.0) -> Strength:
@@ -471,11 +268,13 @@ def adaptive_strength(strength: StrengthLike, power: float = 4.0) -> Strength:
 
     Example:
       >>> import jax.numpy as jnp, sdp_jax
+      >>> params = {"w": jnp.ones((2, 3))}
+      >>> groups = sdp_jax.groups_from_axes(
+      ...     params, {"hidden": [sdp_jax.Member("w", 1)]})
       >>> strength = sdp_jax.adaptive_strength(1.0, power=2.0)
-      >>> norms = {"hidden": jnp.array([0.5, 2., 4.])}
-      >>> state = strength.init({"hidden": 3}, {"hidden": 1})
-      >>> thresholds, _ = strength.update(state, norms, {"hidden": 1})
-      >>> print(thresholds["hidden"])
+      >>> state, norms = strength.init(groups, [1]), jnp.array([0.5, 2., 4.])
+      >>> thresholds, _ = strength.update(state, norms, groups, [1])
+      >>> print(thresholds)
       [1.   0.5  0.25]
     """
     inner = as_strength(strength)
@@ -485,12 +284,11 @@ def adaptive_strength(strength: StrengthLike, power: float = 4.0) -> Strength:
         assert inner.bind is not None
         return adaptive_strength(inner.bind(rate, momentum), power)
 
-    def update(state: Any, norms: Norms, floors: prox.Floors) -> tuple[Thresholds, Any]:
-        thresholds, state = inner.update(state, norms, floors)
-        return {
-            name: _spare(norms[name], value, power)
-            for name, value in thresholds.items()
-        }, state
+    def update(
+        state: Any, norms: jax.Array, groups: Groups, floors: prox.Floors
+    ) -> tuple[jax.Array, Any]:
+        thresholds, state = inner.update(state, norms, groups, floors)
+        return _spare(norms, thresholds, power), state
 
     return Strength(inner.init, update, None if inner.bind is None else bind)
 
@@ -505,199 +303,19 @@ def _spare(norms: jax.Array, thresholds: jax.Array, power: float) -> jax.Array:
     )
 
 
-def _count_target(
-    target: str,
-    groups: Groups | None,
-    fn: Callable[..., Any] | None,
-    params: PyTree,
-    inputs: Sequence[Any],
-) -> Polynomial | None:
-    """What a target counts, in the widths; ``None`` for channels."""
-    given = {
-        name
-        for name, value in (("groups", groups), ("fn", fn), ("params", params))
-        if value is not None
-    }
-    needs = {
-        "channels": set(),
-        "params": {"groups"},
-        "flops": {"groups", "fn", "params"},
-    }
-    if target not in needs:
-        raise ValueError(f"target is {target!r}; use 'channels', 'params' or 'flops'")
-    if given != needs[target] or (len(inputs) > 0 and target != "flops"):
-        raise ValueError(
-            f"target={target!r} needs {sorted(needs[target]) or 'nothing more'}"
-            f"{' and inputs' if target == 'flops' else ''}; got {sorted(given)}"
-            f"{' and inputs' if len(inputs) > 0 else ''}"
-        )
-    if groups is None:
-        return None
-    if fn is None:
-        return parameter_counts(groups)
-    return flop_counts(groups, fn, params, *inputs)
-
-
-def _check_channels(
-    fraction: float, sizes: Sizes, floors: prox.Floors, per_dimension: bool
-) -> None:
-    for names in [[name] for name in sizes] if per_dimension else [list(sizes)]:
-        size = sum(sizes[name] for name in names)
-        held = [floors.get(name, 0) for name in names]
-        wanted = round(fraction * size)
-        if any(isinstance(f, jax.Array) for f in held) or size - wanted >= sum(held):
-            continue
-        what = f"dimension {names[0]!r}" if per_dimension else "the model"
-        raise ValueError(
-            f"target_sparsity({fraction}) wants {wanted} of the {size} channels of "
-            f"{what} to be zero, but the floors keep {sum(held)}; lower the fraction "
-            "or the floor"
-        )
-
-
-def _check_counts(
-    fraction: float,
-    target: str,
-    groups: Groups,
-    counts: Polynomial,
-    sizes: Sizes,
-    floors: prox.Floors,
-) -> None:
-    if dict(sizes) != groups.sizes:
-        raise ValueError(
-            f"the groups of target_sparsity have the dimensions {groups.sizes}, those "
-            f"of the optimizer {dict(sizes)}; give both the same"
-        )
-    held = [floors.get(name, 0) for name in sizes]
-    if any(isinstance(f, jax.Array) for f in held):
-        return
-    dense = counts.at(list(sizes.values()))
-    least = counts.at([int(f) for f in held]) / max(dense, 1e-300)
-    if least > 1 - fraction:
-        raise ValueError(
-            f"target_sparsity({fraction}, target={target!r}) cannot be met: where only "
-            f"the floors are left, so are {least:.1%}; lower the fraction or the floor"
-        )
-
-
-def _wanted(
-    norms: Norms,
-    floors: prox.Floors,
-    share_left: ShareLeft,
-    goal: jax.Array,
-    final: jax.Array,
-    per_dimension: bool,
-) -> list[jax.Array]:
-    """How many channels of each block must go until ``goal`` of a count is left.
-
-    Channels go in the order of their norms, or of their ranks within their dimensions
-    as shares of these. While the target rises a part of a channel counts.
-    """
-    keys = []
-    for name, v in norms.items():
-        free = jnp.where(prox.largest(v, floors.get(name, 0)), jnp.inf, v)
-        if per_dimension:
-            rank = prox.ranks(free)
-            share = (rank + 1) / jnp.maximum(jnp.isfinite(free).sum(), 1)
-            free = jnp.where(jnp.isinf(free), jnp.inf, share)
-        keys.append(free)
-    sizes = [len(key) for key in keys]
-    flat = jnp.concatenate(keys)
-    place = prox.ranks(flat)
-    owner = np.repeat(np.arange(len(sizes)), sizes)
-    most = jnp.isfinite(flat).sum()
-
-    def gone(number: jax.Array) -> jax.Array:
-        """Channels of each dimension among the first ``number``, parts included."""
-        part = jnp.clip(number - place, 0, 1)
-        return jax.ops.segment_sum(part, owner, len(sizes), indices_are_sorted=True)
-
-    def left(number: jax.Array) -> jax.Array:
-        widths = jnp.asarray(sizes) - gone(number.astype(flat.dtype))
-        return share_left(widths)
-
-    def halve(_: int, between: tuple[jax.Array, jax.Array]) -> Any:
-        low, high = between
-        middle = (low + high) // 2
-        enough = left(middle) <= goal
-        return jnp.where(enough, low, middle + 1), jnp.where(enough, middle, high)
-
-    start = (jnp.zeros((), most.dtype), most)
-    number, _ = jax.lax.fori_loop(0, len(flat).bit_length(), halve, start)
-    before = left(jnp.maximum(number - 1, 0))
-    part = (before - goal) / jnp.maximum(before - left(number), 1e-30)
-    exact = jnp.where(number > 0, number - 1 + jnp.clip(part, 0, 1), 0)
-    amount = jnp.where(final, number, exact)
-    shares = gone(amount)
-    return list(shares) if per_dimension else [amount]
-
-
-def _rank_block(
-    norms: Norms, floors: prox.Floors, wanted: jax.Array, rise: jax.Array
-) -> Thresholds:
-    """Thresholds that zero the ``⌊wanted⌋`` smallest channels that floors permit.
-
-    While ``rise`` is below 1, they are that share of these thresholds.
-    """
-    protected = {k: prox.largest(v, floors.get(k, 0)) for k, v in norms.items()}
-    free = jnp.concatenate(
-        [jnp.where(protected[k], jnp.inf, v) for k, v in norms.items()]
-    )
-    size = free.shape[0]
-    rank = prox.ranks(free)
-    # float32 may put a whole number a hair below itself.
-    count = jnp.floor(wanted + 1e-3).astype(jnp.int32)
-    ascending = jnp.sort(free)
-    below = jnp.where(count > 0, ascending[jnp.maximum(count - 1, 0)], 0)
-    above = ascending[jnp.minimum(count, size - 1)]
-    part = jnp.clip(wanted - count, 0, 1)
-    level = below + jnp.where(jnp.isinf(above), 0, part * (above - below))
-    # Floors that are arrays were not checked against the target: the floor wins.
-    keep = join_channels(protected)
-    pruned = (rank < count) & ~keep & (rise >= 1)
-    thresholds, start = {}, 0
-    for name, v in norms.items():
-        stop = start + v.shape[0]
-        gone = pruned[start:stop]
-        held = prox.hold_floor(v, rise * level, floors.get(name, 0))
-        thresholds[name] = jnp.where(gone, jnp.inf, held)
-        start = stop
-    return thresholds
-
-
 def _follow(schedule: optax.Schedule) -> Strength:
     """The strength ``schedule(count)``, the same for all channels."""
 
-    def init(sizes: Sizes, floors: prox.Floors) -> ScheduleState:
-        del sizes, floors
+    def init(groups: Groups, floors: prox.Floors) -> ScheduleState:
+        del groups, floors
         return ScheduleState(jnp.zeros((), jnp.int32))
 
     def update(
-        state: ScheduleState, norms: Norms, floors: prox.Floors
-    ) -> tuple[Thresholds, ScheduleState]:
+        state: ScheduleState, norms: jax.Array, groups: Groups, floors: prox.Floors
+    ) -> tuple[jax.Array, ScheduleState]:
         count = jnp.asarray(optax.safe_increment(state.count))
         value = jnp.maximum(schedule(state.count), 0)
-        thresholds = _same_for_all(value, norms, floors)
+        thresholds = prox.hold_floors(groups, norms, value, floors)
         return thresholds, ScheduleState(count)
 
     return Strength(init, update)
-
-
-def _same_for_all(value: Any, norms: Norms, floors: prox.Floors) -> Thresholds:
-    return {
-        name: prox.hold_floor(v, value, floors.get(name, 0))
-        for name, v in norms.items()
-    }
-
-
-def _check_steps(begin_step: Any, end_step: Any) -> None:
-    for name, step in (("begin_step", begin_step), ("end_step", end_step)):
-        if isinstance(step, bool) or not isinstance(step, int | np.integer):
-            raise TypeError(
-                f"{name} must be an integer number of updates; got {step!r}"
-            )
-    if not 0 <= begin_step < end_step < 2**31:
-        raise ValueError(
-            "steps must satisfy 0 <= begin_step < end_step < 2**31; got "
-            f"begin_step={begin_step}, end_step={end_step}"
-        )

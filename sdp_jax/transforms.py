@@ -1,47 +1,40 @@
 """The Optax pieces that :func:`sdp_jax.altsdp` is a chain of.
 
 Every piece passes updates on, as Optax transformations do: what arrives is a step from
-the parameters, what leaves is a step from the parameters. With ``candidates=True`` a
-piece passes the point itself, ``params + step``, to the next one. The numbers are the
-same; one pass over the parameters and a temporary copy of them are saved, because XLA
-on the CPU would otherwise store ``v' - params`` only to add ``params`` back. Pieces
-that stand next to each other must agree on it, and a chain must end with a piece that
-emits steps.
+the parameters, what leaves is a step from the parameters. Inside :func:`sdp_jax.altsdp`
+the pieces pass the point itself, ``params + step``, to each other (``candidates``): XLA
+on the CPU would otherwise store ``v' - params`` only to add ``params`` back.
 """
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
 
 from sdp_jax import prox
-from sdp_jax.groups import (
-    Groups,
-    Norm,
+from sdp_jax.base import (
+    add_step,
+    check_inexact,
+    check_kind,
+    check_params,
+    check_rule,
+    need_params,
+    step_to,
+    wide_copy,
+)
+from sdp_jax.channels import (
     PerChannel,
-    PyTree,
+    Weighting,
     channel_norms,
     channel_products,
-    channel_weights,
-    join_channels,
-    leaf_dtype,
-    leaf_keys,
-    leaf_table,
     probe_channels,
-    producer_leaves,
     scale_channels,
-    split_channels,
 )
-from sdp_jax.strength import (
-    Strength,
-    StrengthLike,
-    as_strength,
-    check_momentum,
-    check_number,
-)
+from sdp_jax.groups import Groups
+from sdp_jax.strength import Strength, StrengthLike, as_strength
+from sdp_jax.tree import PyTree, leaf_keys
 
 
 class DualAveragingState(NamedTuple):
@@ -78,9 +71,7 @@ class SoftThresholdState(NamedTuple):
     strength: Any
 
 
-def dual_averaging(
-    *, candidates: bool = False
-) -> optax.GradientTransformationExtraArgs:
+def dual_averaging() -> optax.GradientTransformationExtraArgs:
     """Accumulates the incoming steps in a dual variable instead of in the parameters.
 
     Keeps ``v``, which starts at the parameters, adds each incoming step to it and
@@ -88,9 +79,6 @@ def dual_averaging(
     later piece of the chain (the threshold) makes sparse, while ``v`` remembers what
     was cut off. Alone it changes nothing: ``chain(base, dual_averaging())`` takes the
     steps of ``base``.
-
-    Args:
-      candidates: emit ``v'`` itself (see the module's docstring).
 
     Returns:
       A transformation; its ``update`` needs ``params``. The dual variable and what is
@@ -112,6 +100,11 @@ def dual_averaging(
       >>> print(optax.apply_updates(params, updates))
       [0.5 1.5]
     """
+    return averaging(candidates=False)
+
+
+def averaging(*, candidates: bool) -> optax.GradientTransformationExtraArgs:
+    """:func:`dual_averaging`, which may emit ``v'`` itself."""
 
     def init_fn(params: optax.Params) -> DualAveragingState:
         check_inexact(params)
@@ -131,9 +124,7 @@ def dual_averaging(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def radial_dual_averaging(
-    groups: Groups, *, candidates: bool = False
-) -> optax.GradientTransformationExtraArgs:
+def radial_dual_averaging(groups: Groups) -> optax.GradientTransformationExtraArgs:
     """Dual averaging that remembers of a living channel only how much it shrank.
 
     In :func:`dual_averaging` a channel that the threshold has shrunk to the share ``s``
@@ -150,7 +141,6 @@ def radial_dual_averaging(
 
     Args:
       groups: the channel dimensions.
-      candidates: emit ``v'`` itself (see the module's docstring).
 
     Returns:
       A transformation; its ``update`` needs ``params``. Its state is that of
@@ -163,7 +153,25 @@ def radial_dual_averaging(
 
     References:
       Our own variant of dual averaging.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, sdp_jax
+      >>> params = {"w": jnp.array([[3., 0.3], [4., 0.4]])}
+      >>> groups = sdp_jax.groups_from_axes(
+      ...     params, {"hidden": [sdp_jax.Member("w", 1)]})
+      >>> tx = optax.chain(optax.sgd(0.1), sdp_jax.radial_dual_averaging(groups))
+      >>> updates, _ = tx.update({"w": jnp.ones((2, 2))}, tx.init(params), params)
+      >>> print(optax.apply_updates(params, updates)["w"])
+      [[2.9 0.2]
+       [3.9 0.3]]
     """
+    return radial_averaging(groups, candidates=False)
+
+
+def radial_averaging(
+    groups: Groups, *, candidates: bool
+) -> optax.GradientTransformationExtraArgs:
+    """:func:`radial_dual_averaging`, which may emit ``v'`` itself."""
     check_kind(groups)
 
     def init_fn(params: optax.Params) -> DualAveragingState:
@@ -182,17 +190,17 @@ def radial_dual_averaging(
         old = state.dual
 
         def scaled(tree: optax.Params, factor: jax.Array) -> optax.Params:
-            return scale_channels(groups, tree, split_channels(factor, groups.sizes))
+            return scale_channels(groups, tree, factor)
 
         steps = jax.tree.map(lambda v, u: u.astype(v.dtype), old, updates)
-        before = join_channels(channel_norms(groups, old))
-        now = join_channels(channel_norms(groups, params)).astype(before.dtype)
+        before = channel_norms(groups, old)
+        now = channel_norms(groups, params).astype(before.dtype)
         alive = (now > 0) & (before > 0)
         share = jnp.where(alive, now / jnp.where(alive, before, 1), 1)
         shrunk = jnp.where(alive, before - now, 0)
         # Norm of y = share · v + step, and its product with v, without forming it.
-        across = join_channels(channel_products(groups, steps, old))
-        size = join_channels(channel_norms(groups, steps))
+        across = channel_products(groups, steps, old)
+        size = channel_norms(groups, steps)
         product = now * before + across
         square = now**2 + 2 * share * across + size**2
         # A step that all but undoes the channel leaves no direction to follow.
@@ -215,16 +223,15 @@ def group_soft_threshold(
     groups: Groups,
     strength: StrengthLike,
     *,
-    floor: int | jax.Array | Mapping[str, int] = 1,
-    norm: Norm | Mapping[str, float] = "plain",
-    candidates: bool = False,
+    min_channels: int | jax.Array | Mapping[str, int] = 1,
+    weights: Weighting | Mapping[str, float] = "plain",
 ) -> optax.GradientTransformationExtraArgs:
     """Moves to the proximal point of the candidate ``params + updates``.
 
     Each channel ``v_c`` becomes ``max(0, 1 - t k_c / ‖v_c‖) v_c``, with the threshold
-    ``t`` of ``strength`` and the weight ``k_c`` of ``norm``; parameters outside the
+    ``t`` of ``strength`` and the weight ``k_c`` of ``weights``; parameters outside the
     groups stay at the candidate. A channel that falls below is exactly zero after
-    ``optax.apply_updates``. At least ``floor`` channels of each dimension survive.
+    ``optax.apply_updates``. At least ``min_channels`` of each dimension survive.
 
     It must be the last piece of a chain: anything behind it that rescales or adds to
     its updates (a learning rate, weight decay, clipping, ``optax.lookahead``) destroys
@@ -237,16 +244,16 @@ def group_soft_threshold(
       groups: the channel dimensions.
       strength: a :class:`sdp_jax.Strength`, a constant threshold or a schedule, in
         parameter units.
-      floor: channels that survive in each dimension; a number, or one for each name.
-      norm: weighting of the channel norms, see :func:`sdp_jax.channel_norms`.
-      candidates: ``updates`` are candidates, see the module's docstring.
+      min_channels: channels that survive in each dimension; a number, or one for each
+        name.
+      weights: weighting of the channel norms, see :func:`sdp_jax.channel_weights`.
 
     Returns:
       A transformation; its ``update`` needs ``params`` and emits their dtype.
 
     Raises:
-      ValueError: if ``strength``, ``floor`` or ``norm`` does not fit the groups, or in
-        ``init`` and ``update`` if the parameters do not.
+      ValueError: if ``strength``, ``min_channels`` or ``weights`` does not fit the
+        groups, or in ``init`` and ``update`` if the parameters do not.
 
     References:
       Yuan and Lin, "Model selection and estimation in regression with grouped
@@ -256,20 +263,32 @@ def group_soft_threshold(
       >>> import jax.numpy as jnp, optax, sdp_jax
       >>> params = {"w": jnp.array([[3., 0.3], [4., 0.4]])}
       >>> groups = sdp_jax.groups_from_axes(
-      ...     params, {"hidden": [sdp_jax.producer("w", 1)]})
+      ...     params, {"hidden": [sdp_jax.Member("w", 1)]})
       >>> tx = sdp_jax.group_soft_threshold(groups, 2.5)
       >>> updates, _ = tx.update({"w": jnp.zeros((2, 2))}, tx.init(params), params)
       >>> print(optax.apply_updates(params, updates)["w"])
       [[1.5 0. ]
        [2.  0. ]]
     """
-    rule, floors = check_rule(groups, strength, floor, norm)
+    return group_threshold(groups, strength, min_channels, weights, candidates=False)
+
+
+def group_threshold(
+    groups: Groups,
+    strength: StrengthLike,
+    min_channels: int | jax.Array | Mapping[str, int],
+    weights: Weighting | Mapping[str, float],
+    *,
+    candidates: bool,
+) -> optax.GradientTransformationExtraArgs:
+    """:func:`group_soft_threshold`, which may take candidates."""
+    rule, floors = check_rule(groups, strength, min_channels, weights)
 
     def init_fn(params: optax.Params) -> GroupSoftThresholdState:
         check_params(groups, params)
         alive = PerChannel(jnp.ones((groups.num_channels,), bool))
         return GroupSoftThresholdState(
-            rule.init(groups.sizes, floors), alive, jnp.ones((), bool)
+            rule.init(groups, floors), alive, jnp.ones((), bool)
         )
 
     def update_fn(
@@ -282,9 +301,9 @@ def group_soft_threshold(
         params = need_params(params, updates, "group_soft_threshold")
         candidate = updates if candidates else add_step(params, updates)
         point, factor, strength_state = proximal_point(
-            groups, rule, floors, norm, candidate, state.strength
+            groups, rule, floors, weights, candidate, state.strength
         )
-        probe = join_channels(probe_channels(groups, params))
+        probe = probe_channels(groups, params)
         intact = state.intact & ~jnp.any(~state.alive.per_channel & (probe != 0))
         alive = PerChannel(factor != 0)
         new_state = GroupSoftThresholdState(strength_state, alive, intact)
@@ -294,7 +313,7 @@ def group_soft_threshold(
 
 
 def soft_threshold(
-    strength: StrengthLike, *, candidates: bool = False
+    strength: StrengthLike,
 ) -> optax.GradientTransformationExtraArgs:
     """The same with every entry a group of its own: ``sign(v) max(0, |v| - t)``.
 
@@ -303,7 +322,6 @@ def soft_threshold(
     Args:
       strength: a constant threshold, a schedule, or a :class:`sdp_jax.Strength` that
         does not depend on the norms.
-      candidates: ``updates`` are candidates, see the module's docstring.
 
     Returns:
       A transformation; its ``update`` needs ``params`` and emits their dtype.
@@ -319,11 +337,18 @@ def soft_threshold(
       >>> print(params + updates)
       [1.5 0. ]
     """
-    rule = as_strength(strength)
+    return entry_threshold(strength, candidates=False)
+
+
+def entry_threshold(
+    strength: StrengthLike, *, candidates: bool
+) -> optax.GradientTransformationExtraArgs:
+    """:func:`soft_threshold`, which may take candidates."""
+    rule, nothing = as_strength(strength), Groups((), ())
 
     def init_fn(params: optax.Params) -> SoftThresholdState:
         check_inexact(params)
-        return SoftThresholdState(rule.init({}, {}))
+        return SoftThresholdState(rule.init(nothing, ()))
 
     def update_fn(
         updates: optax.Updates,
@@ -334,13 +359,13 @@ def soft_threshold(
         del extra_args
         params = need_params(params, updates, "soft_threshold")
         candidate = updates if candidates else add_step(params, updates)
-        leaves, treedef = jax.tree.flatten(candidate)
-        norms = {str(i): jnp.abs(leaf) for i, leaf in enumerate(leaves)}
-        thresholds, strength_state = rule.update(state.strength, norms, {})
-        point = treedef.unflatten(
-            leaf * prox.soft_threshold_factor(norms[name], thresholds[name])
-            for leaf, name in zip(leaves, norms, strict=True)
-        )
+        one = jnp.zeros((1,), jnp.result_type(float))
+        (threshold,), strength_state = rule.update(state.strength, one, nothing, ())
+
+        def shrunk(leaf: jax.Array) -> jax.Array:
+            return leaf * prox.soft_threshold_factor(jnp.abs(leaf), threshold)
+
+        point = jax.tree.map(shrunk, candidate)
         return step_to(point, params), SoftThresholdState(strength_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -365,7 +390,7 @@ def check_zeros(opt_state: PyTree) -> None:
       >>> import jax.numpy as jnp, sdp_jax
       >>> params = {"w": jnp.ones((3, 2))}
       >>> groups = sdp_jax.groups_from_axes(
-      ...     params, {"hidden": [sdp_jax.producer("w", 1)]})
+      ...     params, {"hidden": [sdp_jax.Member("w", 1)]})
       >>> state = sdp_jax.altsdp(0.1, groups, strength=0.0).init(params)
       >>> sdp_jax.check_zeros(state)  # All is well.
     """
@@ -384,213 +409,23 @@ def check_zeros(opt_state: PyTree) -> None:
         )
 
 
-def check_inexact(params: optax.Params) -> None:
-    """Refuses leaves that cannot be trained.
-
-    Args:
-      params: the parameters.
-
-    Raises:
-      TypeError: if a leaf is not an array, or not floating-point or complex.
-    """
-    for path, leaf in leaf_table(params).items():
-        if not hasattr(leaf, "dtype"):
-            raise TypeError(
-                f"leaf {path!r} is {leaf!r}; parameters must be arrays, make it one "
-                "with jnp.asarray"
-            )
-        dtype = leaf_dtype(leaf)
-        if not jnp.issubdtype(dtype, jnp.inexact):
-            raise TypeError(
-                f"leaf {path!r} has dtype {dtype}; only floating-point and complex "
-                "parameters can be trained. Leave it out of the parameters or hide it "
-                "with optax.masked"
-            )
-
-
-def check_params(groups: Groups, params: optax.Params) -> None:
-    """Checks that the producers of the groups are leaves of ``params``.
-
-    A tree without leaves passes: ``optax.tree.map_params`` initialises with one.
-
-    Args:
-      groups: the channel dimensions.
-      params: the parameters.
-
-    Raises:
-      ValueError: if a producer is missing or has another shape.
-    """
-    if jax.tree.leaves(params):
-        producer_leaves(groups, params)
-
-
-def need_params(
-    params: optax.Params | None, updates: optax.Updates, name: str
-) -> optax.Params:
-    """Returns ``params``, after checking that they are there and match the updates.
-
-    Args:
-      params: what ``update`` was given.
-      updates: the steps, or candidates, that arrive.
-      name: name of the transformation, for the message.
-
-    Returns:
-      ``params``.
-
-    Raises:
-      ValueError: if ``params`` is ``None``, or the updates have another structure or
-        other shapes.
-    """
-    if params is None:
-        raise ValueError(
-            f"{name} needs the current parameters: call update(grads, state, params)"
-        )
-    have, want = jax.tree.structure(updates), jax.tree.structure(params)
-    if have != want:
-        raise ValueError(
-            f"{name}: gradients and parameters are trees of different structure; "
-            f"expected {want}, got {have}"
-        )
-    table = leaf_table(params)
-    for (path, p), u in zip(table.items(), jax.tree.leaves(updates), strict=True):
-        if jnp.shape(p) != jnp.shape(u):
-            raise ValueError(
-                f"{name}: the gradient of {path!r} has shape {jnp.shape(u)}, but the "
-                f"parameter has {jnp.shape(p)}"
-            )
-    return params
-
-
 def proximal_point(
     groups: Groups,
     rule: Strength,
     floors: prox.Floors,
-    norm: Norm | Mapping[str, float],
+    weights: Weighting | Mapping[str, float],
     candidate: optax.Params,
     state: Any,
 ) -> tuple[optax.Params, jax.Array, Any]:
     """The group soft-threshold of a candidate, at the strength of this step.
 
-    Args:
-      groups: the channel dimensions.
-      rule: the strength.
-      floors: channels that survive, by dimension.
-      norm: the weighting of the norms.
-      candidate: where to threshold.
-      state: state of the strength.
-
     Returns:
       The point, the factor of each channel ``(num_channels,)``, and the next state.
     """
-    norms = channel_norms(groups, candidate, norm=norm)
-    thresholds, state = rule.update(state, norms, floors)
-    factor = prox.soft_threshold_factor(join_channels(norms), join_channels(thresholds))
-    factors = split_channels(factor, groups.sizes)
-    return scale_channels(groups, candidate, factors), factor, state
-
-
-def step_to(point: optax.Params, params: optax.Params) -> optax.Updates:
-    """The step from ``params`` to ``point``, in the dtype of ``params``.
-
-    Args:
-      point: where to go; its dtype may be wider.
-      params: the parameters.
-
-    Returns:
-      Updates; ``params + updates`` is exactly 0 where ``point`` is 0.
-    """
-    return jax.tree.map(
-        lambda x, p: (x - p.astype(x.dtype)).astype(p.dtype), point, params
-    )
-
-
-def as_base(
-    base: optax.ScalarOrSchedule | optax.GradientTransformation,
-    momentum: chex.Numeric | None = None,
-    nesterov: bool = False,
-) -> optax.GradientTransformation:
-    """The base optimizer: SGD where a learning rate is given.
-
-    Args:
-      base: a learning rate, a schedule or an Optax transformation.
-      momentum: momentum of the SGD.
-      nesterov: whether it is Nesterov's.
-
-    Returns:
-      An Optax transformation.
-
-    Raises:
-      ValueError: if the rate is negative, the momentum outside [0, 1), or momentum is
-        given beside a transformation.
-      TypeError: if ``base`` is of another kind.
-    """
-    if isinstance(base, optax.GradientTransformation):
-        if momentum is not None or nesterov:
-            raise ValueError(
-                "momentum and nesterov belong to the SGD that a learning rate stands "
-                "for; base is a transformation and brings its own"
-            )
-        return base
-    if not callable(base):
-        check_number(
-            "base",
-            base,
-            low=0,
-            rule="a non-negative learning rate, a schedule or an Optax transformation",
-        )
-    if momentum is not None:
-        check_momentum(momentum)
-    rate: Any = base
-    return optax.sgd(rate, momentum, nesterov)
-
-
-def check_rule(
-    groups: Groups, strength: StrengthLike, floor: Any, norm: Any
-) -> tuple[Strength, prox.Floors]:
-    """Checks what a threshold is made of.
-
-    Args:
-      groups: the channel dimensions.
-      strength: a strength, a number or a schedule.
-      floor: channels that survive, a number or one for each name.
-      norm: the weighting of the norms.
-
-    Returns:
-      The strength as a :class:`sdp_jax.Strength`, and a floor for each dimension.
-
-    Raises:
-      ValueError: if they do not fit the groups.
-      TypeError: if one is of another kind.
-    """
-    check_kind(groups)
-    rule = as_strength(strength)
-    floors = prox.resolve_floors(groups, floor)
-    channel_weights(groups, norm)
-    rule.init(groups.sizes, floors)
-    return rule, floors
-
-
-def check_kind(groups: Any) -> None:
-    """Refuses what is not groups, or groups without a dimension.
-
-    Args:
-      groups: what was given.
-
-    Raises:
-      ValueError: if there is nothing to prune.
-      TypeError: if it is not :class:`sdp_jax.Groups`.
-    """
-    if not isinstance(groups, Groups):
-        raise TypeError(
-            f"groups must be sdp_jax.Groups, as groups_from_axes makes; got {groups!r}"
-        )
-    if not len(groups):
-        raise ValueError("groups has no channel dimension: there is nothing to prune")
-
-
-def wide_copy(leaf: jax.Array) -> jax.Array:
-    """A copy, at least float32: it must not share a buffer that may be donated."""
-    return jnp.array(leaf, jnp.promote_types(leaf.dtype, jnp.float32), copy=True)
+    norms = channel_norms(groups, candidate, weights=weights)
+    thresholds, state = rule.update(state, norms, groups, floors)
+    factor = prox.soft_threshold_factor(norms, thresholds)
+    return scale_channels(groups, candidate, factor), factor, state
 
 
 def emit(point: optax.Params, params: optax.Params, candidates: bool) -> optax.Updates:
@@ -598,13 +433,3 @@ def emit(point: optax.Params, params: optax.Params, candidates: bool) -> optax.U
     if candidates:
         return point
     return jax.tree.map(lambda v, p: v - p.astype(v.dtype), point, params)
-
-
-def add_step(params: optax.Params, updates: optax.Updates) -> optax.Params:
-    """The point that updates lead to, in the wider dtype and at least float32."""
-
-    def add(p: jax.Array, u: jax.Array) -> jax.Array:
-        dtype = jnp.promote_types(jnp.promote_types(p.dtype, u.dtype), jnp.float32)
-        return p.astype(dtype) + u.astype(dtype)
-
-    return jax.tree.map(add, params, updates)

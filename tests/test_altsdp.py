@@ -80,7 +80,7 @@ def train_on_quadratics(problems, c, mu, time, size, explicit, gamma=0.01):
         state = tx.init(jax.tree.map(lambda x, i=i: x[i], params))
         if explicit:
             directions = {"w": jnp.asarray(basis.T.reshape(-1, DIM // size, size))}
-            state = sdp_jax.set_basis(state, directions)
+            state = sdp_jax.valley.set_basis(state, directions)
         states.append(state)
     state = jax.tree.map(lambda *x: jnp.stack(x), *states)
     hessians, centres = (jnp.stack([p[i] for p in problems]) for i in (0, 2))

@@ -37,7 +37,7 @@ class Once:
 
 def certify(params=PARAMS, data=None, loss=toy.loss, **keywords):
     data = [toy.batch()] if data is None else data
-    return sdp_jax.certify(loss, PARAMS, params, data, **keywords)
+    return sdp_jax.valley.certify(loss, PARAMS, params, data, **keywords)
 
 
 def update(tx, params=PARAMS, grads=None, **keywords):
@@ -333,110 +333,110 @@ CASES = {
     ),
     # The valley.
     "data that is an iterator": (
-        lambda: sdp_jax.curvature_product(toy.loss, PARAMS, iter([toy.batch()])),
+        lambda: sdp_jax.valley.curvature_product(toy.loss, PARAMS, iter([toy.batch()])),
         TypeError,
         "again and again.*make it a list",
     ),
     "data that is a generator": (
-        lambda: sdp_jax.top_eigenpairs(toy.loss, PARAMS, (toy.batch() for _ in "ab")),
+        lambda: sdp_jax.valley.top_eigenpairs(toy.loss, PARAMS, (toy.batch() for _ in "ab")),
         TypeError,
         "got generator: make it a list",
     ),
     "a batch instead of batches": (
-        lambda: sdp_jax.curvature_product(toy.loss, PARAMS, toy.batch()[0]),
+        lambda: sdp_jax.valley.curvature_product(toy.loss, PARAMS, toy.batch()[0]),
         TypeError,
         "a list of batches or a loader",
     ),
     "no batch": (
-        lambda: sdp_jax.curvature_product(toy.loss, PARAMS, []),
+        lambda: sdp_jax.valley.curvature_product(toy.loss, PARAMS, []),
         ValueError,
         "data has no batch",
     ),
     "complex parameters have no Hessian here": (
-        lambda: sdp_jax.curvature_product(
+        lambda: sdp_jax.valley.curvature_product(
             toy.loss, {"w": jnp.ones(2, complex)}, [toy.batch()]
         ),
         TypeError,
         "real parameters only",
     ),
     "integer parameters": (
-        lambda: sdp_jax.top_eigenpairs(
+        lambda: sdp_jax.valley.top_eigenpairs(
             toy.loss, {"w": jnp.ones(2, int)}, [jnp.ones(1)]
         ),
         TypeError,
         "has dtype int32",
     ),
     "no parameters": (
-        lambda: sdp_jax.top_eigenpairs(toy.loss, {}, [toy.batch()]),
+        lambda: sdp_jax.valley.top_eigenpairs(toy.loss, {}, [toy.batch()]),
         ValueError,
         "params has no leaf",
     ),
     "a vector of another tree": (
-        lambda: sdp_jax.curvature_product(toy.loss, PARAMS, [toy.batch()])({"w": 1.0}),
+        lambda: sdp_jax.valley.curvature_product(toy.loss, PARAMS, [toy.batch()])({"w": 1.0}),
         ValueError,
         "the vector has structure",
     ),
     "more eigenpairs than parameters": (
-        lambda: sdp_jax.top_eigenpairs(toy.loss, PARAMS, [toy.batch()], 10_000),
+        lambda: sdp_jax.valley.top_eigenpairs(toy.loss, PARAMS, [toy.batch()], 10_000),
         ValueError,
         "between 1 and 83, the number of parameters; got 10000",
     ),
     "a loss that is not finite": (
-        lambda: sdp_jax.top_eigenpairs(
+        lambda: sdp_jax.valley.top_eigenpairs(
             lambda p, b: toy.loss(p, b) * jnp.nan, PARAMS, [toy.batch()], 2
         ),
         ValueError,
         "curvature is not finite",
     ),
     "a density without steps": (
-        lambda: sdp_jax.spectral_density(toy.loss, PARAMS, [toy.batch()], steps=0),
+        lambda: sdp_jax.valley.spectral_density(toy.loss, PARAMS, [toy.batch()], steps=0),
         ValueError,
         "steps must be an integer of at least 1",
     ),
     "a width of zero": (
-        lambda: sdp_jax.SpectralDensity(np.ones((1, 1)), np.ones((1, 1)), 1).at([0], 0),
+        lambda: sdp_jax.valley.SpectralDensity(np.ones((1, 1)), np.ones((1, 1)), 1).at([0], 0),
         ValueError,
         "width must be positive",
     ),
     "SDP without a strength": (
-        lambda: sdp_jax.sdp(PARAMS, GROUPS, None, BASIS),
+        lambda: sdp_jax.valley.sdp(PARAMS, GROUPS, None, BASIS),
         ValueError,
         "give either strength, or None and sparsity=",
     ),
     "SDP of two strengths": (
-        lambda: sdp_jax.sdp(PARAMS, GROUPS, 0.1, BASIS, sparsity=0.5),
+        lambda: sdp_jax.valley.sdp(PARAMS, GROUPS, 0.1, BASIS, sparsity=0.5),
         ValueError,
         "give either strength, or None and sparsity=",
     ),
     "SDP of negative strength": (
-        lambda: sdp_jax.sdp(PARAMS, GROUPS, -0.1, BASIS),
+        lambda: sdp_jax.valley.sdp(PARAMS, GROUPS, -0.1, BASIS),
         ValueError,
         "strength must be a non-negative number; got -0.1",
     ),
     "SDP of all channels": (
-        lambda: sdp_jax.sdp(PARAMS, GROUPS, None, BASIS, sparsity=1.0),
+        lambda: sdp_jax.valley.sdp(PARAMS, GROUPS, None, BASIS, sparsity=1.0),
         ValueError,
         r"sparsity must be a number in \[0, 1\); got 1.0",
     ),
     "SDP by an unknown method": (
-        lambda: sdp_jax.sdp(PARAMS, GROUPS, 0.1, BASIS, method="second_order"),
+        lambda: sdp_jax.valley.sdp(PARAMS, GROUPS, 0.1, BASIS, method="second_order"),
         ValueError,
         "one of .'exact', 'first_order'.; got 'second_order'",
     ),
     "SDP with directions of another tree": (
-        lambda: sdp_jax.sdp(PARAMS, GROUPS, 0.1, {"w": jnp.ones((2, 3))}),
+        lambda: sdp_jax.valley.sdp(PARAMS, GROUPS, 0.1, {"w": jnp.ones((2, 3))}),
         ValueError,
         "leaves of the parameters, each with one leading axis",
     ),
     "SDP of parameters that are not finite": (
-        lambda: sdp_jax.sdp(
+        lambda: sdp_jax.valley.sdp(
             jax.tree.map(lambda p: p * jnp.nan, PARAMS), GROUPS, 0.1, BASIS
         ),
         ValueError,
         "params has entries that are not finite",
     ),
     "scores with directions that are not finite": (
-        lambda: sdp_jax.directional_scores(
+        lambda: sdp_jax.valley.directional_scores(
             PARAMS, GROUPS, jax.tree.map(lambda p: p * jnp.nan, BASIS)
         ),
         ValueError,
@@ -478,19 +478,19 @@ CASES = {
         "scale must be a positive loss; got nan",
     ),
     "SDP to a tolerance that is no number": (
-        lambda: sdp_jax.sdp(PARAMS, GROUPS, 0.1, BASIS, tol=float("nan")),
+        lambda: sdp_jax.valley.sdp(PARAMS, GROUPS, 0.1, BASIS, tol=float("nan")),
         ValueError,
         "tol must be a non-negative number; got nan",
     ),
     "one named tuple instead of batches": (
-        lambda: sdp_jax.curvature_product(
+        lambda: sdp_jax.valley.curvature_product(
             toy.loss, PARAMS, collections.namedtuple("Batch", "x y")(*toy.batch())
         ),
         TypeError,
         "a list of batches or a loader; got Batch",
     ),
     "a basis without directions": (
-        lambda: sdp_jax.sdp(
+        lambda: sdp_jax.valley.sdp(
             PARAMS, GROUPS, 0.1, jax.tree.map(lambda p: jnp.ones((0, *p.shape)), PARAMS)
         ),
         ValueError,
@@ -504,14 +504,14 @@ CASES = {
         "basis has entries that are not finite",
     ),
     "a linear loss has no sharp direction": (
-        lambda: sdp_jax.top_eigenpairs(
+        lambda: sdp_jax.valley.top_eigenpairs(
             lambda p, b: p["w"].sum(), {"w": jnp.ones(99)}, [toy.batch()], 2
         ),
         RuntimeError,
         "is the curvature zero everywhere",
     ),
     "data that can be gone through once": (
-        lambda: sdp_jax.curvature_product(toy.loss, PARAMS, Once())(PARAMS),
+        lambda: sdp_jax.valley.curvature_product(toy.loss, PARAMS, Once())(PARAMS),
         ValueError,
         "not the second time",
     ),

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sdp_jax
-from sdp_jax.groups import leaf_table, probe_channels
+from sdp_jax.channels import probe_channels
+from sdp_jax.tree import leaf_table
 from tests import toy
 
 

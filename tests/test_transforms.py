@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import sdp_jax
-from sdp_jax.groups import leaf_table
+from sdp_jax.tree import leaf_table
 from tests import toy
 
 VALLEY = sdp_jax.valley_strength(c=4.0, mu=0.6, learning_rate=0.1)
@@ -327,7 +327,7 @@ def test_altsdp_is_the_chain_of_its_pieces(x64):
         strength = sdp_jax.valley_strength(4.0, 0.6, 0.1, momentum=0.9)
         if valley:
             pieces.append(
-                sdp_jax.project_onto_valley(groups, strength, **valley, **keywords)
+                sdp_jax.valley.project_onto_valley(groups, strength, **valley, **keywords)
             )
         pieces.append(sdp_jax.group_soft_threshold(groups, strength, **keywords))
         whole = sdp_jax.altsdp(

@@ -139,7 +139,7 @@ def curvature_cost(config: Config) -> dict[str, float]:
     n = config.examples // 2
     batches = [data.Split(*(x[i * n : i * n + n] for x in split)) for i in (0, 1)]
     once, twice = (
-        sdp_jax.curvature_product(mean_loss, params, batches * k) for k in (1, 2)
+        sdp_jax.valley.curvature_product(mean_loss, params, batches * k) for k in (1, 2)
     )
     gradient = jax.jit(jax.grad(mean_loss))
     calls = {
@@ -155,7 +155,7 @@ def curvature_cost(config: Config) -> dict[str, float]:
             if i >= 0:
                 times[name].append(time.perf_counter() - start)
     products = [
-        sdp_jax.top_eigenpairs(mean_loss, params, batches, rank, tol=0.01).products
+        sdp_jax.valley.top_eigenpairs(mean_loss, params, batches, rank, tol=0.01).products
         for rank in (config.rank, 2 * config.rank)
     ]
     base = np.asarray(times["once"])

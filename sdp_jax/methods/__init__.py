@@ -25,6 +25,43 @@ Scales of normalisations (:data:`DEFAULT_SCALES` names them): network slimming w
 :func:`apply_gates`.
 """
 
+from sdp_jax.methods._gate_decorator import (
+    TickTockState,
+    apply_gates,
+    decorate,
+    gate_decorator,
+    gate_taylor,
+    tick_tock,
+)
+from sdp_jax.methods._hesso import HESSOState, hesso, hesso_host, hesso_score
+from sdp_jax.methods._hspg import (
+    DHSPGState,
+    HSPGState,
+    dhspg,
+    dhspg_host,
+    dhspg_score,
+    hspg,
+    hspg_host,
+)
+from sdp_jax.methods._increg import IncRegState, increg
+from sdp_jax.methods._perspective import (
+    PerspectiveState,
+    perspective,
+    perspective_penalty,
+    perspective_regularizer,
+)
+from sdp_jax.methods._random_score import random_score
+from sdp_jax.methods._sap import (
+    KeepMaskState,
+    PruningRound,
+    apply_mask,
+    keep_mask,
+    lottery_ticket,
+    one_shot,
+    sap,
+)
+from sdp_jax.methods._spp import SPPState, ranking_increment, spp, spp_params
+from sdp_jax.methods._taylor import taylor
 from sdp_jax.methods.depgraph import (
     GroupNormRegularizerState,
     group_importance,
@@ -36,37 +73,12 @@ from sdp_jax.methods.discriminant import (
 )
 from sdp_jax.methods.dpm import DecayPruningState, decay_pruning
 from sdp_jax.methods.filter_norm import l1_norm, l2_norm
-from sdp_jax.methods.gate_decorator import (
-    TickTockState,
-    apply_gates,
-    decorate,
-    gate_decorator,
-    gate_taylor,
-    tick_tock,
-)
 from sdp_jax.methods.half_space import half_space_factor
-from sdp_jax.methods.hesso import HESSOState, hesso, hesso_host, hesso_score
 from sdp_jax.methods.hosted import HostedState, Score, hosted
-from sdp_jax.methods.hspg import (
-    DHSPGState,
-    HSPGState,
-    dhspg,
-    dhspg_host,
-    dhspg_score,
-    hspg,
-    hspg_host,
-)
-from sdp_jax.methods.increg import IncRegState, increg
 from sdp_jax.methods.network_slimming import (
     ScalePenaltyState,
     scale_penalty,
     scale_score,
-)
-from sdp_jax.methods.perspective import (
-    PerspectiveState,
-    perspective,
-    perspective_penalty,
-    perspective_regularizer,
 )
 from sdp_jax.methods.pqi import (
     UntilCompressedState,
@@ -75,20 +87,8 @@ from sdp_jax.methods.pqi import (
     prune_count,
     until_compressed,
 )
-from sdp_jax.methods.random_score import random_score
 from sdp_jax.methods.remove import RemoveLowestState, remove_lowest, set_scores
-from sdp_jax.methods.sap import (
-    KeepMaskState,
-    PruningRound,
-    apply_mask,
-    keep_mask,
-    lottery_ticket,
-    one_shot,
-    sap,
-)
 from sdp_jax.methods.scales import DEFAULT_SCALES
-from sdp_jax.methods.spp import SPPState, ranking_increment, spp, spp_params
-from sdp_jax.methods.taylor import taylor
 
 __all__ = [
     "DEFAULT_SCALES",

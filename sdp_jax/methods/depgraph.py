@@ -14,22 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from sdp_jax.groups import (
-    Dimension,
-    Groups,
-    Member,
-    PerChannel,
-    PyTree,
-    Role,
-    channels_alive,
-    join_channels,
-    leaf_table,
-    member_sums,
-    split_channels,
-)
+from sdp_jax.base import check_kind, check_params, need_params
+from sdp_jax.channels import PerChannel, channels_alive, member_sums
+from sdp_jax.checks import check_number, check_whole
+from sdp_jax.groups import Dimension, Groups, Member, Role
 from sdp_jax.methods.hosted import Score
-from sdp_jax.strength import check_number, check_whole
-from sdp_jax.transforms import check_kind, check_params, need_params
+from sdp_jax.tree import PyTree, leaf_table
 
 Normalizer = Literal["mean", "max", "sum"]
 Reduce = Literal["mean", "sum", "max"]
@@ -102,7 +92,7 @@ def group_importance(
       >>> from sdp_jax import methods
       >>> params = {"w": jnp.array([[3., 1.]]), "v": jnp.array([[1.], [3.]])}
       >>> groups = sdp_jax.groups_from_axes(params, {
-      ...     "hidden": [sdp_jax.producer("w", 1), sdp_jax.consumer("v", 0)]})
+      ...     "hidden": [sdp_jax.Member("w", 1), sdp_jax.Member("v", 0, "consumer")]})
       >>> score = methods.group_importance(normalizer=None)
       >>> print(score(groups, params)["hidden"])  # (9 + 1) / 2, (1 + 9) / 2
       [5. 5.]
@@ -202,7 +192,7 @@ def group_norm_regularizer(
       >>> from sdp_jax import methods
       >>> params = {"w": jnp.array([[3., 2., 1.]])}
       >>> groups = sdp_jax.groups_from_axes(
-      ...     params, {"hidden": [sdp_jax.producer("w", 1)]})
+      ...     params, {"hidden": [sdp_jax.Member("w", 1)]})
       >>> tx = optax.chain(
       ...     methods.group_norm_regularizer(groups, reg=0.1), optax.sgd(1.0))
       >>> updates, _ = tx.update({"w": jnp.zeros((1, 3))}, tx.init(params), params)
@@ -243,7 +233,7 @@ def group_norm_regularizer(
         del extra_args
         params = need_params(params, updates, "group_norm_regularizer")
         count = jnp.asarray(optax.safe_increment(state.count))
-        strengths = split_channels(state.reg.per_channel, groups.sizes)
+        strengths = state.reg.per_channel
         alive = channels_alive(groups, params)
         scores = importance(groups, params)
         factors, grown = {}, {}
@@ -267,7 +257,7 @@ def group_norm_regularizer(
             )
         ]
         out = jax.tree.unflatten(jax.tree.structure(updates), leaves)
-        reg_state = PerChannel(join_channels(grown))
+        reg_state = PerChannel(grown)
         return out, GroupNormRegularizerState(count, reg_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -395,7 +385,7 @@ def _entry_sums(
 ) -> dict[str, jax.Array]:
     """For each entry the sum of a value over the channels that it belongs to.
 
-    Unlike :func:`sdp_jax.groups.scale_channels` it reaches members of every role, and
+    Unlike :func:`sdp_jax.scale_channels` it reaches members of every role, and
     an entry that is on two axes a channel gets the sum, not the product.
 
     Args:

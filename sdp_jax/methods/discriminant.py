@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sdp_jax.groups import Groups, PyTree
+from sdp_jax.checks import check_number
+from sdp_jax.groups import Groups
 from sdp_jax.methods.hosted import Score
-from sdp_jax.strength import check_number
+from sdp_jax.tree import PyTree
 
 # The paper's value is not known to us.
 RIDGE = 1e-2
@@ -113,7 +114,7 @@ def discriminant_score(
       >>> from sdp_jax import methods
       >>> params = {"w": jnp.ones((3, 2))}
       >>> groups = sdp_jax.groups_from_axes(
-      ...     params, {"hidden": [sdp_jax.producer("w", 1)]})
+      ...     params, {"hidden": [sdp_jax.Member("w", 1)]})
       >>> score = methods.discriminant_score(jnp.array([0, 0, 1, 1]), ridge=1e-3)
       >>> maps = jnp.array([[1., 1.], [1., -1.], [-1., 1.], [-1., -1.]])
       >>> scores = score(groups, params, activations={"hidden": maps})

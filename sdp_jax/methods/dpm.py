@@ -7,24 +7,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sdp_jax.groups import (
-    Groups,
-    PerChannel,
-    channel_norms,
-    channels_alive,
-    join_channels,
-    scale_channels,
-    split_channels,
-)
+from sdp_jax.base import add_step, check_kind, check_params, need_params, step_to
+from sdp_jax.channels import PerChannel, channel_norms, channels_alive, scale_channels
+from sdp_jax.checks import check_number, check_whole
+from sdp_jax.groups import Groups
 from sdp_jax.methods.hosted import channel_entries
-from sdp_jax.strength import check_number, check_whole
-from sdp_jax.transforms import (
-    add_step,
-    check_kind,
-    check_params,
-    need_params,
-    step_to,
-)
 
 
 class DecayPruningState(NamedTuple):
@@ -109,7 +96,7 @@ def decay_pruning(
       >>> from sdp_jax import methods
       >>> params = {"w": jnp.array([[3., 0.6], [4., 0.8]])}
       >>> groups = sdp_jax.groups_from_axes(
-      ...     params, {"hidden": [sdp_jax.producer("w", 1)]})
+      ...     params, {"hidden": [sdp_jax.Member("w", 1)]})
       >>> host = methods.remove_lowest(
       ...     groups, sdp_jax.target_sparsity(0.5, 0, 1), methods.l2_norm())
       >>> tx = methods.decay_pruning(optax.sgd(0.1), host, groups, steps=2)
@@ -154,17 +141,17 @@ def decay_pruning(
         params = need_params(params, updates, "decay_pruning")
         count = jnp.asarray(optax.safe_increment(state.count))
         before = state.steps.per_channel
-        norms = join_channels(channel_norms(groups, params))
-        alive = join_channels(channels_alive(groups, params))
+        norms = channel_norms(groups, params)
+        alive = channels_alive(groups, params)
 
         moved, base_state = base.update(updates, state.base, params, **extra_args)
         free = add_step(params, moved)
-        free_norms = join_channels(channel_norms(groups, free))
+        free_norms = channel_norms(groups, free)
         start = jnp.where(before > 0, state.start.per_channel, norms)
 
         release = jnp.zeros(before.shape, bool)
         if rate is not None:
-            gradient = join_channels(channel_norms(groups, updates))
+            gradient = channel_norms(groups, updates)
             escape = (free_norms - norms) * steps > rate * start
             strong = gradient > length * _mean_alive(groups, gradient, alive)
             release = (before > 0) & escape & strong
@@ -174,7 +161,7 @@ def decay_pruning(
         hosts = extra_args | {"gradients": updates, "released": release}
         moved, host_state = host.update(moved, state.host, params, **hosts)
         pruned = add_step(params, moved)
-        marked = alive & ~join_channels(channels_alive(groups, pruned))
+        marked = alive & ~channels_alive(groups, pruned)
         decaying = (marked | (before > 0)) & alive & ~release
         done = jnp.where(decaying, before + 1, 0)
 
@@ -184,9 +171,9 @@ def decay_pruning(
         # The others follow the host to the last bit; where dimensions share entries,
         # its zeros win.
         ours = decaying | release
-        zeros = ~ours & ~join_channels(channels_alive(groups, pruned))
+        zeros = ~ours & ~channels_alive(groups, pruned)
         factor = jnp.where(decaying, imposed, jnp.where(zeros, 0, 1))
-        point = scale_channels(groups, free, split_channels(factor, groups.sizes))
+        point = scale_channels(groups, free, factor)
         out = jax.tree.map(
             jnp.where,
             channel_entries(groups, params, ours),
@@ -209,9 +196,9 @@ def decay_pruning(
 def _mean_alive(groups: Groups, values: jax.Array, alive: jax.Array) -> jax.Array:
     """For each channel the mean of a value over the living channels beside it."""
     means = {}
-    parts = split_channels(jnp.where(alive, values, 0), groups.sizes)
-    living = split_channels(alive, groups.sizes)
+    parts = jnp.where(alive, values, 0)
+    living = alive
     for name, part in parts.items():
         mean = jnp.sum(part) / jnp.maximum(jnp.sum(living[name]), 1)
         means[name] = jnp.broadcast_to(mean, part.shape)
-    return join_channels(means)
+    return means

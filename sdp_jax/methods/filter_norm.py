@@ -5,18 +5,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sdp_jax.groups import (
-    Groups,
-    Norm,
-    PyTree,
-    channel_norms,
-    channel_weights,
-    member_sums,
-)
+from sdp_jax.channels import Weighting, channel_norms, channel_weights, member_sums
+from sdp_jax.groups import Groups
 from sdp_jax.methods.hosted import Score
+from sdp_jax.tree import PyTree
 
 
-def l2_norm(*, norm: Norm = "plain") -> Score:
+def l2_norm(*, weights: Weighting = "plain") -> Score:
     """The Euclidean norm of all producers of a channel.
 
     Args:
@@ -34,7 +29,7 @@ def l2_norm(*, norm: Norm = "plain") -> Score:
       >>> from sdp_jax import methods
       >>> params = {"w": jnp.array([[3., 0.], [4., 1.]])}
       >>> groups = sdp_jax.groups_from_axes(
-      ...     params, {"hidden": [sdp_jax.producer("w", 1)]})
+      ...     params, {"hidden": [sdp_jax.Member("w", 1)]})
       >>> print(methods.l2_norm()(groups, params)["hidden"])
       [5. 1.]
     """
@@ -46,12 +41,12 @@ def l2_norm(*, norm: Norm = "plain") -> Score:
         activations: Any = None,
     ) -> dict[str, jax.Array]:
         del grads, activations
-        return channel_norms(groups, params, norm=norm)
+        return channel_norms(groups, params, weights=weights)
 
     return score
 
 
-def l1_norm(*, norm: Norm = "plain") -> Score:
+def l1_norm(*, weights: Weighting = "plain") -> Score:
     """The sum of the magnitudes of all producers of a channel.
 
     Args:
@@ -70,7 +65,7 @@ def l1_norm(*, norm: Norm = "plain") -> Score:
       >>> from sdp_jax import methods
       >>> params = {"w": jnp.array([[3., 0.], [-4., 1.]])}
       >>> groups = sdp_jax.groups_from_axes(
-      ...     params, {"hidden": [sdp_jax.producer("w", 1)]})
+      ...     params, {"hidden": [sdp_jax.Member("w", 1)]})
       >>> print(methods.l1_norm()(groups, params)["hidden"])
       [7. 1.]
     """

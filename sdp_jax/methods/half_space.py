@@ -9,15 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from sdp_jax import prox
-from sdp_jax.groups import (
-    Groups,
-    PyTree,
-    channel_norms,
-    channel_products,
-    join_channels,
-    split_channels,
-)
-from sdp_jax.strength import check_number
+from sdp_jax.channels import channel_norms, channel_products
+from sdp_jax.checks import check_number
+from sdp_jax.groups import Groups
+from sdp_jax.tree import PyTree
 
 
 def half_space_factor(
@@ -27,7 +22,7 @@ def half_space_factor(
     *,
     epsilon: chex.Numeric = 0.0,
     where: chex.Array | bool = True,
-    floor: int | jax.Array | Mapping[str, int] = 1,
+    min_channels: int | jax.Array | Mapping[str, int] = 1,
 ) -> dict[str, jax.Array]:
     """Which channels the half-space projection sets to zero, as factors 0 and 1.
 
@@ -46,12 +41,12 @@ def half_space_factor(
         value near 1 almost everything that shrinks.
       where: a Boolean, or one for each channel ``(num_channels,)``: which are
         projected. The others get 1.
-      floor: living channels that stay in each dimension; a number, or one for each
+      min_channels: living channels that stay in each dimension; a number, or one for each
         name.
 
     Returns:
       For each dimension an array ``(size,)`` of 0 and 1, for
-      ``sdp_jax.groups.scale_channels(groups, candidate, factors)``.
+      ``sdp_jax.scale_channels(groups, candidate, factors)``.
 
     Raises:
       ValueError: if ``epsilon`` or ``floor`` is out of range, or the trees do not fit
@@ -68,15 +63,15 @@ def half_space_factor(
       >>> from sdp_jax import methods
       >>> params = {"w": jnp.array([[3., 1.], [4., 1.]])}
       >>> groups = sdp_jax.groups_from_axes(
-      ...     params, {"hidden": [sdp_jax.producer("w", 1)]})
+      ...     params, {"hidden": [sdp_jax.Member("w", 1)]})
       >>> candidate = {"w": jnp.array([[2., -1.], [2., 0.5]])}
       >>> print(methods.half_space_factor(groups, candidate, params)["hidden"])
       [1. 0.]
     """
     check_epsilon(epsilon)
     floors = prox.resolve_floors(groups, floor)
-    norms = join_channels(channel_norms(groups, params))
-    products = join_channels(channel_products(groups, candidate, params))
+    norms = channel_norms(groups, params)
+    products = channel_products(groups, candidate, params)
     return project(groups, norms, products, epsilon, where, floors)
 
 
@@ -106,13 +101,10 @@ def project(
     leaving &= alive & where
     # First those that stay anyhow, then the leaving ones by norm, last the dead.
     key = jnp.where(leaving, norms, jnp.where(alive, jnp.inf, -jnp.inf))
-    held = {
-        name: prox.largest(part, floors.get(name, 0))
-        for name, part in split_channels(key, groups.sizes).items()
-    }
-    gone = (leaving & ~join_channels(held)) | ((norms == 0) & where)
+    held = {name: prox.largest(part, floors.get(name, 0)) for name, part in key.items()}
+    gone = (leaving & ~held) | ((norms == 0) & where)
     factor = jnp.where(gone, 0, 1).astype(norms.dtype)
-    return split_channels(factor, groups.sizes)
+    return factor
 
 
 def check_epsilon(epsilon: Any) -> None:

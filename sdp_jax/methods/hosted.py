@@ -11,7 +11,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sdp_jax.groups import Groups, PyTree, scale_channels, split_channels
+from sdp_jax.channels import scale_channels
+from sdp_jax.groups import Groups
+from sdp_jax.tree import PyTree
 
 
 class Score(Protocol):
@@ -66,7 +68,7 @@ def hosted(
       >>> from sdp_jax import methods
       >>> params = {"w": jnp.array([[3., 1.], [4., 1.]])}
       >>> groups = sdp_jax.groups_from_axes(
-      ...     params, {"hidden": [sdp_jax.producer("w", 1)]})
+      ...     params, {"hidden": [sdp_jax.Member("w", 1)]})
       >>> host = methods.remove_lowest(
       ...     groups, sdp_jax.target_sparsity(0.5, 0, 1), methods.taylor())
       >>> tx = methods.hosted(optax.sgd(0.1), host)
@@ -111,5 +113,5 @@ def channel_entries(groups: Groups, tree: PyTree, channels: jax.Array) -> PyTree
     """
     ones = jax.tree.map(lambda x: jnp.ones(x.shape, jnp.float32), tree)
     others = jnp.where(channels, 0.0, 1.0).astype(jnp.float32)
-    left = scale_channels(groups, ones, split_channels(others, groups.sizes))
+    left = scale_channels(groups, ones, others)
     return jax.tree.map(lambda x: x == 0, left)

@@ -7,7 +7,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sdp_jax.groups import Groups, PyTree, channel_norms, producer_leaves
+from sdp_jax.base import check_kind, check_params, need_params
+from sdp_jax.channels import channel_norms, producer_leaves
+from sdp_jax.checks import check_number
+from sdp_jax.groups import Groups
 from sdp_jax.methods.hosted import Score
 from sdp_jax.methods.scales import (
     DEFAULT_SCALES,
@@ -17,8 +20,7 @@ from sdp_jax.methods.scales import (
     replace_leaves,
     take_entries,
 )
-from sdp_jax.strength import check_number
-from sdp_jax.transforms import check_kind, check_params, need_params
+from sdp_jax.tree import PyTree
 
 
 class ScalePenaltyState(NamedTuple):
@@ -67,8 +69,8 @@ def scale_score(
       >>> params = {"conv": {"kernel": jnp.ones((3, 2))},
       ...           "norm": {"scale": jnp.array([-2., 1.]), "bias": jnp.ones(2)}}
       >>> groups = sdp_jax.groups_from_axes(params, {"hidden": [
-      ...     sdp_jax.producer("conv/kernel", 1), sdp_jax.producer("norm/scale", 0),
-      ...     sdp_jax.producer("norm/bias", 0)]})
+      ...     sdp_jax.Member("conv/kernel", 1), sdp_jax.Member("norm/scale", 0),
+      ...     sdp_jax.Member("norm/bias", 0)]})
       >>> print(methods.scale_score()(groups, params)["hidden"])
       [2. 1.]
     """
@@ -93,7 +95,7 @@ def scale_score(
                 "their producers"
             )
         table = producer_leaves(groups, params)
-        norms = channel_norms(groups, params, norm="size") if bare else {}
+        norms = channel_norms(groups, params, weights="size") if bare else {}
         out = {}
         for d in groups:
             parts = [
@@ -146,7 +148,7 @@ def scale_penalty(
       >>> from sdp_jax import methods
       >>> params = {"kernel": jnp.ones((3, 2)), "scale": jnp.array([-2., 1.])}
       >>> groups = sdp_jax.groups_from_axes(params, {"hidden": [
-      ...     sdp_jax.producer("kernel", 1), sdp_jax.producer("scale", 0)]})
+      ...     sdp_jax.Member("kernel", 1), sdp_jax.Member("scale", 0)]})
       >>> tx = methods.scale_penalty(groups, 0.5)
       >>> grads = {"kernel": jnp.zeros((3, 2)), "scale": jnp.array([1., 1.])}
       >>> updates, _ = tx.update(grads, tx.init(params), params)

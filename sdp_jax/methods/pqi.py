@@ -10,27 +10,18 @@ import numpy as np
 import optax
 
 from sdp_jax import prox
-from sdp_jax.groups import (
-    Dimension,
-    Groups,
-    PerChannel,
-    PyTree,
-    channel_norms,
-    join_channels,
-    leaf_table,
-    producer_leaves,
-    split_channels,
-)
+from sdp_jax.base import check_kind
+from sdp_jax.channels import PerChannel, channel_norms, producer_leaves
+from sdp_jax.checks import check_number
+from sdp_jax.groups import Dimension, Groups
 from sdp_jax.strength import (
-    Norms,
-    Sizes,
     Strength,
     StrengthLike,
-    Thresholds,
     as_strength,
-    check_number,
 )
-from sdp_jax.transforms import check_kind
+
+Norms = Sizes = Thresholds = Any
+from sdp_jax.tree import PyTree, leaf_table
 
 Scope = Literal["global", "tensor", "row", "dimension", "channel"]
 # Values, and which of them count (None for all).
@@ -330,16 +321,16 @@ def until_compressed(
         state: UntilCompressedState, norms: Norms, floors: prox.Floors
     ) -> tuple[Thresholds, UntilCompressedState]:
         sizes = {name: v.shape[0] for name, v in norms.items()}
-        flat, stopped = join_channels(norms), state.stopped
+        flat, stopped = norms, state.stopped
         fresh, advanced = inner.update(state.inner, norms, floors)
         kept = state.thresholds.per_channel
-        old = _hold(split_channels(kept, sizes), norms, floors)
+        old = _hold(kept, norms, floors)
         used = {
             k: jnp.where(stopped, old[k], jnp.asarray(fresh[k], norms[k].dtype))
             for k in norms
         }
-        left = jnp.maximum(flat - join_channels(used), 0)
-        seen = _left_index(split_channels(left, sizes), p, q, scope)
+        left = jnp.maximum(flat - used, 0)
+        seen = _left_index(left, p, q, scope)
         seen = seen.astype(state.index.dtype)
         past = jnp.where(state.count == 0, 0, decay).astype(seen.dtype)
         # What is not a number would stay so for ever.
@@ -348,7 +339,7 @@ def until_compressed(
         count = jnp.asarray(optax.safe_increment(state.count))
         watched = (count > begin_step) & jnp.any(left == 0)
         minimum = jnp.where(watched, jnp.minimum(state.minimum, index), state.minimum)
-        thresholds = jnp.where(stopped, kept, join_channels(used).astype(kept.dtype))
+        thresholds = jnp.where(stopped, kept, used.astype(kept.dtype))
         new_state = UntilCompressedState(
             jax.tree.map(lambda a, b: jnp.where(stopped, a, b), state.inner, advanced),
             count,

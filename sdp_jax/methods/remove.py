@@ -9,16 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from sdp_jax.groups import (
-    Groups,
-    PerChannel,
-    join_channels,
-    scale_channels,
-    split_channels,
-)
+from sdp_jax.base import add_step, check_params, check_rule, need_params, step_to
+from sdp_jax.channels import PerChannel, scale_channels
+from sdp_jax.checks import check_whole
+from sdp_jax.groups import Groups
 from sdp_jax.methods.hosted import Score
-from sdp_jax.strength import StrengthLike, check_whole
-from sdp_jax.transforms import add_step, check_params, check_rule, need_params, step_to
+from sdp_jax.strength import StrengthLike
 
 
 class RemoveLowestState(NamedTuple):
@@ -47,7 +43,7 @@ def remove_lowest(
     *,
     every: int = 1,
     accumulate: bool = False,
-    floor: int | jax.Array | Mapping[str, int] = 1,
+    min_channels: int | jax.Array | Mapping[str, int] = 1,
 ) -> optax.GradientTransformationExtraArgs:
     """Sets the channels of lowest score to zero and keeps them there.
 
@@ -67,7 +63,7 @@ def remove_lowest(
         :func:`set_scores` gives from outside.
       every: steps from one removal to the next.
       accumulate: use the mean of the scores over these steps, instead of the last.
-      floor: channels that stay in each dimension; a number, or one for each name.
+      min_channels: channels that stay in each dimension; a number, or one for each name.
 
     Returns:
       A transformation for behind the base optimizer; its ``update`` needs ``params``,
@@ -86,7 +82,7 @@ def remove_lowest(
       >>> from sdp_jax import methods
       >>> params = {"w": jnp.array([[3., 1.], [4., 1.]])}
       >>> groups = sdp_jax.groups_from_axes(
-      ...     params, {"hidden": [sdp_jax.producer("w", 1)]})
+      ...     params, {"hidden": [sdp_jax.Member("w", 1)]})
       >>> host = methods.remove_lowest(
       ...     groups, sdp_jax.target_sparsity(0.5, 0, 1), methods.l2_norm())
       >>> tx = optax.chain(optax.sgd(0.1), host)
@@ -95,7 +91,7 @@ def remove_lowest(
       [[2.9 0. ]
        [3.9 0. ]]
     """
-    rule, floors = check_rule(groups, strength, floor, "plain")
+    rule, floors = check_rule(groups, strength, min_channels)
     check_whole("every", every, low=1)
     if score is not None and not callable(score):
         raise TypeError(
@@ -112,7 +108,7 @@ def remove_lowest(
         check_params(groups, params)
         size = (groups.num_channels,)
         return RemoveLowestState(
-            rule.init(groups.sizes, floors),
+            rule.init(groups, floors),
             jnp.zeros((), jnp.int32),
             PerChannel(jnp.zeros(size, bool)),
             PerChannel(jnp.full(size, 0 if accumulate else jnp.nan, jnp.float32)),
@@ -153,11 +149,11 @@ def remove_lowest(
         def decide() -> tuple[jax.Array, Any, jax.Array]:
             # What is gone comes first, so that it counts towards the target.
             ranked = jnp.where(gone, -1, mean)
-            values = split_channels(ranked, groups.sizes)
+            values = ranked
 
             def advance(_: Any, carry: Any) -> Any:
                 thresholds, inner = rule.update(carry[1], values, floors)
-                flat = join_channels({k: thresholds[k] for k in groups.sizes})
+                flat = {k: thresholds[k] for k in groups.sizes}
                 return flat.astype(ranked.dtype), inner
 
             # The strength counts every update, and decides by the scores of this one.
@@ -172,7 +168,7 @@ def remove_lowest(
             total = jnp.where(count % every == 0, 0, total)
         factor = jnp.where(gone, 0.0, 1.0)
         candidate = add_step(params, updates)
-        point = scale_channels(groups, candidate, split_channels(factor, groups.sizes))
+        point = scale_channels(groups, candidate, factor)
         new_state = RemoveLowestState(
             strength_state, count, PerChannel(gone), PerChannel(total), advanced
         )
@@ -203,7 +199,7 @@ def set_scores(
       >>> from sdp_jax import methods
       >>> params = {"w": jnp.ones((2, 2))}
       >>> groups = sdp_jax.groups_from_axes(
-      ...     params, {"hidden": [sdp_jax.producer("w", 1)]})
+      ...     params, {"hidden": [sdp_jax.Member("w", 1)]})
       >>> tx = methods.remove_lowest(groups, sdp_jax.target_sparsity(0.5, 0, 1))
       >>> state = methods.set_scores(
       ...     tx.init(params), groups, {"hidden": jnp.array([2., 1.])})
@@ -258,4 +254,4 @@ def check_scores(groups: Groups, scores: Mapping[str, Any]) -> jax.Array:
         )
     # Dictionaries that pass through jit come back in another order.
     ordered = {name: jnp.asarray(scores[name]) for name in groups.sizes}
-    return join_channels(ordered).astype(jnp.float32)
+    return ordered.astype(jnp.float32)

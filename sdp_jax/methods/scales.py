@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sdp_jax.groups import Groups, Member, PyTree, leaf_table
+from sdp_jax.groups import Groups, Member
+from sdp_jax.tree import PyTree, leaf_table
 
 # Flax and Haiku; gamma of Keras; weight of PyTorch and Equinox.
 DEFAULT_SCALES = ("scale", "gamma", "weight")

@@ -10,12 +10,12 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-from sdp_jax.groups import PyTree, leaf_dtype, leaf_keys, leaf_table
 from sdp_jax.tracing.atoms import Reason, Solution
 from sdp_jax.tracing.rules import ANALYSE, EVEN, KNOWN, PICKS
 from sdp_jax.tracing.static import separate
 from sdp_jax.tracing.trace import Body, Trace
 from sdp_jax.tracing.values import Value
+from sdp_jax.tree import PyTree, leaf_dtype, leaf_keys, leaf_table
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from sdp_jax.groups import Frozen, Groups, Leaf, PyTree, leaf_table
+from sdp_jax.groups import Frozen, Groups, Leaf
 from sdp_jax.tracing.analyse import Analysis, analyse
 from sdp_jax.tracing.members import find_dimensions
+from sdp_jax.tree import PyTree, leaf_table
 
 # Running statistics by the names that Flax, Haiku and Equinox give them.
 STATE = (

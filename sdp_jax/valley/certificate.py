@@ -31,7 +31,7 @@ class Displacement:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Certificate:
-    """What :func:`sdp_jax.certify` found: numbers, which go to JSON and back.
+    """What :func:`sdp_jax.valley.certify` found: numbers, which go to JSON and back.
 
     Attributes:
       reference: metrics of the reference: ``{"train": …, "test": …}``, each with

@@ -14,8 +14,8 @@ import numpy as np
 import scipy.linalg
 import scipy.sparse.linalg
 
-from sdp_jax.groups import PyTree
-from sdp_jax.transforms import check_inexact
+from sdp_jax.base import check_inexact
+from sdp_jax.tree import PyTree
 from sdp_jax.valley.vectors import ravel, unravel, wide
 
 # Called with what is going on, how much of it is done, and how much there is, if known.
@@ -129,7 +129,7 @@ def curvature_product(
       >>> import jax.numpy as jnp, sdp_jax
       >>> loss = lambda w, x: jnp.mean((x @ w) ** 2) / 2
       >>> data = [jnp.array([[3., 0.]]), jnp.array([[0., 1.], [0., 1.], [0., 1.]])]
-      >>> product = sdp_jax.curvature_product(loss, jnp.zeros(2), data)
+      >>> product = sdp_jax.valley.curvature_product(loss, jnp.zeros(2), data)
       >>> print(product(jnp.ones(2)))  # (9 / 4, 3 / 4)
       [2.25 0.75]
     """
@@ -181,9 +181,9 @@ def top_eigenpairs(
       loss_fn: ``loss_fn(params, batch)``, the mean loss of a batch.
       params: where; real parameters.
       data: batches that can be gone through again, see
-        :func:`sdp_jax.curvature_product`.
+        :func:`sdp_jax.valley.curvature_product`.
       rank: how many pairs.
-      output_fn: for the Gauss–Newton matrix, see :func:`sdp_jax.curvature_product`.
+      output_fn: for the Gauss–Newton matrix, see :func:`sdp_jax.valley.curvature_product`.
       tol: relative accuracy of the eigenvalues that is asked for. In float32 a product
         is accurate to about 1e-6 of the largest.
       seed: of the first vector. Where several eigenvalues are alike, which of their
@@ -197,8 +197,8 @@ def top_eigenpairs(
 
     Raises:
       ValueError: if ``rank`` is not between 1 and the number of parameters, or the
-        curvature is not finite; and as :func:`sdp_jax.curvature_product`.
-      TypeError: as :func:`sdp_jax.curvature_product`.
+        curvature is not finite; and as :func:`sdp_jax.valley.curvature_product`.
+      TypeError: as :func:`sdp_jax.valley.curvature_product`.
       RuntimeError: if the pairs did not converge.
 
     References:
@@ -209,7 +209,7 @@ def top_eigenpairs(
       >>> import jax.numpy as jnp, sdp_jax
       >>> loss = lambda w, scales: jnp.sum(scales * w ** 2) / 2
       >>> data = [jnp.array([4., 1., 9., 2.])]
-      >>> pairs = sdp_jax.top_eigenpairs(loss, jnp.zeros(4), data, rank=2)
+      >>> pairs = sdp_jax.valley.top_eigenpairs(loss, jnp.zeros(4), data, rank=2)
       >>> print(pairs.values.round(3), abs(pairs.vectors).round(3))
       [9. 4.] [[0. 0. 1. 0.]
        [1. 0. 0. 0.]]
@@ -318,8 +318,8 @@ def spectral_density(
       loss_fn: ``loss_fn(params, batch)``, the mean loss of a batch.
       params: where; real parameters.
       data: batches that can be gone through again, see
-        :func:`sdp_jax.curvature_product`.
-      output_fn: for the Gauss–Newton matrix, see :func:`sdp_jax.curvature_product`.
+        :func:`sdp_jax.valley.curvature_product`.
+      output_fn: for the Gauss–Newton matrix, see :func:`sdp_jax.valley.curvature_product`.
       steps: products for each probe; moments up to the power ``2 steps − 1`` are exact
         for that probe.
       probes: number of random vectors.
@@ -331,8 +331,8 @@ def spectral_density(
 
     Raises:
       ValueError: if ``steps`` or ``probes`` is below 1, or the curvature is not finite;
-        and as :func:`sdp_jax.curvature_product`.
-      TypeError: as :func:`sdp_jax.curvature_product`.
+        and as :func:`sdp_jax.valley.curvature_product`.
+      TypeError: as :func:`sdp_jax.valley.curvature_product`.
 
     References:
       Ghorbani, Krishnan, Xiao, "An Investigation into Neural Net Optimization via
@@ -341,7 +341,7 @@ def spectral_density(
     Example:
       >>> import jax.numpy as jnp, sdp_jax
       >>> loss = lambda w, scales: jnp.sum(scales * w ** 2) / 2
-      >>> density = sdp_jax.spectral_density(
+      >>> density = sdp_jax.valley.spectral_density(
       ...     loss, jnp.zeros(4), [jnp.array([4., 1., 9., 2.])], steps=4)
       >>> print(density.nodes.round(3))
       [[1. 2. 4. 9.]]

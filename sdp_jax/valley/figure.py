@@ -12,7 +12,7 @@ def draw(certificate: Any, path: str | os.PathLike[str] | None = None) -> Any:
     """Draws the loss along the paths, training curves and spectrum.
 
     Args:
-      certificate: a :class:`sdp_jax.Certificate`.
+      certificate: a :class:`sdp_jax.valley.Certificate`.
       path: file to write.
 
     Returns:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from sdp_jax.groups import PyTree
+from sdp_jax.tree import PyTree
 from sdp_jax.valley.curvature import LossFn, Progress
 from sdp_jax.valley.vectors import wide
 

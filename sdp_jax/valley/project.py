@@ -9,22 +9,20 @@ import jax.core
 import jax.numpy as jnp
 import optax
 
-from sdp_jax.groups import (
-    Groups,
-    Norm,
-    PyTree,
-)
-from sdp_jax.strength import StrengthLike, check_number
-from sdp_jax.transforms import (
+from sdp_jax.base import (
     add_step,
     check_inexact,
     check_params,
     check_rule,
-    emit,
     need_params,
-    proximal_point,
     wide_copy,
 )
+from sdp_jax.channels import Weighting
+from sdp_jax.checks import check_number
+from sdp_jax.groups import Groups
+from sdp_jax.strength import StrengthLike
+from sdp_jax.transforms import emit, proximal_point
+from sdp_jax.tree import PyTree
 from sdp_jax.valley.sketch import ESTIMATORS, Estimator, track
 from sdp_jax.valley.vectors import fit_basis, inner, orthonormal, sharp_part
 
@@ -61,8 +59,8 @@ def project_onto_valley(
     every: int = 1,
     basis: PyTree | None = None,
     storage_dtype: Any = None,
-    floor: int | jax.Array | Mapping[str, int] = 1,
-    norm: Norm | Mapping[str, float] = "plain",
+    min_channels: int | jax.Array | Mapping[str, int] = 1,
+    weights: Weighting | Mapping[str, float] = "plain",
     candidates: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Keeps only the valley part of each increment of shrinkage (experimental).
@@ -75,11 +73,11 @@ def project_onto_valley(
     adds ``Uᵀ U Δ(g z)`` to the dual variable, for good. Along ``U`` the parameters then
     move as ``base`` moves them, and only across it, in the valley, do they shrink. With
     fixed directions the sum of the corrections is ``Uᵀ U g z``, a step of the fixed
-    point iteration for the exact point of :func:`sdp_jax.sdp`.
+    point iteration for the exact point of :func:`sdp_jax.valley.sdp`.
 
     ``U`` is given once (``basis``), given now and then (``estimator=None`` and
-    :func:`sdp_jax.set_basis`, for example with the directions of
-    :func:`sdp_jax.top_eigenpairs`), or estimated from the stream of incoming steps. A
+    :func:`sdp_jax.valley.set_basis`, for example with the directions of
+    :func:`sdp_jax.valley.top_eigenpairs`), or estimated from the stream of incoming steps. A
     step that is zero or not finite leaves the estimate unchanged, and nothing is
     corrected at it. What rounding, low
     precision or a cut have done to the orthogonality of ``U`` is taken into account at
@@ -105,7 +103,7 @@ def project_onto_valley(
         the parameters with one more leading axis.
       storage_dtype: dtype in which ``U`` is kept, for example ``jnp.bfloat16``;
         default: that of the dual variable, at least float32.
-      floor: as for :func:`sdp_jax.group_soft_threshold`.
+      min_channels: as for :func:`sdp_jax.group_soft_threshold`.
       norm: as for :func:`sdp_jax.group_soft_threshold`.
       candidates: take and emit candidates, see :mod:`sdp_jax.transforms`.
 
@@ -128,17 +126,17 @@ def project_onto_valley(
       >>> import jax.numpy as jnp, optax, sdp_jax
       >>> params = {"w": jnp.array([[3., 1.], [4., 1.]])}
       >>> groups = sdp_jax.groups_from_axes(
-      ...     params, {"hidden": [sdp_jax.producer("w", 1)]})
+      ...     params, {"hidden": [sdp_jax.Member("w", 1)]})
       >>> sharp = {"w": jnp.array([[[1., 0.], [0., 0.]]])}  # The first entry.
       >>> tx = optax.chain(
-      ...     sdp_jax.project_onto_valley(groups, 2.5, basis=sharp),
+      ...     sdp_jax.valley.project_onto_valley(groups, 2.5, basis=sharp),
       ...     sdp_jax.group_soft_threshold(groups, 2.5))
       >>> updates, _ = tx.update({"w": jnp.zeros((2, 2))}, tx.init(params), params)
       >>> w = optax.apply_updates(params, updates)["w"]
       >>> [f"{x:.1f}" for x in w[:, 0]]  # Less is taken from the first: not 3 → 1.5.
       ['2.6', '2.3']
     """
-    rule, floors = check_rule(groups, strength, floor, norm)
+    rule, floors = check_rule(groups, strength, min_channels, weights)
     for name, value in (("rank", rank), ("every", every)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be an integer of at least 1; got {value!r}")
@@ -184,7 +182,7 @@ def project_onto_valley(
                 lambda u, v: jnp.array(u, v.dtype, copy=True), fitted, dual
             )
         return ProjectOntoValleyState(
-            rule.init(groups.sizes, floors),
+            rule.init(groups, floors),
             dual,
             jax.tree.map(jnp.zeros_like, dual),
             jax.tree.map(jnp.zeros_like, dual),
@@ -248,7 +246,7 @@ def set_basis(opt_state: chex.ArrayTree, basis: PyTree) -> Any:
     """Gives :func:`project_onto_valley` new sharp directions.
 
     For a chain with ``estimator=None``, whose directions come from outside: now and
-    then during training, with those of :func:`sdp_jax.top_eigenpairs` for example.
+    then during training, with those of :func:`sdp_jax.valley.top_eigenpairs` for example.
 
     Args:
       opt_state: the optimizer state, or any tree that contains it.
@@ -266,11 +264,11 @@ def set_basis(opt_state: chex.ArrayTree, basis: PyTree) -> Any:
       >>> import jax.numpy as jnp, sdp_jax
       >>> params = {"w": jnp.ones((2, 2))}
       >>> groups = sdp_jax.groups_from_axes(
-      ...     params, {"hidden": [sdp_jax.producer("w", 1)]})
+      ...     params, {"hidden": [sdp_jax.Member("w", 1)]})
       >>> tx = sdp_jax.altsdp(0.1, groups, strength=0.1,
       ...                     valley={"estimator": None, "rank": 1})
       >>> state = tx.init(params)
-      >>> state = sdp_jax.set_basis(state, {"w": jnp.ones((1, 2, 2))})
+      >>> state = sdp_jax.valley.set_basis(state, {"w": jnp.ones((1, 2, 2))})
       >>> print(state[-2].basis["w"])
       [[[0.5 0.5]
         [0.5 0.5]]]

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sdp_jax.groups import PyTree
+from sdp_jax.tree import PyTree
 from sdp_jax.valley.curvature import check_data, examples
 
 # As many updates as leave nothing of where an average began, at any momentum.
@@ -33,7 +33,7 @@ def reestimate_statistics(
         leaves that are not floating-point come back as they are. Signed integers count
         updates, and are taken to have counted many.
       data: batches that can be gone through again, see
-        :func:`sdp_jax.curvature_product`; each counts by its number of examples.
+        :func:`sdp_jax.valley.curvature_product`; each counts by its number of examples.
 
     Returns:
       The statistics.
@@ -48,7 +48,7 @@ def reestimate_statistics(
       >>> def update(params, mean, batch):
       ...     return 0.99 * mean + 0.01 * batch.mean(0)
       >>> batches = [jnp.array([1., 2.]), jnp.array([3., 4.])]
-      >>> mean = sdp_jax.reestimate_statistics(update, {}, jnp.zeros(()), batches)
+      >>> mean = sdp_jax.valley.reestimate_statistics(update, {}, jnp.zeros(()), batches)
       >>> print(f"{mean:.3f}")
       2.500
     """

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from sdp_jax.groups import PyTree, leaf_table
+from sdp_jax.tree import PyTree, leaf_table
 
 HIGHEST = jax.lax.Precision.HIGHEST
 

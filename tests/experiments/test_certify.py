@@ -26,7 +26,7 @@ def test_certifies_a_run_and_trains_its_twin(tmp_path, capsys):
     assert found.sparsity == pytest.approx(0.3, abs=0.05)
     assert found.same_seed
     assert len(found.histories["SGD"]) == len(found.histories["altsdp"]) == 2
-    kept = sdp_jax.Certificate.from_json((path / "certificate.json").read_text())
+    kept = sdp_jax.valley.Certificate.from_json((path / "certificate.json").read_text())
     assert kept.summary() == found.summary()
     assert (path / "certificate.png").stat().st_size > 10_000
     assert found.verdict in capsys.readouterr().out

@@ -84,7 +84,7 @@ def test_the_notebook_runs(notebook, kernel, tmp_path, monkeypatch):
     assert re.search(r"^conv0 +8 +\d", table, re.MULTILINE) and "FLOPs" in table
 
     text = (out / "certificate.json").read_text()
-    certificate = sdp_jax.Certificate.from_json(text)
+    certificate = sdp_jax.valley.Certificate.from_json(text)
     assert certificate.same_seed and certificate.sparsity == pytest.approx(0.75)
     # The ends of the path are the two runs.
     for found, expected in (

@@ -83,7 +83,7 @@ def test_a_sketch_is_part_of_the_state(tmp_path):
 
 def test_directions_are_refreshed_as_often_as_asked_for(tmp_path, monkeypatch):
     found = []
-    top_eigenpairs = sdp_jax.top_eigenpairs
+    top_eigenpairs = sdp_jax.valley.top_eigenpairs
 
     def counted(*args, **keywords):
         found.append(top_eigenpairs(*args, **keywords))

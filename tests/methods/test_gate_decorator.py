@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import sdp_jax
 from sdp_jax import methods
 from sdp_jax.methods import decay_pruning, hosted
-from sdp_jax.methods.gate_decorator import (
+from sdp_jax.methods._gate_decorator import (
     TickTockState,
     apply_gates,
     decorate,

@@ -8,7 +8,7 @@ import pytest
 
 import sdp_jax
 from sdp_jax import methods
-from sdp_jax.groups import channels_alive, join_channels
+from sdp_jax.channels import channels_alive
 from tests import toy
 
 WIDTHS = (3, 5, 4, 2)

@@ -10,8 +10,8 @@ import pytest
 
 import sdp_jax
 from sdp_jax import methods
-from sdp_jax.groups import channels_alive, join_channels
-from sdp_jax.methods.hspg import penalty_lengths
+from sdp_jax.channels import channels_alive
+from sdp_jax.methods._hspg import penalty_lengths
 from tests import toy
 
 WIDTHS = (3, 5, 4, 2)

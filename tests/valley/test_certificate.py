@@ -13,21 +13,21 @@ def certificate(gap=0.01, line=0.02, curve=0.0, **changed):
 
     def path(barrier):
         loss = np.asarray([0.1, 0.1 + gap / 2 + barrier, 0.1 + gap])
-        return sdp_jax.PathLoss(places, {"loss": loss}, {})
+        return sdp_jax.valley.PathLoss(places, {"loss": loss}, {})
 
-    found = sdp_jax.Certificate(
+    found = sdp_jax.valley.Certificate(
         reference={"train": {"loss": 0.1}, "test": {"loss": 0.2, "accuracy": 0.9}},
         pruned={"train": {"loss": 0.1 + gap}, "test": {"loss": 0.3, "accuracy": 0.8}},
         sparsity=0.25,
         line=path(line),
         curve=path(curve),
         displacements={
-            "pruned": sdp_jax.Displacement(2.0, 0.01, 1e-4, {"loss": 0.1 + gap}),
-            "random": sdp_jax.Displacement(2.0, 0.05, 1e-2, {"loss": 1.5}),
+            "pruned": sdp_jax.valley.Displacement(2.0, 0.01, 1e-4, {"loss": 0.1 + gap}),
+            "random": sdp_jax.valley.Displacement(2.0, 0.05, 1e-2, {"loss": 1.5}),
         },
         eigenvalues=np.asarray([5.0, 2.0]),
         eigenvalue_errors=np.asarray([0.1, 0.2]),
-        density=sdp_jax.SpectralDensity(np.ones((1, 2)), np.full((1, 2), 0.5), 9),
+        density=sdp_jax.valley.SpectralDensity(np.ones((1, 2)), np.full((1, 2), 0.5), 9),
         tolerance=0.05,
         same_seed=True,
         histories={"SGD": [1.0, 0.1], "AltSDP": [1.0, 0.2]},
@@ -56,7 +56,7 @@ def test_verdicts(gap, line, curve, in_valley, connected, verdict):
 
 
 def test_a_loss_that_is_no_number_is_a_wall():
-    broken = sdp_jax.PathLoss(
+    broken = sdp_jax.valley.PathLoss(
         np.linspace(0, 1, 3), {"loss": np.asarray([0, np.nan, 0])}, {}
     )
     found = certificate()
@@ -76,7 +76,7 @@ def test_summary_has_every_number():
 
 def test_json_and_back():
     for found in (certificate(), certificate(density=None, sparsity=None)):
-        again = sdp_jax.Certificate.from_json(found.to_json())
+        again = sdp_jax.valley.Certificate.from_json(found.to_json())
         assert again.summary() == found.summary()
         assert again.to_json() == found.to_json()
         assert isinstance(again.eigenvalues, np.ndarray)
@@ -85,4 +85,4 @@ def test_json_and_back():
 @pytest.mark.parametrize("text", ["", "{}", "[1]", '{"verdict": 1, "in_valley": 2}'])
 def test_what_is_no_certificate_is_refused(text):
     with pytest.raises(ValueError, match="not a certificate in JSON"):
-        sdp_jax.Certificate.from_json(text)
+        sdp_jax.valley.Certificate.from_json(text)

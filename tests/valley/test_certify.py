@@ -43,7 +43,7 @@ def test_numbers_of_a_quadratic(x64):
     sharp, flat = basis[:, 0], basis[:, 5]
     move = 0.3 * sharp + 0.4 * flat
     params = {"w": reference["w"] + jnp.asarray(move.reshape(-1, 3))}
-    found = sdp_jax.certify(
+    found = sdp_jax.valley.certify(
         loss,
         reference,
         params,
@@ -79,7 +79,7 @@ def test_numbers_of_a_quadratic(x64):
 def test_a_move_along_the_valley_is_in_it(x64):
     loss, reference, data, basis, _ = quadratic_problem()
     params = {"w": reference["w"] + jnp.asarray(basis[:, 5].reshape(-1, 3))}
-    found = sdp_jax.certify(loss, reference, params, data, **FAST)
+    found = sdp_jax.valley.certify(loss, reference, params, data, **FAST)
     assert found.in_valley and found.connected
     assert found.displacements["pruned"].sharp_share < 1e-8
     assert found.verdict.startswith("In the valley")
@@ -92,12 +92,12 @@ def test_a_wall_on_the_straight_way_is_seen():
 
     first, last = {"w": jnp.asarray([1.0, 0.0])}, {"w": jnp.asarray([0.0, 1.0])}
     data = [jnp.zeros(3)]
-    found = sdp_jax.certify(ring, first, last, data, rank=1, curve_steps=1500)
+    found = sdp_jax.valley.certify(ring, first, last, data, rank=1, curve_steps=1500)
     assert found.line.barrier > 0.2
     assert found.connected and not found.in_valley
     assert "a curve leads around" in found.verdict
     opposite = {"w": jnp.asarray([-1.0, 0.0])}
-    found = sdp_jax.certify(
+    found = sdp_jax.valley.certify(
         ring, first, opposite, data, rank=1, curve_steps=0, same_seed=False
     )
     assert not found.connected
@@ -132,7 +132,7 @@ def test_on_a_network(trained):
     task = make_task(runs["sgd"], dataset, examples=500, curvature_examples=200)
     groups = runs["sgd"].groups.at("params")
     reference = runs["sgd"].state.params
-    pairs = sdp_jax.top_eigenpairs(task.loss_fn, reference, task.curvature, 5)
+    pairs = sdp_jax.valley.top_eigenpairs(task.loss_fn, reference, task.curvature, 5)
     keywords = dict(
         eigenpairs=pairs,
         groups=groups,
@@ -143,7 +143,7 @@ def test_on_a_network(trained):
         **task.keywords,
     )
     good, other = (
-        sdp_jax.certify(
+        sdp_jax.valley.certify(
             task.loss_fn,
             reference,
             runs[name].state.params,
@@ -159,8 +159,8 @@ def test_on_a_network(trained):
     assert not other.in_valley and other.line.barrier > 0.3
     assert other.sparsity == 0 and "magnitude" not in other.displacements
     # So is pruning far past the limit.
-    far = sdp_jax.sdp(reference, groups, None, pairs.vectors, sparsity=0.9).params
-    bad = sdp_jax.certify(task.loss_fn, reference, far, task.training, **keywords)
+    far = sdp_jax.valley.sdp(reference, groups, None, pairs.vectors, sparsity=0.9).params
+    bad = sdp_jax.valley.certify(task.loss_fn, reference, far, task.training, **keywords)
     assert not bad.in_valley and bad.gap > 0.5
     assert set(good.displacements) == {"pruned", "random", "magnitude"}
     assert good.reference["train"]["accuracy"] > 0.99
@@ -218,7 +218,7 @@ def test_batch_normalisation_gets_its_statistics_anew():
     scaled = dict(reference)
     scaled["Dense_0"] = jax.tree.map(lambda p: 7 * p, reference["Dense_0"])
     keywords = dict(scale=math.log(3), **FAST)
-    found = sdp_jax.certify(
+    found = sdp_jax.valley.certify(
         loss,
         reference,
         scaled,
@@ -229,7 +229,7 @@ def test_batch_normalisation_gets_its_statistics_anew():
         **keywords,
     )
     assert abs(found.gap) < 1e-3 and found.in_valley
-    old = sdp_jax.certify(
+    old = sdp_jax.valley.certify(
         loss,
         reference,
         scaled,
@@ -244,7 +244,7 @@ def test_parameters_in_bf16():
     params = toy.mlp_params(dtype=jnp.bfloat16)
     small = jax.tree.map(lambda p: 0.9 * p, params)
     data = [toy.batch(dtype=jnp.bfloat16)]
-    found = sdp_jax.certify(toy.loss, params, small, data, scale=1.0, **FAST)
+    found = sdp_jax.valley.certify(toy.loss, params, small, data, scale=1.0, **FAST)
     assert math.isfinite(found.gap)
 
 
@@ -252,7 +252,7 @@ def test_density_and_progress_are_there_if_asked_for(x64):
     loss, reference, data, basis, _ = quadratic_problem()
     params = {"w": reference["w"] + jnp.asarray(basis[:, 5].reshape(-1, 3))}
     seen = set()
-    found = sdp_jax.certify(
+    found = sdp_jax.valley.certify(
         loss,
         reference,
         params,
@@ -267,6 +267,6 @@ def test_density_and_progress_are_there_if_asked_for(x64):
 
 def test_an_unpruned_copy_is_in_the_valley(x64):
     loss, reference, data, *_ = quadratic_problem()
-    found = sdp_jax.certify(loss, reference, reference, data, **FAST)
+    found = sdp_jax.valley.certify(loss, reference, reference, data, **FAST)
     assert found.in_valley and found.gap == 0
     assert found.displacements["pruned"].length == 0

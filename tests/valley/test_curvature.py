@@ -47,7 +47,7 @@ def rows(basis):
 def test_products_are_those_of_the_dense_hessian(x64):
     params = toy.mlp_params(dtype=jnp.float64)
     batches = in_double()
-    product = sdp_jax.curvature_product(smooth_loss, params, batches)
+    product = sdp_jax.valley.curvature_product(smooth_loss, params, batches)
     H = dense_hessian(params, batches)
     vector = toy.mlp_grads(params)
     np.testing.assert_allclose(
@@ -62,7 +62,7 @@ def test_gauss_newton_products_are_those_of_the_dense_matrix(x64):
     def loss_of(outputs, batch):
         return jnp.mean((outputs - batch[1]) ** 2)
 
-    product = sdp_jax.curvature_product(
+    product = sdp_jax.valley.curvature_product(
         loss_of, params, [batch], output_fn=lambda p, b: smooth_apply(p, b[0])
     )
     flat, back = ravel_pytree(params)
@@ -78,7 +78,7 @@ def test_eigenpairs_are_those_of_the_dense_hessian(x64):
     params = toy.mlp_params(dtype=jnp.float64)
     batches = in_double()
     seen = []
-    pairs = sdp_jax.top_eigenpairs(
+    pairs = sdp_jax.valley.top_eigenpairs(
         smooth_loss,
         params,
         batches,
@@ -109,7 +109,7 @@ def test_eigenpairs_of_a_known_spectrum(size, x64):
     def loss(w, scale):
         return scale * w @ H @ w / 2
 
-    pairs = sdp_jax.top_eigenpairs(loss, jnp.zeros(size), data, 3, tol=1e-10)
+    pairs = sdp_jax.valley.top_eigenpairs(loss, jnp.zeros(size), data, 3, tol=1e-10)
     np.testing.assert_allclose(pairs.values, [9.0, 4.0, 3.9], rtol=1e-6)
     cosines = np.abs(np.sum(np.asarray(pairs.vectors) * basis[:, :3].T, axis=1))
     np.testing.assert_allclose(cosines, 1, atol=1e-6)
@@ -120,7 +120,7 @@ def test_error_estimates_hold_at_coarse_tolerances(x64):
     spectrum = np.sort(rng.gamma(0.5, size=400))[::-1]
     basis = np.linalg.qr(rng.normal(size=(400, 400)))[0]
     H = jnp.asarray((basis * spectrum) @ basis.T)
-    pairs = sdp_jax.top_eigenpairs(
+    pairs = sdp_jax.valley.top_eigenpairs(
         lambda w, _: w @ H @ w / 2, jnp.zeros(400), [jnp.ones(1)], 8, tol=0.05
     )
     assert pairs.errors.max() > 1e-6  # There is something to estimate.
@@ -141,8 +141,8 @@ def test_error_estimates_hold_at_coarse_tolerances(x64):
 def test_half_precision_parameters_are_taken_in_float32():
     params = toy.mlp_params(dtype=jnp.bfloat16)
     wide = jax.tree.map(lambda p: p.astype(jnp.float32), params)
-    found = sdp_jax.top_eigenpairs(smooth_loss, params, BATCHES, 2)
-    want = sdp_jax.top_eigenpairs(smooth_loss, wide, BATCHES, 2)
+    found = sdp_jax.valley.top_eigenpairs(smooth_loss, params, BATCHES, 2)
+    want = sdp_jax.valley.top_eigenpairs(smooth_loss, wide, BATCHES, 2)
     np.testing.assert_allclose(found.values, want.values, rtol=1e-6)
     assert found.vectors["layer0"]["kernel"].dtype == jnp.float32
 
@@ -153,8 +153,8 @@ def test_a_loader_that_can_be_gone_through_again_will_do(x64):
             return iter(in_double())
 
     params = toy.mlp_params(dtype=jnp.float64)
-    found = sdp_jax.top_eigenpairs(smooth_loss, params, Loader(), 1)
-    want = sdp_jax.top_eigenpairs(smooth_loss, params, in_double(), 1)
+    found = sdp_jax.valley.top_eigenpairs(smooth_loss, params, Loader(), 1)
+    want = sdp_jax.valley.top_eigenpairs(smooth_loss, params, in_double(), 1)
     np.testing.assert_allclose(found.values, want.values, rtol=1e-10)
 
 
@@ -166,10 +166,10 @@ def test_density_of_all_eigenvalues(x64):
     H = dense_hessian(params, batches)
     values = np.linalg.eigvalsh(H)
     # As many steps as parameters: the nodes are the eigenvalues.
-    whole = sdp_jax.spectral_density(smooth_loss, params, batches, steps=len(H))
+    whole = sdp_jax.valley.spectral_density(smooth_loss, params, batches, steps=len(H))
     spread = np.abs(whole.nodes[0][:, None] - values).min(axis=1)
     np.testing.assert_allclose(spread, 0, atol=1e-7 * values.max())
-    few = sdp_jax.spectral_density(smooth_loss, params, batches, steps=4, probes=60)
+    few = sdp_jax.valley.spectral_density(smooth_loss, params, batches, steps=4, probes=60)
     for power in (1, 2, 3):
         mean, error = few.moment(power)
         assert abs(mean - (values**power).mean()) < 4 * error
@@ -184,7 +184,7 @@ def test_density_of_all_eigenvalues(x64):
 def test_density_stops_where_the_krylov_space_ends(x64):
     # Two distinct eigenvalues: two steps see all there is.
     scales = jnp.asarray([2.0] * 5 + [0.0] * 15)
-    density = sdp_jax.spectral_density(
+    density = sdp_jax.valley.spectral_density(
         lambda w, s: jnp.sum(s * w**2) / 2, jnp.zeros(20), [scales], steps=10
     )
     used = density.weights[0] > 0
@@ -195,7 +195,7 @@ def test_density_stops_where_the_krylov_space_ends(x64):
 def test_what_does_not_converge_says_so(x64):
     spectrum = jnp.linspace(0.999, 1, 500)
     with pytest.raises(RuntimeError, match=r"converged in \d+ products; give a larger"):
-        sdp_jax.top_eigenpairs(
+        sdp_jax.valley.top_eigenpairs(
             lambda w, _: jnp.sum(spectrum * w**2) / 2,
             jnp.zeros(500),
             [jnp.ones(1)],
@@ -216,7 +216,7 @@ def test_products_grow_linearly_with_data_and_rank():
     params = toy.mlp_params()
     for batches in (1, 3):
         calls.clear()
-        product = sdp_jax.curvature_product(counted, params, BATCHES[:1] * batches)
+        product = sdp_jax.valley.curvature_product(counted, params, BATCHES[:1] * batches)
         for _ in range(2):
             product(params)
         jax.effects_barrier()
@@ -224,7 +224,7 @@ def test_products_grow_linearly_with_data_and_rank():
     # For each pair a few products: twice the rank about twice as many.
     spectrum = jnp.geomspace(1.0, 1e-4, 2000)
     counts = [
-        sdp_jax.top_eigenpairs(
+        sdp_jax.valley.top_eigenpairs(
             lambda w, _: jnp.sum(spectrum * w**2) / 2,
             jnp.zeros(2000),
             [jnp.ones(1)],
@@ -280,11 +280,11 @@ def _compare_precisions(split, widths=(20, 10), steps=100):
     for _ in range(steps):
         for batch in batches(jnp.float32):
             params = step(params, batch)
-    found = sdp_jax.top_eigenpairs(loss, params, batches(jnp.float32), 5, tol=1e-3)
+    found = sdp_jax.valley.top_eigenpairs(loss, params, batches(jnp.float32), 5, tol=1e-3)
     with jax.enable_x64(True):
         model = models.Dnn(widths=widths)
         wide = jax.tree.map(lambda p: jnp.asarray(p, jnp.float64), params)
-        want = sdp_jax.top_eigenpairs(loss, wide, batches(jnp.float64), 5, tol=1e-9)
+        want = sdp_jax.valley.top_eigenpairs(loss, wide, batches(jnp.float64), 5, tol=1e-9)
     assert (
         np.abs(found.values - want.values) <= found.errors + 1e-5 * want.values
     ).all()

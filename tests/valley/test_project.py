@@ -156,7 +156,7 @@ def test_trains_in_every_precision_with_exact_zeros(estimator, dtype):
 
 def test_takes_in_only_each_nth_step():
     params = toy.mlp_params()
-    tx = sdp_jax.project_onto_valley(toy.mlp_groups(params), 0.1, rank=2, every=3)
+    tx = sdp_jax.valley.project_onto_valley(toy.mlp_groups(params), 0.1, rank=2, every=3)
     state, changed = tx.init(params), []
     update = jax.jit(lambda u, s: tx.update(u, s, params))
     for i in range(7):
@@ -193,7 +193,7 @@ def test_set_basis_reaches_into_any_state():
     )
     basis = random_basis(params, 2)
     twice = jax.tree.map(lambda u: 2 * u, basis)
-    changed = sdp_jax.set_basis({"opt": state}, twice)["opt"]
+    changed = sdp_jax.valley.set_basis({"opt": state}, twice)["opt"]
     chex.assert_trees_all_equal_shapes_and_dtypes(changed, state)
     found = changed.inner_state[1][-2].basis
     chex.assert_trees_all_close(found, basis, atol=1e-5)
@@ -201,7 +201,7 @@ def test_set_basis_reaches_into_any_state():
     chex.assert_tree_all_finite(updates)
     assert not np.asarray(state.inner_state[1][-2].energy).any()
     np.testing.assert_array_equal(changed.inner_state[1][-2].energy, [1, 1])
-    traced = jax.jit(sdp_jax.set_basis)(state, twice)
+    traced = jax.jit(sdp_jax.valley.set_basis)(state, twice)
     chex.assert_trees_all_close(traced, changed, atol=1e-6)
 
 
@@ -245,7 +245,7 @@ def test_directions_are_sharded_like_the_parameters():
         0.1, groups, strength=0.1, valley={"rank": 2, "estimator": None}
     )
     state = tx.init(params)
-    state = sdp_jax.set_basis(
+    state = sdp_jax.valley.set_basis(
         state,
         {"w": np.random.default_rng(0).normal(size=(2, 4, 16)).astype(np.float32)},
     )
@@ -265,13 +265,13 @@ def test_set_basis_refuses_what_does_not_fit():
     )
     state = tx.init(params)
     with pytest.raises(ValueError, match="no state of project_onto_valley"):
-        sdp_jax.set_basis(optax.sgd(0.1).init(params), basis)
+        sdp_jax.valley.set_basis(optax.sgd(0.1).init(params), basis)
     with pytest.raises(ValueError, match="3 directions, but the state was made for 2"):
-        sdp_jax.set_basis(state, random_basis(params, 3))
+        sdp_jax.valley.set_basis(state, random_basis(params, 3))
     with pytest.raises(ValueError, match="leaves of the parameters"):
-        sdp_jax.set_basis(state, {"w": jnp.ones((2, 3))})
+        sdp_jax.valley.set_basis(state, {"w": jnp.ones((2, 3))})
     with pytest.raises(ValueError, match="not finite"):
-        sdp_jax.set_basis(state, jax.tree.map(lambda u: u * jnp.nan, basis))
+        sdp_jax.valley.set_basis(state, jax.tree.map(lambda u: u * jnp.nan, basis))
 
 
 def test_valley_estimate_finds_the_directions_of_the_stream(x64):
@@ -279,7 +279,7 @@ def test_valley_estimate_finds_the_directions_of_the_stream(x64):
     basis, _ = np.linalg.qr(rng.normal(size=(12, 2)))
     params = {"w": jnp.zeros((3, 4))}
     groups = sdp_jax.groups_from_axes(params, {"d": [sdp_jax.producer("w", 1)]})
-    tx = sdp_jax.project_onto_valley(groups, 0.1, rank=3, decay=0.9)
+    tx = sdp_jax.valley.project_onto_valley(groups, 0.1, rank=3, decay=0.9)
     state = tx.init(params)
     update = jax.jit(tx.update)
     for _ in range(30):
@@ -306,7 +306,7 @@ def test_valley_energy_is_the_decayed_count_of_steps(decay, x64):
     # Every step counts as a unit vector, the earlier ones for decay, decay², ...
     params = {"w": jnp.zeros((3, 4))}
     groups = sdp_jax.groups_from_axes(params, {"d": [sdp_jax.producer("w", 1)]})
-    tx = sdp_jax.project_onto_valley(groups, 0.0, rank=2, decay=decay)
+    tx = sdp_jax.valley.project_onto_valley(groups, 0.0, rank=2, decay=decay)
     state = tx.init(params)
     direction = np.random.default_rng(0).normal(size=(3, 4))
     for n in range(8):
@@ -321,7 +321,7 @@ def test_valley_basis_stays_orthonormal_in_float32():
     rng = np.random.default_rng(0)
     params = {"w": jnp.zeros((8, 16))}
     groups = sdp_jax.groups_from_axes(params, {"d": [sdp_jax.producer("w", 1)]})
-    tx = sdp_jax.project_onto_valley(groups, 0.01, rank=4, decay=0.99)
+    tx = sdp_jax.valley.project_onto_valley(groups, 0.01, rank=4, decay=0.99)
 
     @jax.jit
     def update(step, state):

@@ -36,7 +36,7 @@ def toy_problem(rank, seed=0, dtype=jnp.float64):
 @pytest.mark.parametrize("rank,size", [(10, 5), (40, 5), (10, 1), (1, 20)])
 def test_exact_point_is_that_of_admm(rank, size, strength, x64):
     params, groups, directions, basis, minimizer = flat_problem(rank, size)
-    found = sdp_jax.sdp(params, groups, strength, directions, floor=0)
+    found = sdp_jax.valley.sdp(params, groups, strength, directions, floor=0)
     want = exact_sdp(minimizer, basis, strength, size, steps=8000)
     w = np.asarray(found.params["w"])
     np.testing.assert_allclose(w.reshape(-1), want, atol=1e-9)
@@ -58,7 +58,7 @@ def test_optimality_conditions_hold(rank, strength, seed, norm):
     # w* + Uᵀ y − w = λ k_g w_g / ‖w_g‖ where alive, at most that where dead, 0 outside.
     with jax.enable_x64(True):
         params, groups, basis = toy_problem(rank, seed)
-        found = sdp_jax.sdp(params, groups, strength, basis, norm=norm, floor=0)
+        found = sdp_jax.valley.sdp(params, groups, strength, basis, norm=norm, floor=0)
         w, start = ravel(found.params), ravel(params)
         U = np.concatenate(
             [np.asarray(u).reshape(rank, -1) for u in jax.tree.leaves(basis)], axis=1
@@ -101,17 +101,17 @@ def test_first_order_is_its_closed_form(x64):
     units = w / np.linalg.norm(w, axis=1, keepdims=True)
     flat = units.ravel() - basis @ (basis.T @ units.ravel())
     scores = np.sum(units * flat.reshape(-1, 5), axis=1)
-    found = sdp_jax.directional_scores(params, groups, directions)["all"]
+    found = sdp_jax.valley.directional_scores(params, groups, directions)["all"]
     np.testing.assert_allclose(found, scores, rtol=1e-10)
     # Their sum is ‖P₀ ŵ‖².
     np.testing.assert_allclose(found.sum(), flat @ flat, rtol=1e-10)
-    result = sdp_jax.sdp(params, groups, 2.0, directions, method="first_order", floor=0)
+    result = sdp_jax.valley.sdp(params, groups, 2.0, directions, method="first_order", floor=0)
     factor = np.maximum(0, 1 - 2.0 * scores / np.linalg.norm(w, axis=1))
     np.testing.assert_allclose(result.params["w"], factor[:, None] * w, atol=1e-12)
     # A weight of 2 pushes twice as hard.
-    double = sdp_jax.directional_scores(params, groups, directions, norm={"all": 2.0})
+    double = sdp_jax.valley.directional_scores(params, groups, directions, norm={"all": 2.0})
     np.testing.assert_allclose(double["all"], 2 * scores, rtol=1e-10)
-    importance = sdp_jax.directional_importance(params, groups, directions)["all"]
+    importance = sdp_jax.valley.directional_importance(params, groups, directions)["all"]
     np.testing.assert_allclose(importance, np.linalg.norm(w, axis=1) / scores)
     dead = np.abs(np.asarray(result.params["w"])).max(axis=1) == 0
     np.testing.assert_array_equal(dead, importance <= 2.0)
@@ -120,8 +120,8 @@ def test_first_order_is_its_closed_form(x64):
 def test_groups_of_one_entry_are_directional_pruning(x64):
     # Chao et al.: argmin ½(w − w*)² + λ s |w|, by brute force, where s > 0.
     params, groups, directions, *_ = flat_problem(40, 1)
-    scores = sdp_jax.directional_scores(params, groups, directions)["all"]
-    found = sdp_jax.sdp(params, groups, 0.7, directions, method="first_order", floor=0)
+    scores = sdp_jax.valley.directional_scores(params, groups, directions)["all"]
+    found = sdp_jax.valley.sdp(params, groups, 0.7, directions, method="first_order", floor=0)
     for w, s, got in zip(
         params["w"][:, 0], scores, found.params["w"][:, 0], strict=True
     ):
@@ -139,7 +139,7 @@ def test_first_order_and_exact_agree_to_second_order(size, x64):
     gaps = []
     for strength in (0.02, 0.01, 0.005):
         a, b = (
-            sdp_jax.sdp(params, groups, strength, directions, method=method).params["w"]
+            sdp_jax.valley.sdp(params, groups, strength, directions, method=method).params["w"]
             for method in ("exact", "first_order")
         )
         # The norms of groups; with one entry that is all there is.
@@ -153,10 +153,10 @@ def test_first_order_and_exact_agree_to_second_order(size, x64):
 def test_loss_stays_where_it_was(x64):
     hessian, *_ = quadratic(40, 0)
     params, groups, directions, _, minimizer = flat_problem(40, 5)
-    found = sdp_jax.sdp(params, groups, 10.0, directions)
+    found = sdp_jax.valley.sdp(params, groups, 10.0, directions)
     assert found.sparsity > 0.1
     away = np.asarray(found.params["w"]).ravel() - minimizer
-    straw = sdp_jax.sdp(params, groups, 10.0, directions, method="first_order")
+    straw = sdp_jax.valley.sdp(params, groups, 10.0, directions, method="first_order")
     off = np.asarray(straw.params["w"]).ravel() - minimizer
     assert away @ hessian @ away < 1e-15 * (off @ hessian @ off)
 
@@ -165,14 +165,14 @@ def test_loss_stays_where_it_was(x64):
 @pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.6])
 def test_hits_a_sparsity(method, sparsity, x64):
     params, groups, basis = toy_problem(3)
-    found = sdp_jax.sdp(params, groups, None, basis, sparsity=sparsity, method=method)
+    found = sdp_jax.valley.sdp(params, groups, None, basis, sparsity=sparsity, method=method)
     wanted = round(sparsity * groups.num_channels)
     alive = sdp_jax.channels_alive(groups, found.params)
     dead = groups.num_channels - sum(int(a.sum()) for a in alive.values())
     assert dead == wanted == round(found.sparsity * groups.num_channels)
     # A little less does not reach it.
     if wanted:
-        less = sdp_jax.sdp(params, groups, found.strength * 0.998, basis, method=method)
+        less = sdp_jax.valley.sdp(params, groups, found.strength * 0.998, basis, method=method)
         assert less.sparsity < found.sparsity
 
 
@@ -180,34 +180,34 @@ def test_hits_a_sparsity(method, sparsity, x64):
 def test_floors_hold_the_largest_channels(method, x64):
     params, groups, basis = toy_problem(2)
     floor = {"hidden0": 4, "hidden1": 2}
-    found = sdp_jax.sdp(params, groups, 50.0, basis, floor=floor, method=method)
+    found = sdp_jax.valley.sdp(params, groups, 50.0, basis, floor=floor, method=method)
     alive = sdp_jax.channels_alive(groups, found.params)
     assert int(alive["hidden0"].sum()) >= 4 and int(alive["hidden1"].sum()) >= 2
     # Those that go last by the method's own order stay.
     order = {
         "exact": lambda: sdp_jax.channel_norms(groups, params),
-        "first_order": lambda: sdp_jax.directional_importance(params, groups, basis),
+        "first_order": lambda: sdp_jax.valley.directional_importance(params, groups, basis),
     }[method]()
     for name, count in floor.items():
         best = np.argsort(-np.asarray(order[name]), kind="stable")[:count]
         assert np.asarray(alive[name])[best].all()
-    none = sdp_jax.sdp(params, groups, 50.0, basis, floor=0, method=method)
+    none = sdp_jax.valley.sdp(params, groups, 50.0, basis, floor=0, method=method)
     assert found.sparsity <= none.sparsity
 
 
 def test_a_sparsity_out_of_reach_says_so(x64):
     params, groups, directions, *_ = flat_problem(60, 5)
     with pytest.raises(ValueError, match="no strength makes 19 of 20 channels zero"):
-        sdp_jax.sdp(params, groups, None, directions, sparsity=0.95)
+        sdp_jax.valley.sdp(params, groups, None, directions, sparsity=0.95)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_lower_precisions(dtype, x64):
     params, groups, basis = toy_problem(3)
-    want = sdp_jax.sdp(params, groups, 0.8, basis)
+    want = sdp_jax.valley.sdp(params, groups, 0.8, basis)
     low = jax.tree.map(lambda p: p.astype(dtype), params)
     small = jax.tree.map(lambda u: u.astype(jnp.float32), basis)
-    found = sdp_jax.sdp(low, groups, 0.8, small)
+    found = sdp_jax.valley.sdp(low, groups, 0.8, small)
     assert {p.dtype for p in jax.tree.leaves(found.params)} == {jnp.dtype(dtype)}
     chex.assert_trees_all_close(
         jax.tree.map(lambda p: p.astype(jnp.float64), found.params),
@@ -226,7 +226,7 @@ def test_directions_need_not_be_orthonormal(x64):
     skew = jax.tree.map(lambda u: jnp.stack([3 * u[0], u[0] - u[1]]), basis)
     for method in ("exact", "first_order"):
         a, b = (
-            sdp_jax.sdp(params, groups, 0.5, u, method=method).params
+            sdp_jax.valley.sdp(params, groups, 0.5, u, method=method).params
             for u in (basis, skew)
         )
         chex.assert_trees_all_close(a, b, atol=1e-9)
@@ -235,24 +235,24 @@ def test_directions_need_not_be_orthonormal(x64):
 def test_without_sharp_directions_it_is_the_soft_threshold(x64):
     params, groups, basis = toy_problem(1)
     nothing = jax.tree.map(jnp.zeros_like, basis)
-    found = sdp_jax.sdp(params, groups, 0.7, nothing, floor=0)
+    found = sdp_jax.valley.sdp(params, groups, 0.7, nothing, floor=0)
     norms = sdp_jax.channel_norms(groups, params)
     factors = {n: jnp.maximum(0, 1 - 0.7 / v) for n, v in norms.items()}
     want = sdp_jax.scale_channels(groups, params, factors)
     chex.assert_trees_all_close(found.params, want, atol=1e-12)
-    assert sdp_jax.sdp(params, groups, 0.0, basis).strength == 0
-    chex.assert_trees_all_equal(sdp_jax.sdp(params, groups, 0.0, basis).params, params)
+    assert sdp_jax.valley.sdp(params, groups, 0.0, basis).strength == 0
+    chex.assert_trees_all_equal(sdp_jax.valley.sdp(params, groups, 0.0, basis).params, params)
 
 
 def test_channels_that_are_zero_already_stay_so(x64):
     params, groups, basis = toy_problem(3)
     keep = {"hidden0": jnp.asarray([1.0, 0, 1, 1, 0, 1]), "hidden1": jnp.ones(5)}
     params = sdp_jax.scale_channels(groups, params, keep)
-    assert sdp_jax.directional_scores(params, groups, basis)["hidden0"][1] == 0
-    assert sdp_jax.directional_importance(params, groups, basis)["hidden0"][1] == 0
+    assert sdp_jax.valley.directional_scores(params, groups, basis)["hidden0"][1] == 0
+    assert sdp_jax.valley.directional_importance(params, groups, basis)["hidden0"][1] == 0
     for method in ("exact", "first_order"):
         for restore in (False, True):
-            found = sdp_jax.sdp(
+            found = sdp_jax.valley.sdp(
                 params, groups, 0.3, basis, method=method, restore=restore, floor=5
             )
             alive = sdp_jax.channels_alive(groups, found.params)["hidden0"]
@@ -261,7 +261,7 @@ def test_channels_that_are_zero_already_stay_so(x64):
 
 def test_cut_by_importance():
     params, groups, basis = toy_problem(3, dtype=jnp.float32)
-    scores = sdp_jax.directional_importance(params, groups, basis)
+    scores = sdp_jax.valley.directional_importance(params, groups, basis)
     cut = sdp_jax.plan_cut(groups, params, scores=scores, sparsity=0.5)
     assert sum(cut.widths.values()) == 11 - round(0.5 * 11)
 
@@ -269,8 +269,8 @@ def test_cut_by_importance():
 @pytest.mark.parametrize("method", ["exact", "first_order"])
 def test_restored_is_the_nearest_point_of_the_valley_with_these_zeros(method, x64):
     params, groups, basis = toy_problem(4)
-    shrunk = sdp_jax.sdp(params, groups, None, basis, sparsity=0.4, method=method)
-    found = sdp_jax.sdp(
+    shrunk = sdp_jax.valley.sdp(params, groups, None, basis, sparsity=0.4, method=method)
+    found = sdp_jax.valley.sdp(
         params, groups, None, basis, sparsity=0.4, method=method, restore=True
     )
     alive = sdp_jax.channels_alive(groups, found.params)
@@ -311,16 +311,16 @@ def test_groups_that_share_entries(x64):
     columns = w / np.linalg.norm(w, axis=0, keepdims=True)
     pushed = np.concatenate([(rows + columns).ravel(), np.zeros(8)])
     flat = (pushed - U.T @ (U @ pushed))[:12].reshape(3, 4)
-    found = sdp_jax.directional_scores(params, groups, basis)
+    found = sdp_jax.valley.directional_scores(params, groups, basis)
     np.testing.assert_allclose(found["rows"], np.sum(rows * flat, axis=1))
     np.testing.assert_allclose(found["columns"], np.sum(columns * flat, axis=0))
     # The scale of the parameters does not matter.
     large = jax.tree.map(lambda p: 10 * p, params)
-    again = sdp_jax.directional_scores(large, groups, basis)
+    again = sdp_jax.valley.directional_scores(large, groups, basis)
     chex.assert_trees_all_close(again, found, rtol=1e-10)
     with pytest.raises(ValueError, match="'rows' and 'columns' share entries of 'w'"):
-        sdp_jax.sdp(params, groups, 0.1, basis)
-    result = sdp_jax.sdp(params, groups, 0.1, basis, method="first_order")
+        sdp_jax.valley.sdp(params, groups, 0.1, basis)
+    result = sdp_jax.valley.sdp(params, groups, 0.1, basis, method="first_order")
     factors = [
         1 - 0.1 * np.asarray(found[n]) / np.linalg.norm(w, axis=axis)
         for n, axis in (("rows", 1), ("columns", 0))
@@ -333,6 +333,6 @@ def test_groups_that_share_entries(x64):
 def test_what_is_reported_is_what_is_returned():
     params, groups, basis = toy_problem(3, dtype=jnp.float32)
     low = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)
-    found = sdp_jax.sdp(low, groups, 0.8, basis)
+    found = sdp_jax.valley.sdp(low, groups, 0.8, basis)
     # Rounding to bfloat16 leaves the valley by about its precision.
     assert 1e-5 < found.residual < 1e-2

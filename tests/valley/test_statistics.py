@@ -35,7 +35,7 @@ def test_is_the_mean_over_batches(momentum):
         inputs = {"params": params, "batch_stats": stats}
         return net.apply(inputs, batch, True, mutable=["batch_stats"])[1]["batch_stats"]
 
-    found = sdp_jax.reestimate_statistics(
+    found = sdp_jax.valley.reestimate_statistics(
         update, variables["params"], variables["batch_stats"], data
     )
     layer = variables["params"]["Dense_0"]
@@ -58,7 +58,7 @@ def test_haiku_corrects_for_its_first_updates_and_it_does_not_matter(decay, upda
     params, state = net.init(None, data[0])
     for _ in range(updates):
         _, state = net.apply(params, state, data[0])
-    found = sdp_jax.reestimate_statistics(
+    found = sdp_jax.valley.reestimate_statistics(
         lambda p, s, batch: net.apply(p, s, batch)[1], params, state, data[:2]
     )
     for name, want in {
@@ -79,7 +79,7 @@ def test_at_any_scale(scale, momentum):
     def update(params, var, batch):
         return momentum * var + (1 - momentum) * batch.var(0)
 
-    found = sdp_jax.reestimate_statistics(update, {}, jnp.ones(4), data)
+    found = sdp_jax.valley.reestimate_statistics(update, {}, jnp.ones(4), data)
     want = np.mean([np.asarray(x, np.float64).var(0) for x in data], axis=0)
     np.testing.assert_allclose(found, want, rtol=2e-3)
 
@@ -94,12 +94,12 @@ def test_at_any_scale(scale, momentum):
 )
 def test_what_is_no_moving_average_is_refused(update):
     with pytest.raises(ValueError, match="not an exponential moving average"):
-        sdp_jax.reestimate_statistics(update, {}, jnp.zeros(4), batches())
+        sdp_jax.valley.reestimate_statistics(update, {}, jnp.zeros(4), batches())
 
 
 def test_half_precision_statistics_are_refused():
     with pytest.raises(ValueError, match="dtype bfloat16, too coarse"):
-        sdp_jax.reestimate_statistics(
+        sdp_jax.valley.reestimate_statistics(
             lambda params, stats, batch: stats,
             {},
             jnp.zeros(4, jnp.bfloat16),

@@ -8,11 +8,11 @@ import jax
 import numpy as np
 
 from sdp_jax.cut import Cut
-from sdp_jax.groups import PyTree, leaf_dtype, leaf_table
 from sdp_jax.tracing.analyse import Analysis, analyse
 from sdp_jax.tracing.evaluate import Evaluator
 from sdp_jax.tracing.rules import REBUILD
 from sdp_jax.tracing.static import separate
+from sdp_jax.tree import PyTree, leaf_dtype, leaf_table
 
 
 def narrow(fn: Callable[..., Any], cut: Cut) -> Callable[..., Any]:
@@ -97,7 +97,7 @@ def _check_producers(found: Analysis, cut: Cut) -> None:
     """Refuses functions that need more to be zero than the cut's groups say."""
     zero = {(m.path, m.axis) for d in cut.dense for m in d.producers}
     for axis in found.axes:
-        index = cut._indices.get(axis.path, {}).get(axis.axis)
+        index = cut.index(axis.path, axis.axis)
         where = (axis.path, axis.axis)
         if index is None or len(index) == len(axis.atoms) or where in zero:
             continue
@@ -119,7 +119,7 @@ def _kept_classes(found: Analysis, cut: Cut) -> np.ndarray:
     masks = []
     for axis in found.axes:
         mask = np.ones(len(axis.atoms), bool)
-        index = cut._indices.get(axis.path, {}).get(axis.axis)
+        index = cut.index(axis.path, axis.axis)
         if index is not None:
             mask[:] = False
             mask[index] = True

@@ -5,8 +5,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sdp_jax.groups import Groups, PyTree, channel_products
+from sdp_jax.channels import channel_products
+from sdp_jax.groups import Groups
 from sdp_jax.methods.hosted import Score
+from sdp_jax.tree import PyTree
 
 
 def need_gradients(grads: PyTree | None, name: str) -> PyTree:
@@ -46,7 +48,7 @@ def taylor() -> Score:
       >>> from sdp_jax import methods
       >>> params = {"w": jnp.array([[3., 1.], [4., 1.]])}
       >>> groups = sdp_jax.groups_from_axes(
-      ...     params, {"hidden": [sdp_jax.producer("w", 1)]})
+      ...     params, {"hidden": [sdp_jax.Member("w", 1)]})
       >>> grads = {"w": jnp.array([[4., 1.], [-3., 0.]])}
       >>> print(methods.taylor()(groups, params, grads)["hidden"])
       [0. 1.]

@@ -13,19 +13,18 @@ import numpy as np
 import optax
 
 from sdp_jax import prox
-from sdp_jax.groups import (
-    Groups,
-    Norm,
-    PyTree,
+from sdp_jax.base import check_inexact, check_kind, check_params, need_params
+from sdp_jax.channels import (
+    Weighting,
     channel_norms,
     channel_weights,
     channels_alive,
-    leaf_table,
     scale_channels,
 )
+from sdp_jax.checks import check_number
+from sdp_jax.groups import Groups
 from sdp_jax.methods.pqi import pq_index, prune_count
-from sdp_jax.strength import check_number
-from sdp_jax.transforms import check_inexact, check_kind, check_params, need_params
+from sdp_jax.tree import PyTree, leaf_table
 
 # ``train(params, mask) -> params``
 Train: TypeAlias = Callable[[PyTree, PyTree], PyTree]
@@ -152,8 +151,8 @@ def sap(
     rewind: bool = True,
     prunable: Prunable | None = None,
     axis: int = -1,
-    norm: Norm = "plain",
-    floor: int = 1,
+    weights: Weighting = "plain",
+    min_channels: int = 1,
     begin: int = 0,
     mask: PyTree | None = None,
 ) -> Iterator[PruningRound]:
@@ -192,7 +191,7 @@ def sap(
         default those of leaves with two axes or more. Not with groups.
       axis: the output axis for ``"row"``; the last in kernels of Flax.
       norm: with groups, weighting of the norms, see :func:`sdp_jax.channel_weights`.
-      floor: with groups, channels that stay in each dimension.
+      min_channels: with groups, channels that stay in each dimension.
       begin: number of the first round, to go on with an interrupted run; with
         ``rewind=False``, ``params`` are then its last result.
       mask: mask of the first round: the ``next_mask`` of the round before it. ``None``
@@ -246,8 +245,8 @@ def lottery_ticket(
     rewind: bool = True,
     prunable: Prunable | None = None,
     axis: int = -1,
-    norm: Norm = "plain",
-    floor: int = 1,
+    weights: Weighting = "plain",
+    min_channels: int = 1,
     begin: int = 0,
     mask: PyTree | None = None,
 ) -> Iterator[PruningRound]:
@@ -266,7 +265,7 @@ def lottery_ticket(
       prunable: as for :func:`sap`.
       axis: as for :func:`sap`.
       norm: as for :func:`sap`.
-      floor: as for :func:`sap`.
+      min_channels: as for :func:`sap`.
       begin: as for :func:`sap`.
       mask: as for :func:`sap`.
 
@@ -308,8 +307,8 @@ def one_shot(
     rewind: bool = True,
     prunable: Prunable | None = None,
     axis: int = -1,
-    norm: Norm = "plain",
-    floor: int = 1,
+    weights: Weighting = "plain",
+    min_channels: int = 1,
     begin: int = 0,
     mask: PyTree | None = None,
     dense: PyTree | None = None,
@@ -329,7 +328,7 @@ def one_shot(
       prunable: as for :func:`sap`.
       axis: as for :func:`sap`.
       norm: as for :func:`sap`.
-      floor: as for :func:`sap`.
+      min_channels: as for :func:`sap`.
       begin: as for :func:`sap`.
       mask: as for :func:`sap`.
       dense: the weights to rank by; by default the result of the first training. A run
@@ -508,7 +507,7 @@ class _Channels:
         scope: str,
         groups: Groups,
         norm: Any,
-        floor: int,
+        min_channels: int,
     ):
         check_kind(groups)
         check_params(groups, params)
@@ -517,7 +516,7 @@ class _Channels:
         self._floors = prox.resolve_floors(groups, floor)
         self._groups, self._scope, self._norm = groups, scope, norm
         self._pqs = (p, q)
-        self._norms = jax.jit(lambda tree: channel_norms(groups, tree, norm=norm))
+        self._norms = jax.jit(lambda tree: channel_norms(groups, tree, weights=weights))
 
     def left(self, mask: PyTree) -> int:
         """How many are alive."""
@@ -618,7 +617,7 @@ def _units(
     prunable: Prunable | None,
     axis: int,
     norm: Any,
-    floor: int,
+    min_channels: int,
 ) -> _Weights | _Channels:
     check_inexact(params)
     pq_index((), p, q)

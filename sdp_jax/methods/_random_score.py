@@ -5,8 +5,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sdp_jax.groups import Groups, PyTree, split_channels
+from sdp_jax.groups import Groups
 from sdp_jax.methods.hosted import Score
+from sdp_jax.tree import PyTree
 
 
 def random_score(key: jax.Array) -> Score:
@@ -33,7 +34,7 @@ def random_score(key: jax.Array) -> Score:
       >>> from sdp_jax import methods
       >>> params = {"w": jnp.ones((2, 3))}
       >>> groups = sdp_jax.groups_from_axes(
-      ...     params, {"hidden": [sdp_jax.producer("w", 1)]})
+      ...     params, {"hidden": [sdp_jax.Member("w", 1)]})
       >>> scores = methods.random_score(jax.random.key(0))(groups, params)
       >>> scores["hidden"].shape
       (3,)
@@ -53,6 +54,6 @@ def random_score(key: jax.Array) -> Score:
     ) -> dict[str, jax.Array]:
         del params, grads, activations
         draws = jax.random.uniform(key, (groups.num_channels,), jnp.float32)
-        return split_channels(draws, groups.sizes)
+        return draws
 
     return score

@@ -10,16 +10,11 @@ import numpy as np
 import optax
 
 from sdp_jax import prox
-from sdp_jax.groups import (
-    Groups,
-    PyTree,
-    channel_norms,
-    channels_alive,
-    leaf_table,
-    scale_channels,
-)
-from sdp_jax.strength import check_number
-from sdp_jax.transforms import check_kind, check_params
+from sdp_jax.base import check_kind, check_params
+from sdp_jax.channels import channel_norms, channels_alive, scale_channels
+from sdp_jax.checks import check_number
+from sdp_jax.groups import Groups
+from sdp_jax.tree import PyTree, leaf_table
 from sdp_jax.valley.certificate import Certificate, Displacement
 from sdp_jax.valley.curvature import (
     Eigenpairs,
@@ -93,13 +88,13 @@ def certify(
       reference: parameters of the reference.
       params: parameters of the pruned solution, zeros in place (not cut).
       data: training batches that can be gone through again, see
-        :func:`sdp_jax.curvature_product`.
+        :func:`sdp_jax.valley.curvature_product`.
       evaluate: ``evaluate(params, batch)`` gives means over the batch, ``{"loss": …,
         "accuracy": …}``; with ``update_stats`` it is ``evaluate(params, stats,
         batch)``. Default: ``loss_fn`` alone.
       update_stats: for models with batch normalisation: one update of the running
         statistics in training mode, ``update_stats(params, stats, batch)``. They are
-        estimated anew at every point, see :func:`sdp_jax.reestimate_statistics`.
+        estimated anew at every point, see :func:`sdp_jax.valley.reestimate_statistics`.
       stats: running statistics of the right shapes, for ``update_stats``.
       test_data: test batches.
       groups: channel dimensions of ``params``, for the comparison with magnitude
@@ -145,12 +140,12 @@ def certify(
       >>> data = [jnp.array([1., 2.])]
       >>> reference = {"w": jnp.array([1.5, 0.5])}
       >>> pruned = {"w": jnp.array([2., 0.])}
-      >>> certificate = sdp_jax.certify(
+      >>> certificate = sdp_jax.valley.certify(
       ...     loss, reference, pruned, data, rank=1, curve_steps=10)
       >>> certificate.in_valley
       True
       >>> shrunk = {"w": jnp.array([1.5, 0.])}
-      >>> certificate = sdp_jax.certify(
+      >>> certificate = sdp_jax.valley.certify(
       ...     loss, reference, shrunk, data, rank=1, curve_steps=10)
       >>> print(certificate.verdict)
       Not in the valley: the training loss is 0.6250 higher, more than 0.2000.

@@ -10,17 +10,24 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from sdp_jax.groups import (
-    Groups,
+from sdp_jax.base import (
+    add_step,
+    as_base,
+    check_kind,
+    check_params,
+    check_rule,
+    need_params,
+    step_to,
+)
+from sdp_jax.channels import (
     PerChannel,
-    PyTree,
     channel_products,
-    join_channels,
-    leaf_table,
     producer_leaves,
     scale_channels,
-    split_channels,
 )
+from sdp_jax.checks import check_number
+from sdp_jax.groups import Groups
+from sdp_jax.methods._taylor import need_gradients
 from sdp_jax.methods.hosted import Score, hosted
 from sdp_jax.methods.network_slimming import scale_penalty
 from sdp_jax.methods.scales import (
@@ -32,17 +39,8 @@ from sdp_jax.methods.scales import (
     replace_leaves,
     take_entries,
 )
-from sdp_jax.methods.taylor import need_gradients
-from sdp_jax.strength import StrengthLike, check_number
-from sdp_jax.transforms import (
-    add_step,
-    as_base,
-    check_kind,
-    check_params,
-    check_rule,
-    need_params,
-    step_to,
-)
+from sdp_jax.strength import StrengthLike
+from sdp_jax.tree import PyTree, leaf_table
 
 Gates = dict[str, tuple[jax.Array, ...]]
 
@@ -107,7 +105,7 @@ def decorate(
       >>> from sdp_jax import methods
       >>> params = {"scale": jnp.array([2., 4.]), "bias": jnp.array([1., 1.])}
       >>> groups = sdp_jax.groups_from_axes(params, {"hidden": [
-      ...     sdp_jax.producer("scale", 0), sdp_jax.producer("bias", 0)]})
+      ...     sdp_jax.Member("scale", 0), sdp_jax.Member("bias", 0)]})
       >>> decorated, gates = methods.decorate(groups, params)
       >>> print(gates["hidden"][0], decorated["scale"], decorated["bias"])
       [2. 4.] [1. 1.] [0.5  0.25]
@@ -178,7 +176,7 @@ def apply_gates(
       >>> from sdp_jax import methods
       >>> params = {"scale": jnp.array([2., 4.]), "bias": jnp.array([1., 1.])}
       >>> groups = sdp_jax.groups_from_axes(params, {"hidden": [
-      ...     sdp_jax.producer("scale", 0), sdp_jax.producer("bias", 0)]})
+      ...     sdp_jax.Member("scale", 0), sdp_jax.Member("bias", 0)]})
       >>> back = methods.apply_gates(groups, *methods.decorate(groups, params))
       >>> print(back["scale"], back["bias"])
       [2. 4.] [1. 1.]
@@ -243,7 +241,7 @@ def gate_taylor(*, scales: Sequence[str] = DEFAULT_SCALES) -> Score:
       >>> from sdp_jax import methods
       >>> params = {"scale": jnp.array([2., 4.]), "bias": jnp.array([1., 1.])}
       >>> groups = sdp_jax.groups_from_axes(params, {"hidden": [
-      ...     sdp_jax.producer("scale", 0), sdp_jax.producer("bias", 0)]})
+      ...     sdp_jax.Member("scale", 0), sdp_jax.Member("bias", 0)]})
       >>> grads = {"scale": jnp.array([1., -1.]), "bias": jnp.array([-2., 1.])}
       >>> print(methods.gate_taylor()(groups, params, grads)["hidden"])
       [0. 3.]
@@ -294,7 +292,7 @@ def tick_tock(
     ticks: int = 10,
     until: int | None = None,
     scales: Sequence[str] = DEFAULT_SCALES,
-    floor: int | jax.Array | Mapping[str, int] = 1,
+    min_channels: int | jax.Array | Mapping[str, int] = 1,
 ) -> optax.GradientTransformationExtraArgs:
     """Prunes at the end of short phases in which only gates learn.
 
@@ -323,7 +321,7 @@ def tick_tock(
       until: number of updates after which there are no more ticks, so that what is left
         is trained as a whole; ``None`` for no such end.
       scales: patterns for the last key of a scale's path, see :func:`decorate`.
-      floor: channels that stay in each dimension; a number, or one for each name. The
+      min_channels: channels that stay in each dimension; a number, or one for each name. The
         paper's code keeps a tenth of each.
 
     Returns:
@@ -344,7 +342,7 @@ def tick_tock(
       >>> from sdp_jax import methods
       >>> params = {"w": jnp.ones((1, 2)), "scale": jnp.array([2., 4.])}
       >>> groups = sdp_jax.groups_from_axes(params, {"hidden": [
-      ...     sdp_jax.producer("w", 1), sdp_jax.producer("scale", 0)]})
+      ...     sdp_jax.Member("w", 1), sdp_jax.Member("scale", 0)]})
       >>> host = methods.tick_tock(
       ...     groups, sdp_jax.target_sparsity(0.5, 0, 2), tick_steps=1, tock_steps=1)
       >>> tx = methods.hosted(optax.sgd(0.5), host)
@@ -356,7 +354,7 @@ def tick_tock(
       [[0.5 0.5]] [1.5 3.5]
       [[0.  0.5]] [0. 3.]
     """
-    rule, floors = check_rule(groups, strength, floor, "plain")
+    rule, floors = check_rule(groups, strength, min_channels)
     phase = _phases(tick_steps, tock_steps, ticks, until)
     last = _last_tick(tick_steps, tock_steps, ticks, until)
     score = gate_taylor(scales=scales)
@@ -366,7 +364,7 @@ def tick_tock(
         check_params(groups, params)
         size = (groups.num_channels,)
         return TickTockState(
-            rule.init(groups.sizes, floors),
+            rule.init(groups, floors),
             jnp.zeros((), jnp.int32),
             PerChannel(jnp.zeros(size, bool)),
             PerChannel(jnp.zeros(size, jnp.float32)),
@@ -389,7 +387,7 @@ def tick_tock(
             # Behind the last tick nothing would take it out again.
             gone = gone & ~(released & (state.count <= last))
         tick, begins, ends = phase(state.count)
-        found = join_channels(score(groups, params, gradients)).astype(jnp.float32)
+        found = score(groups, params, gradients).astype(jnp.float32)
         # One bad batch must not spoil the sum.
         found = jnp.where(jnp.isfinite(found), found, 0)
         counts = tick | (state.count < tock_steps)
@@ -398,10 +396,8 @@ def tick_tock(
         steps = jnp.where(begins, 0, state.steps) + counts.astype(jnp.int32)
         # What is gone comes first, so that it counts towards the target.
         ranked = jnp.where(gone, -1, total / jnp.maximum(steps, 1))
-        thresholds, strength_state = rule.update(
-            state.strength, split_channels(ranked, groups.sizes), floors
-        )
-        gone = gone | (ends & (ranked < join_channels(thresholds)))
+        thresholds, strength_state = rule.update(state.strength, ranked, floors)
+        gone = gone | (ends & (ranked < thresholds))
         frozen = {
             path: jnp.where(tick, jnp.zeros_like(leaf), leaf)
             for path, leaf in leaf_table(updates).items()
@@ -409,7 +405,7 @@ def tick_tock(
         }
         candidate = add_step(params, replace_leaves(updates, frozen))
         factor = jnp.where(gone, 0.0, 1.0)
-        point = scale_channels(groups, candidate, split_channels(factor, groups.sizes))
+        point = scale_channels(groups, candidate, factor)
         new_state = TickTockState(
             strength_state,
             jnp.asarray(optax.safe_increment(state.count)),
@@ -434,7 +430,7 @@ def gate_decorator(
     penalty: optax.ScalarOrSchedule = 1e-3,
     momentum: chex.Numeric | None = None,
     scales: Sequence[str] = DEFAULT_SCALES,
-    floor: int | jax.Array | Mapping[str, int] = 1,
+    min_channels: int | jax.Array | Mapping[str, int] = 1,
 ) -> optax.GradientTransformationExtraArgs:
     """The whole Gate Decorator: :func:`tick_tock`, and a penalty on gates in tocks.
 
@@ -459,7 +455,7 @@ def gate_decorator(
       momentum: momentum of the SGD, where ``base`` is a learning rate; 0.9 in the
         paper.
       scales: patterns for the last key of a scale's path, see :func:`decorate`.
-      floor: channels that stay in each dimension; a number, or one for each name.
+      min_channels: channels that stay in each dimension; a number, or one for each name.
 
     Returns:
       An Optax transformation (:func:`sdp_jax.methods.hosted`); its ``update`` needs
@@ -478,7 +474,7 @@ def gate_decorator(
       >>> from sdp_jax import methods
       >>> params = {"w": jnp.ones((1, 2)), "scale": jnp.array([2., 4.])}
       >>> groups = sdp_jax.groups_from_axes(params, {"hidden": [
-      ...     sdp_jax.producer("w", 1), sdp_jax.producer("scale", 0)]})
+      ...     sdp_jax.Member("w", 1), sdp_jax.Member("scale", 0)]})
       >>> tx = methods.gate_decorator(
       ...     0.5, groups, 0.0, tick_steps=1, tock_steps=1, penalty=0.5)
       >>> state, grads = tx.init(params), {"w": jnp.ones((1, 2)), "scale": jnp.ones(2)}
@@ -496,7 +492,7 @@ def gate_decorator(
         ticks=ticks,
         until=until,
         scales=scales,
-        floor=floor,
+        min_channels=min_channels,
     )
     optimizer = as_base(base, momentum)
     if not callable(penalty):

@@ -15,21 +15,7 @@ import numpy as np
 import optax
 
 from sdp_jax import prox
-from sdp_jax.groups import (
-    Groups,
-    PerChannel,
-    PyTree,
-    channel_norms,
-    channel_products,
-    join_channels,
-    scale_channels,
-    split_channels,
-)
-from sdp_jax.methods.half_space import check_epsilon, project
-from sdp_jax.methods.hosted import Score, hosted
-from sdp_jax.methods.taylor import need_gradients
-from sdp_jax.strength import StrengthLike, check_number, check_whole
-from sdp_jax.transforms import (
+from sdp_jax.base import (
     add_step,
     as_base,
     check_kind,
@@ -38,6 +24,14 @@ from sdp_jax.transforms import (
     need_params,
     step_to,
 )
+from sdp_jax.channels import PerChannel, channel_norms, channel_products, scale_channels
+from sdp_jax.checks import check_number, check_whole
+from sdp_jax.groups import Groups
+from sdp_jax.methods._taylor import need_gradients
+from sdp_jax.methods.half_space import check_epsilon, project
+from sdp_jax.methods.hosted import Score, hosted
+from sdp_jax.strength import StrengthLike
+from sdp_jax.tree import PyTree
 
 
 class HSPGState(NamedTuple):
@@ -71,7 +65,7 @@ def hspg_host(
     penalty: chex.Numeric = 1e-3,
     epsilon: chex.Numeric = 0.0,
     begin: int,
-    floor: int | jax.Array | Mapping[str, int] = 1,
+    min_channels: int | jax.Array | Mapping[str, int] = 1,
 ) -> optax.GradientTransformationExtraArgs:
     """What :func:`hspg` puts behind its base optimizer.
 
@@ -81,7 +75,7 @@ def hspg_host(
       penalty: see :func:`hspg`.
       epsilon: see :func:`hspg`.
       begin: see :func:`hspg`.
-      floor: see :func:`hspg`.
+      min_channels: see :func:`hspg`.
 
     Returns:
       A transformation for behind the base optimizer; its ``update`` needs ``params``.
@@ -98,7 +92,7 @@ def hspg_host(
       >>> from sdp_jax import methods
       >>> params = {"w": jnp.array([[3., 0.3], [4., 0.4]])}
       >>> groups = sdp_jax.groups_from_axes(
-      ...     params, {"hidden": [sdp_jax.producer("w", 1)]})
+      ...     params, {"hidden": [sdp_jax.Member("w", 1)]})
       >>> host = methods.hspg_host(groups, learning_rate=1.0, penalty=1.0, begin=0)
       >>> tx = optax.chain(optax.sgd(1.0), host)
       >>> updates, _ = tx.update({"w": jnp.zeros((2, 2))}, tx.init(params), params)
@@ -126,10 +120,10 @@ def hspg_host(
         del extra_args
         params = need_params(params, updates, "hspg_host")
         count = jnp.asarray(optax.safe_increment(state.count))
-        norms = join_channels(channel_norms(groups, params))
+        norms = channel_norms(groups, params)
         rate = _rate_at(learning_rate, state.count, norms.dtype)
         candidate = shortened(groups, params, updates, norms, rate * penalty)
-        products = join_channels(channel_products(groups, candidate, params))
+        products = channel_products(groups, candidate, params)
         where = count > begin
         factors = project(groups, norms, products, epsilon, where, floors)
         point = scale_channels(groups, candidate, factors)
@@ -148,7 +142,7 @@ def hspg(
     begin: int,
     momentum: chex.Numeric | None = None,
     nesterov: bool = False,
-    floor: int | jax.Array | Mapping[str, int] = 1,
+    min_channels: int | jax.Array | Mapping[str, int] = 1,
 ) -> optax.GradientTransformationExtraArgs:
     """Half-Space Stochastic Projected Gradient, the optimizer of Only Train Once.
 
@@ -175,7 +169,7 @@ def hspg(
       begin: number of updates without projection. Published code leaves it to the user.
       momentum: momentum of the SGD that a learning rate stands for.
       nesterov: whether it is Nesterov's.
-      floor: channels that stay in each dimension; a number, or one for each name.
+      min_channels: channels that stay in each dimension; a number, or one for each name.
 
     Returns:
       An Optax transformation; its ``update`` needs ``params``.
@@ -195,7 +189,7 @@ def hspg(
       >>> from sdp_jax import methods
       >>> params = {"w": jnp.array([[3., 0.3], [4., 0.4]])}
       >>> groups = sdp_jax.groups_from_axes(
-      ...     params, {"hidden": [sdp_jax.producer("w", 1)]})
+      ...     params, {"hidden": [sdp_jax.Member("w", 1)]})
       >>> tx = methods.hspg(1.0, groups, penalty=1.0, begin=0)
       >>> updates, _ = tx.update({"w": jnp.zeros((2, 2))}, tx.init(params), params)
       >>> print(optax.apply_updates(params, updates)["w"])
@@ -208,7 +202,7 @@ def hspg(
         penalty=penalty,
         epsilon=epsilon,
         begin=begin,
-        floor=floor,
+        min_channels=min_channels,
     )
     return hosted(as_base(base, momentum, nesterov), host)
 
@@ -238,7 +232,7 @@ def dhspg_score() -> Score:
       >>> from sdp_jax import methods
       >>> params = {"w": jnp.array([[1., 1.]])}
       >>> groups = sdp_jax.groups_from_axes(
-      ...     params, {"hidden": [sdp_jax.producer("w", 1)]})
+      ...     params, {"hidden": [sdp_jax.Member("w", 1)]})
       >>> grads = {"w": jnp.array([[-1., 1.]])}
       >>> score = methods.dhspg_score()(groups, params, grads)["hidden"]
       >>> print(score.round(4))  # The step shortens the second one.
@@ -255,11 +249,11 @@ def dhspg_score() -> Score:
         grads = need_gradients(grads, "dhspg_score")
         found = _redundancy(
             groups,
-            join_channels(channel_norms(groups, params)),
-            join_channels(channel_norms(groups, grads)),
-            join_channels(channel_products(groups, params, grads)),
+            channel_norms(groups, params),
+            channel_norms(groups, grads),
+            channel_products(groups, params, grads),
         )
-        return split_channels(found, groups.sizes)
+        return found
 
     return score
 
@@ -277,7 +271,7 @@ def dhspg_host(
     project_from: int | None = None,
     warm_up: int = 0,
     enough: chex.Numeric | None = None,
-    floor: int | jax.Array | Mapping[str, int] = 1,
+    min_channels: int | jax.Array | Mapping[str, int] = 1,
 ) -> optax.GradientTransformationExtraArgs:
     """What :func:`dhspg` puts behind its base optimizer.
 
@@ -293,7 +287,7 @@ def dhspg_host(
       project_from: see :func:`dhspg`.
       warm_up: see :func:`dhspg`.
       enough: see :func:`dhspg`.
-      floor: see :func:`dhspg`.
+      min_channels: see :func:`dhspg`.
 
     Returns:
       A transformation for behind the base optimizer; its ``update`` needs ``params``.
@@ -310,7 +304,7 @@ def dhspg_host(
       >>> from sdp_jax import methods
       >>> params = {"w": jnp.array([[3., 0.3], [4., 0.4]])}
       >>> groups = sdp_jax.groups_from_axes(
-      ...     params, {"hidden": [sdp_jax.producer("w", 1)]})
+      ...     params, {"hidden": [sdp_jax.Member("w", 1)]})
       >>> host = methods.dhspg_host(
       ...     groups, sdp_jax.target_sparsity(0.5, 0, 1), learning_rate=1., penalty=1.)
       >>> tx = methods.decay_pruning(optax.sgd(1.0), host, groups, steps=2)
@@ -319,7 +313,7 @@ def dhspg_host(
       [[3.   0.15]
        [4.   0.2 ]]
     """
-    rule, floors = check_rule(groups, strength, floor, "plain")
+    rule, floors = check_rule(groups, strength, min_channels)
     _check_rate(learning_rate)
     check_number("penalty", penalty, low=0, rule="a non-negative number")
     check_number("amplification", amplification, low=1, rule="a number of at least 1")
@@ -335,7 +329,7 @@ def dhspg_host(
     def init_fn(params: optax.Params) -> DHSPGState:
         check_params(groups, params)
         return DHSPGState(
-            rule.init(groups.sizes, floors),
+            rule.init(groups, floors),
             jnp.zeros((), jnp.int32),
             PerChannel(jnp.zeros((groups.num_channels,), bool)),
         )
@@ -351,9 +345,9 @@ def dhspg_host(
         del extra_args
         params = need_params(params, updates, "dhspg_host")
         count = jnp.asarray(optax.safe_increment(state.count))
-        norms = join_channels(channel_norms(groups, params))
-        steps = join_channels(channel_norms(groups, updates)).astype(norms.dtype)
-        products = join_channels(channel_products(groups, params, updates))
+        norms = channel_norms(groups, params)
+        steps = channel_norms(groups, updates).astype(norms.dtype)
+        products = channel_products(groups, params, updates)
         products = products.astype(norms.dtype)
 
         redundant = state.redundant.per_channel
@@ -362,10 +356,8 @@ def dhspg_host(
         # What was chosen before comes first, so that it counts towards the target.
         ranked = _redundancy(groups, norms, steps, -products)
         ranked = jnp.where(redundant, -1, ranked)
-        thresholds, strength_state = rule.update(
-            state.strength, split_channels(ranked, groups.sizes), floors
-        )
-        redundant |= ranked < join_channels(thresholds)
+        thresholds, strength_state = rule.update(state.strength, ranked, floors)
+        redundant |= ranked < thresholds
         if released is not None:
             redundant &= ~released
 
@@ -377,7 +369,7 @@ def dhspg_host(
             shrinking &= jnp.mean(norms == 0) < enough
         lengths = jnp.where(shrinking, lengths, 0)
         candidate = shortened(groups, params, updates, norms, lengths)
-        products = join_channels(channel_products(groups, candidate, params))
+        products = channel_products(groups, candidate, params)
         where = redundant & ((count > project_from) | (norms == 0))
         factors = project(groups, norms, products, epsilon, where, floors)
         point = scale_channels(groups, candidate, factors)
@@ -403,7 +395,7 @@ def dhspg(
     enough: chex.Numeric | None = None,
     momentum: chex.Numeric | None = None,
     nesterov: bool = False,
-    floor: int | jax.Array | Mapping[str, int] = 1,
+    min_channels: int | jax.Array | Mapping[str, int] = 1,
 ) -> optax.GradientTransformationExtraArgs:
     """Dual Half-Space Projected Gradient, the optimizer of OTOv2.
 
@@ -444,7 +436,7 @@ def dhspg(
         shortens until the whole set is zero.
       momentum: momentum of the SGD that a learning rate stands for.
       nesterov: whether it is Nesterov's.
-      floor: channels that stay in each dimension; a number, or one for each name.
+      min_channels: channels that stay in each dimension; a number, or one for each name.
 
     Returns:
       An Optax transformation; its ``update`` needs ``params``.
@@ -463,7 +455,7 @@ def dhspg(
       >>> from sdp_jax import methods
       >>> params = {"w": jnp.array([[3., 0.3], [4., 0.4]])}
       >>> groups = sdp_jax.groups_from_axes(
-      ...     params, {"hidden": [sdp_jax.producer("w", 1)]})
+      ...     params, {"hidden": [sdp_jax.Member("w", 1)]})
       >>> tx = methods.dhspg(
       ...     1.0, groups, sdp_jax.target_sparsity(0.5, 0, 1), penalty=1.0)
       >>> updates, _ = tx.update({"w": jnp.zeros((2, 2))}, tx.init(params), params)
@@ -483,7 +475,7 @@ def dhspg(
         project_from=project_from,
         warm_up=warm_up,
         enough=enough,
-        floor=floor,
+        min_channels=min_channels,
     )
     return hosted(as_base(base, momentum, nesterov), host)
 
@@ -544,7 +536,7 @@ def shortened(
     wide = jax.tree.map(
         lambda p: p.astype(jnp.promote_types(p.dtype, jnp.float32)), params
     )
-    factors = split_channels(1 - share, groups.sizes)
+    factors = 1 - share
     return add_step(scale_channels(groups, wide, factors), updates)
 
 

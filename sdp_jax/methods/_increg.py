@@ -9,25 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from sdp_jax import prox
-from sdp_jax.groups import (
-    Groups,
-    PerChannel,
-    PyTree,
-    join_channels,
-    member_sums,
-    split_channels,
-)
-from sdp_jax.methods.filter_norm import l1_norm, magnitude, sum_of
-from sdp_jax.methods.spp import (
-    check_interval,
-    check_ranking,
-    is_due,
-    keep_channels,
-    pruned_numbers,
-    ranking_increment,
-)
-from sdp_jax.strength import check_number
-from sdp_jax.transforms import (
+from sdp_jax.base import (
     add_step,
     as_base,
     check_inexact,
@@ -35,6 +17,19 @@ from sdp_jax.transforms import (
     need_params,
     step_to,
 )
+from sdp_jax.channels import PerChannel, member_sums
+from sdp_jax.checks import check_number
+from sdp_jax.groups import Groups
+from sdp_jax.methods._spp import (
+    check_interval,
+    check_ranking,
+    is_due,
+    keep_channels,
+    pruned_numbers,
+    ranking_increment,
+)
+from sdp_jax.methods.filter_norm import l1_norm, magnitude, sum_of
+from sdp_jax.tree import PyTree
 
 
 class IncRegState(NamedTuple):
@@ -68,7 +63,7 @@ def increg(
     momentum: chex.Numeric | None = None,
     nesterov: bool = False,
     begin: int = 0,
-    floor: int | jax.Array | Mapping[str, int] = 1,
+    min_channels: int | jax.Array | Mapping[str, int] = 1,
 ) -> optax.GradientTransformationExtraArgs:
     """Trains as ``base`` does, with L2 regularization that rises on weak channels.
 
@@ -107,7 +102,7 @@ def increg(
       momentum: momentum of the SGD, if ``base`` is a learning rate.
       nesterov: Nesterov momentum, likewise.
       begin: number of updates before the regularization begins.
-      floor: channels that stay in each dimension; a number, or one for each name.
+      min_channels: channels that stay in each dimension; a number, or one for each name.
 
     Returns:
       An Optax transformation, which must be the last piece of a chain; its ``update``
@@ -127,7 +122,7 @@ def increg(
       >>> from sdp_jax import methods
       >>> params = {"w": jnp.array([[4., 1.], [4., 1.]])}
       >>> groups = sdp_jax.groups_from_axes(
-      ...     params, {"hidden": [sdp_jax.producer("w", 1)]})
+      ...     params, {"hidden": [sdp_jax.Member("w", 1)]})
       >>> tx = methods.increg(0.5, groups, 0.5, every=1, amplitude=0.5, threshold=0.3)
       >>> state = tx.init(params)
       >>> for _ in range(3):
@@ -171,15 +166,15 @@ def increg(
         params = need_params(params, updates, "increg")
         count = jnp.asarray(optax.safe_increment(state.count))
         old = state.coefficients.per_channel
-        before = split_channels(state.gone.per_channel, groups.sizes)
+        before = state.gone.per_channel
 
         norms = score(groups, params)
         begun = state.count > begin
-        flat = join_channels(norms).astype(old.dtype)
+        flat = norms.astype(old.dtype)
         start = jnp.where(begun, state.start.per_channel, flat)
         due = is_due(count, every, begin)
         raised = {}
-        for name, value in split_channels(old, groups.sizes).items():
+        for name, value in old.items():
             gone = before[name]
             left = numbers[name] - jnp.sum(gone)
             rank = prox.ranks(jnp.where(gone, jnp.inf, norms[name]))
@@ -193,7 +188,7 @@ def increg(
         candidate = add_step(params, steps)
 
         after = score(groups, candidate)
-        starts = split_channels(start, groups.sizes)
+        starts = start
         pruned, coefficients = {}, {}
         for name, value in raised.items():
             gone = before[name]
@@ -205,12 +200,12 @@ def increg(
             complete = jnp.sum(gone) >= numbers[name]
             pruned[name] = gone
             coefficients[name] = jnp.where(gone | complete, 0, value)
-        gone = join_channels(pruned)
+        gone = pruned
         point = keep_channels(groups, candidate, ~gone)
         new_state = IncRegState(
             base_state,
             count,
-            PerChannel(join_channels(coefficients)),
+            PerChannel(coefficients),
             PerChannel(start),
             PerChannel(gone),
         )

@@ -9,11 +9,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sdp_jax.groups import Groups, PyTree, member_sums, producer_leaves
+from sdp_jax.base import check_kind, check_params, need_params
+from sdp_jax.channels import member_sums, producer_leaves
+from sdp_jax.checks import check_number
+from sdp_jax.groups import Groups
+from sdp_jax.methods._increg import add_gradient
 from sdp_jax.methods.filter_norm import magnitude, sum_of
-from sdp_jax.methods.increg import add_gradient
-from sdp_jax.strength import check_number
-from sdp_jax.transforms import check_kind, check_params, need_params
+from sdp_jax.tree import PyTree
 
 
 class PerspectiveState(NamedTuple):
@@ -132,7 +134,7 @@ def perspective_penalty(
       >>> from sdp_jax import methods
       >>> params = {"w": jnp.array([[0.3, 0.], [0.4, 0.]])}
       >>> groups = sdp_jax.groups_from_axes(
-      ...     params, {"hidden": [sdp_jax.producer("w", 1)]})
+      ...     params, {"hidden": [sdp_jax.Member("w", 1)]})
       >>> print(methods.perspective_penalty(groups, params, alpha=0.5, bound=1.0))
       0.25
     """
@@ -188,7 +190,7 @@ def perspective_regularizer(
       >>> from sdp_jax import methods
       >>> params = {"w": jnp.array([[0.3, 0.], [0.4, 0.]])}
       >>> groups = sdp_jax.groups_from_axes(
-      ...     params, {"hidden": [sdp_jax.producer("w", 1)]})
+      ...     params, {"hidden": [sdp_jax.Member("w", 1)]})
       >>> tx = optax.chain(
       ...     methods.perspective_regularizer(groups, 1.0, alpha=0.5, bound=1.0),
       ...     optax.sgd(1.0))

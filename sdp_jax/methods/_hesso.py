@@ -10,22 +10,7 @@ import numpy as np
 import optax
 
 from sdp_jax import prox
-from sdp_jax.groups import (
-    Groups,
-    PerChannel,
-    PyTree,
-    channel_norms,
-    channel_products,
-    join_channels,
-    scale_channels,
-    split_channels,
-)
-from sdp_jax.methods.hosted import Score, hosted
-from sdp_jax.methods.hspg import unit
-from sdp_jax.methods.remove import check_scores
-from sdp_jax.methods.taylor import need_gradients
-from sdp_jax.strength import StrengthLike, check_number, check_whole
-from sdp_jax.transforms import (
+from sdp_jax.base import (
     add_step,
     as_base,
     check_params,
@@ -33,6 +18,15 @@ from sdp_jax.transforms import (
     need_params,
     step_to,
 )
+from sdp_jax.channels import PerChannel, channel_norms, channel_products, scale_channels
+from sdp_jax.checks import check_number, check_whole
+from sdp_jax.groups import Groups
+from sdp_jax.methods._hspg import unit
+from sdp_jax.methods._taylor import need_gradients
+from sdp_jax.methods.hosted import Score, hosted
+from sdp_jax.methods.remove import check_scores
+from sdp_jax.strength import StrengthLike
+from sdp_jax.tree import PyTree
 
 
 class HESSOState(NamedTuple):
@@ -93,7 +87,7 @@ def hesso_score(
       >>> from sdp_jax import methods
       >>> params = {"w": jnp.array([[3., 0.3], [4., 0.4]])}
       >>> groups = sdp_jax.groups_from_axes(
-      ...     params, {"hidden": [sdp_jax.producer("w", 1)]})
+      ...     params, {"hidden": [sdp_jax.Member("w", 1)]})
       >>> grads = {"w": jnp.array([[1., 0.], [0., 1.]])}
       >>> score = methods.hesso_score()(groups, params, grads)["hidden"]
       >>> print(score.round(2))
@@ -117,9 +111,9 @@ def hesso_score(
     ) -> dict[str, jax.Array]:
         del activations
         grads = need_gradients(grads, "hesso_score")
-        norms = join_channels(channel_norms(groups, params))
-        lengths = norms * join_channels(channel_norms(groups, grads))
-        products = join_channels(channel_products(groups, params, grads))
+        norms = channel_norms(groups, params)
+        lengths = norms * channel_norms(groups, grads)
+        products = channel_products(groups, params, grads)
         turned = lengths > 0
         cosines = jnp.where(turned, products / jnp.where(turned, lengths, 1), 0)
         entries = np.repeat(
@@ -134,7 +128,7 @@ def hesso_score(
             + first * change
             + second * unit(jnp.square(change))
         )
-        return split_channels(jnp.asarray(total), groups.sizes)
+        return jnp.asarray(total)
 
     return score
 
@@ -147,7 +141,7 @@ def hesso_host(
     steps: int,
     periods: int = 10,
     score: Score | None = None,
-    floor: int | jax.Array | Mapping[str, int] = 1,
+    min_channels: int | jax.Array | Mapping[str, int] = 1,
 ) -> optax.GradientTransformationExtraArgs:
     """What :func:`hesso` puts behind its base optimizer.
 
@@ -161,7 +155,7 @@ def hesso_host(
       steps: see :func:`hesso`.
       periods: see :func:`hesso`.
       score: see :func:`hesso`.
-      floor: see :func:`hesso`.
+      min_channels: see :func:`hesso`.
 
     Returns:
       A transformation for behind the base optimizer; its ``update`` needs ``params``,
@@ -179,7 +173,7 @@ def hesso_host(
       >>> from sdp_jax import methods
       >>> params = {"w": jnp.array([[3., 0.3], [4., 0.4]])}
       >>> groups = sdp_jax.groups_from_axes(
-      ...     params, {"hidden": [sdp_jax.producer("w", 1)]})
+      ...     params, {"hidden": [sdp_jax.Member("w", 1)]})
       >>> host = methods.hesso_host(
       ...     groups, sdp_jax.target_sparsity(0.5, 0, 1), begin=0, steps=2, periods=1,
       ...     score=methods.l2_norm())
@@ -189,7 +183,7 @@ def hesso_host(
       [[3.   0.15]
        [4.   0.2 ]]
     """
-    rule, floors = check_rule(groups, strength, floor, "plain")
+    rule, floors = check_rule(groups, strength, min_channels)
     check_whole("begin", begin)
     check_whole("periods", periods, low=1)
     check_whole("steps", steps, low=1)
@@ -210,7 +204,7 @@ def hesso_host(
         check_params(groups, params)
         size = (groups.num_channels,)
         return HESSOState(
-            rule.init(groups.sizes, floors),
+            rule.init(groups, floors),
             jnp.zeros((), jnp.int32),
             PerChannel(jnp.zeros(size, bool)),
             PerChannel(jnp.zeros(size, bool)),
@@ -242,10 +236,8 @@ def hesso_host(
             found = check_scores(groups, rate(groups, params, gradients))
             # What is gone comes first, so that it counts towards the target.
             ranked = jnp.where(gone, -1, found)
-            thresholds, after = rule.update(
-                state.strength, split_channels(ranked, groups.sizes), floors
-            )
-            wanted = ranked < join_channels(thresholds)
+            thresholds, after = rule.update(state.strength, ranked, floors)
+            wanted = ranked < thresholds
             total = jnp.sum(wanted, dtype=jnp.int32)
             share = jnp.where(number < periods - 1, total // periods, total)
             wanted &= ~gone
@@ -267,7 +259,7 @@ def hesso_host(
         share = jnp.where(fading, (left - 1) / left, 1)
         factor = jnp.where(gone, 0, share)
         candidate = add_step(params, updates)
-        point = scale_channels(groups, candidate, split_channels(factor, groups.sizes))
+        point = scale_channels(groups, candidate, factor)
         gone |= fading & (left == 1)
         new_state = HESSOState(
             strength_state, count, PerChannel(fading & ~gone), PerChannel(gone)
@@ -288,7 +280,7 @@ def hesso(
     score: Score | None = None,
     momentum: chex.Numeric | None = None,
     nesterov: bool = False,
-    floor: int | jax.Array | Mapping[str, int] = 1,
+    min_channels: int | jax.Array | Mapping[str, int] = 1,
 ) -> optax.GradientTransformationExtraArgs:
     """Hybrid Efficient Structured Sparse Optimizer.
 
@@ -320,7 +312,7 @@ def hesso(
         :func:`sdp_jax.methods.hesso_score`.
       momentum: momentum of the SGD that a learning rate stands for.
       nesterov: whether it is Nesterov's.
-      floor: channels that stay in each dimension; a number, or one for each name.
+      min_channels: channels that stay in each dimension; a number, or one for each name.
 
     Returns:
       An Optax transformation; its ``update`` needs ``params``.
@@ -338,7 +330,7 @@ def hesso(
       >>> from sdp_jax import methods
       >>> params = {"w": jnp.array([[3., 0.3], [4., 0.4]])}
       >>> groups = sdp_jax.groups_from_axes(
-      ...     params, {"hidden": [sdp_jax.producer("w", 1)]})
+      ...     params, {"hidden": [sdp_jax.Member("w", 1)]})
       >>> tx = methods.hesso(
       ...     1.0, groups, sdp_jax.target_sparsity(0.5, 0, 1), begin=0, steps=2,
       ...     periods=1)
@@ -357,6 +349,6 @@ def hesso(
         steps=steps,
         periods=periods,
         score=score,
-        floor=floor,
+        min_channels=min_channels,
     )
     return hosted(as_base(base, momentum, nesterov), host)

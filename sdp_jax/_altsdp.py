@@ -7,21 +7,17 @@ import chex
 import jax
 import optax
 
-from sdp_jax.groups import Groups, Norm
-from sdp_jax.strength import (
-    Strength,
-    StrengthLike,
-    as_strength,
-    valley_strength,
-)
+from sdp_jax.base import as_base
+from sdp_jax.channels import Weighting
+from sdp_jax.groups import Groups
+from sdp_jax.strength import Strength, StrengthLike, as_strength, valley_strength
 from sdp_jax.transforms import (
-    as_base,
-    dual_averaging,
+    averaging,
+    entry_threshold,
     group_soft_threshold,
-    radial_dual_averaging,
-    soft_threshold,
+    group_threshold,
+    radial_averaging,
 )
-from sdp_jax.valley.project import project_onto_valley
 
 
 def altsdp(
@@ -29,10 +25,9 @@ def altsdp(
     groups: Groups,
     *,
     strength: StrengthLike,
-    floor: int | jax.Array | Mapping[str, int] = 1,
-    norm: Norm | Mapping[str, float] = "plain",
+    min_channels: int | jax.Array | Mapping[str, int] = 1,
+    weights: Weighting | Mapping[str, float] = "plain",
     dual: Literal["full", "radial"] = "full",
-    valley: Mapping[str, Any] | None = None,
     momentum: chex.Numeric | None = None,
     nesterov: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
@@ -54,9 +49,11 @@ def altsdp(
         optax.chain(
             base,                                     # or optax.sgd(base, momentum)
             dual_averaging(),                         # or radial_dual_averaging
-            project_onto_valley(groups, strength),    # only if valley is given
             group_soft_threshold(groups, strength),
         )
+
+    With :func:`sdp_jax.valley.project_onto_valley` between the last two, a chain made
+    by hand keeps the shrinkage within an estimate of the valley.
 
     Nothing may follow it that rescales or adds to its updates; put gradient clipping
     and weight decay in front, or into ``base``. :func:`sdp_jax.check_zeros` finds
@@ -68,14 +65,13 @@ def altsdp(
       strength: a :class:`sdp_jax.Strength`, for example
         ``valley_strength(c=0.1, mu=0.6)`` or ``target_sparsity(0.5, 1000, 5000)``; or a
         constant or a schedule, the threshold in parameter units.
-      floor: channels that survive in each dimension; a number, or one for each name.
-      norm: weighting of the channel norms: ``"plain"``, ``"size"``, ``"cost"`` or a
-        number for each dimension; see :func:`sdp_jax.channel_norms`.
+      min_channels: channels that survive in each dimension; a number, or one for each
+        name.
+      weights: weighting of the channel norms: ``"plain"``, ``"size"``, ``"cost"`` or a
+        number for each dimension; see :func:`sdp_jax.channel_weights`.
       dual: ``"full"`` for plain dual averaging; ``"radial"`` for
         :func:`sdp_jax.radial_dual_averaging`, with which shrunk channels turn at the
         full rate of ``base``. With a target it ends at a lower training loss.
-      valley: keyword arguments of :func:`sdp_jax.project_onto_valley`, for example
-        ``{"rank": 8}``; ``None`` leaves that piece out.
       momentum: momentum of the SGD, if ``base`` is a learning rate.
       nesterov: Nesterov momentum, likewise.
 
@@ -84,8 +80,8 @@ def altsdp(
       ``optax.apply_updates`` a pruned channel is exactly zero.
 
     Raises:
-      ValueError: if ``strength``, ``floor`` or ``norm`` does not fit the groups,
-        ``valley_strength`` has no learning rate and ``base`` is none, momentum is given
+      ValueError: if ``strength``, ``min_channels`` or ``weights`` does not fit the
+        groups, ``valley_strength`` has no learning rate and ``base`` is none, momentum is given
         beside a transformation, or the learning rate is negative.
       TypeError: if ``base`` or ``groups`` is of another kind.
 
@@ -98,7 +94,7 @@ def altsdp(
       >>> import jax.numpy as jnp, optax, sdp_jax
       >>> params = {"w": jnp.array([[3., 0.1], [4., 0.1]])}
       >>> groups = sdp_jax.groups_from_axes(
-      ...     params, {"hidden": [sdp_jax.producer("w", 1)]})
+      ...     params, {"hidden": [sdp_jax.Member("w", 1)]})
       >>> tx = sdp_jax.altsdp(0.1, groups, strength=sdp_jax.valley_strength(1., 0.6))
       >>> updates, state = tx.update({"w": jnp.zeros((2, 2))}, tx.init(params), params)
       >>> for _ in range(9):
@@ -112,35 +108,11 @@ def altsdp(
     if dual not in ("full", "radial"):
         raise ValueError(f"dual must be 'full' or 'radial'; got {dual!r}")
     if dual == "radial":
-        averaging = radial_dual_averaging(groups, candidates=True)
+        dual_piece = radial_averaging(groups, candidates=True)
     else:
-        averaging = dual_averaging(candidates=True)
-    pieces = [optimizer, averaging]
-    if valley is not None:
-        if dual == "radial":
-            raise ValueError(
-                "valley corrects the full dual variable; use it with dual='full'"
-            )
-        if not isinstance(valley, Mapping):
-            raise TypeError(
-                "valley must be keyword arguments of project_onto_valley, for example "
-                f"{{'rank': 8}}; got {valley!r}"
-            )
-        ours = {"groups", "strength", "floor", "norm", "candidates"} & set(valley)
-        if ours:
-            raise ValueError(
-                f"valley has {sorted(ours)}, which altsdp hands on itself; give them "
-                "to altsdp"
-            )
-        pieces.append(
-            project_onto_valley(
-                groups, rule, floor=floor, norm=norm, candidates=True, **valley
-            )
-        )
-    pieces.append(
-        group_soft_threshold(groups, rule, floor=floor, norm=norm, candidates=True)
-    )
-    return optax.chain(*pieces)
+        dual_piece = averaging(candidates=True)
+    threshold = group_threshold(groups, rule, min_channels, weights, candidates=True)
+    return optax.chain(optimizer, dual_piece, threshold)
 
 
 def prox_sgd(
@@ -148,8 +120,8 @@ def prox_sgd(
     groups: Groups,
     *,
     strength: StrengthLike,
-    floor: int | jax.Array | Mapping[str, int] = 1,
-    norm: Norm | Mapping[str, float] = "plain",
+    min_channels: int | jax.Array | Mapping[str, int] = 1,
+    weights: Weighting | Mapping[str, float] = "plain",
     momentum: chex.Numeric | None = None,
     nesterov: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
@@ -164,8 +136,8 @@ def prox_sgd(
       groups: the channel dimensions.
       strength: ``λ`` in units of loss per norm, a number or a schedule; the threshold
         is ``γ λ``. A :class:`sdp_jax.Strength` gives the threshold itself.
-      floor: as for :func:`altsdp`.
-      norm: as for :func:`altsdp`.
+      min_channels: as for :func:`altsdp`.
+      weights: as for :func:`altsdp`.
       momentum: momentum of the SGD.
       nesterov: Nesterov momentum.
 
@@ -183,7 +155,7 @@ def prox_sgd(
       >>> import jax.numpy as jnp, optax, sdp_jax
       >>> params = {"w": jnp.array([[3., 0.1], [4., 0.]])}
       >>> groups = sdp_jax.groups_from_axes(
-      ...     params, {"hidden": [sdp_jax.producer("w", 1)]})
+      ...     params, {"hidden": [sdp_jax.Member("w", 1)]})
       >>> tx = sdp_jax.prox_sgd(1.0, groups, strength=2.5)
       >>> grads = {"w": jnp.zeros((2, 2))}
       >>> updates, _ = tx.update(grads, tx.init(params), params)
@@ -206,7 +178,8 @@ def prox_sgd(
 
         rule = as_strength(threshold)
     return optax.chain(
-        optimizer, group_soft_threshold(groups, rule, floor=floor, norm=norm)
+        optimizer,
+        group_soft_threshold(groups, rule, min_channels=min_channels, weights=weights),
     )
 
 
@@ -244,8 +217,8 @@ def grda(
     )
     return optax.chain(
         optimizer,
-        dual_averaging(candidates=True),
-        soft_threshold(rule, candidates=True),
+        averaging(candidates=True),
+        entry_threshold(rule, candidates=True),
     )
 
 

@@ -11,22 +11,18 @@ import numpy as np
 import optax
 
 from sdp_jax import prox
-from sdp_jax.groups import (
-    Dimension,
-    Groups,
-    Norm,
-    PyTree,
+from sdp_jax.base import check_inexact, check_kind, check_params
+from sdp_jax.channels import (
+    Weighting,
     channel_norms,
     channel_products,
     channel_weights,
     channels_alive,
-    join_channels,
-    overlaps,
     scale_channels,
-    split_channels,
 )
-from sdp_jax.strength import check_number
-from sdp_jax.transforms import check_inexact, check_kind, check_params
+from sdp_jax.checks import check_number
+from sdp_jax.groups import Dimension, Groups, overlaps
+from sdp_jax.tree import PyTree
 from sdp_jax.valley.vectors import (
     HIGHEST,
     coefficients,
@@ -72,7 +68,7 @@ def directional_scores(
     groups: Groups,
     basis: PyTree,
     *,
-    norm: Norm | Mapping[str, float] = "plain",
+    weights: Weighting | Mapping[str, float] = "plain",
 ) -> dict[str, jax.Array]:
     """How free it is to shrink each channel: ``s_g = ⟨ŵ_g, (P₀ k ŵ)_g⟩``.
 
@@ -106,9 +102,9 @@ def directional_scores(
       >>> import jax.numpy as jnp, sdp_jax
       >>> params = {"w": jnp.array([[3., 2.], [4., 0.]])}
       >>> groups = sdp_jax.groups_from_axes(
-      ...     params, {"hidden": [sdp_jax.producer("w", 1)]})
+      ...     params, {"hidden": [sdp_jax.Member("w", 1)]})
       >>> sharp = {"w": jnp.array([[[0., 1.], [0., 0.]]])}  # All of channel 1.
-      >>> print(sdp_jax.directional_scores(params, groups, sharp)["hidden"])
+      >>> print(sdp_jax.valley.directional_scores(params, groups, sharp)["hidden"])
       [1. 0.]
     """
     params, basis = _prepare(params, groups, basis)
@@ -120,7 +116,7 @@ def directional_importance(
     groups: Groups,
     basis: PyTree,
     *,
-    norm: Norm | Mapping[str, float] = "plain",
+    weights: Weighting | Mapping[str, float] = "plain",
 ) -> dict[str, jax.Array]:
     """The strength at which first-order SDP prunes each channel: ``‖w_g‖ / s_g``.
 
@@ -148,9 +144,9 @@ def directional_importance(
       >>> import jax.numpy as jnp, sdp_jax
       >>> params = {"w": jnp.array([[3., 2.], [4., 0.]])}
       >>> groups = sdp_jax.groups_from_axes(
-      ...     params, {"hidden": [sdp_jax.producer("w", 1)]})
+      ...     params, {"hidden": [sdp_jax.Member("w", 1)]})
       >>> sharp = {"w": jnp.array([[[0., 1.], [0., 0.]]])}
-      >>> scores = sdp_jax.directional_importance(params, groups, sharp)
+      >>> scores = sdp_jax.valley.directional_importance(params, groups, sharp)
       >>> print(scores["hidden"])  # The smaller one is the sharp one.
       [ 5. inf]
       >>> sdp_jax.plan_cut(groups, params, scores=scores, sparsity=0.5).kept
@@ -171,8 +167,8 @@ def sdp(
     sparsity: float | None = None,
     method: Method = "exact",
     restore: bool = False,
-    floor: int | Mapping[str, int] = 1,
-    norm: Norm | Mapping[str, float] = "plain",
+    min_channels: int | Mapping[str, int] = 1,
+    weights: Weighting | Mapping[str, float] = "plain",
     tol: float | None = None,
 ) -> SdpResult:
     """Prunes a trained model in one shot, along the valley of its loss.
@@ -207,7 +203,7 @@ def sdp(
         by bisection to a relative 1e-3, that reaches it and just so.
       method: ``"exact"`` or ``"first_order"``.
       restore: give the channels that stay back what was taken off them.
-      floor: channels that stay in each dimension, a number or one for each name: if
+      min_channels: channels that stay in each dimension, a number or one for each name: if
         fewer would, the largest ones are not shrunk at all.
       norm: the weighting ``k``, see :func:`sdp_jax.channel_weights`.
       tol: the exact method ends when ``‖Uᵀ(w − w*)‖`` is below ``tol ‖p − w*‖``, where
@@ -236,9 +232,9 @@ def sdp(
       >>> import jax.numpy as jnp, sdp_jax
       >>> params = {"w": jnp.array([[3., 1.], [0., 0.]])}
       >>> groups = sdp_jax.groups_from_axes(
-      ...     params, {"hidden": [sdp_jax.producer("w", 1)]})
+      ...     params, {"hidden": [sdp_jax.Member("w", 1)]})
       >>> sharp = {"w": jnp.array([[[2., 1.], [0., 0.]]])}  # 2 w₀ + w₁ = 7 stays.
-      >>> pruned = sdp_jax.sdp(params, groups, 3.0, sharp).params
+      >>> pruned = sdp_jax.valley.sdp(params, groups, 3.0, sharp).params
       >>> print((2 * pruned["w"]).round())
       [[7. 0.]
        [0. 0.]]
@@ -307,26 +303,26 @@ class _Solver:
         self.floors = floors
         self.norms = channel_norms(groups, params)
         weights = channel_weights(groups, norm)
-        dtype = join_channels(self.norms).dtype
+        dtype = self.norms.dtype
         self.weights = jnp.concatenate(
             [
                 jnp.full(size, weights[name], dtype)
                 for name, size in groups.sizes.items()
             ]
         )
-        self.scores = join_channels(scores).astype(dtype)
+        self.scores = scores.astype(dtype)
         # The order in which channels go: the last of each dimension are held.
         if method == "exact":
-            self.order = join_channels(self.norms) / self.weights
+            self.order = self.norms / self.weights
         else:
-            self.order = _vanishing(join_channels(self.norms), self.scores)
+            self.order = _vanishing(self.norms, self.scores)
         tiny = float(jnp.finfo(dtype).eps)
         self.tol = (1e-5 if tiny > 1e-10 else 1e-11) if tol is None else tol
         self.basis = basis
 
     def zeros(self, point: PyTree) -> int:
         """How many channels are zero."""
-        norms = join_channels(channel_norms(self.groups, point))
+        norms = channel_norms(self.groups, point)
         return int((norms == 0).sum())
 
     def at(self, strength: float) -> tuple[PyTree, int]:
@@ -343,7 +339,7 @@ class _Solver:
     def _held(self, point: PyTree) -> jax.Array:
         """The largest channels of each dimension that has too few left."""
         norms = channel_norms(self.groups, point)
-        order = split_channels(self.order, self.groups.sizes)
+        order = self.order
         parts = []
         for name, floor in self.floors.items():
             # Channels that were zero before cannot be held.
@@ -356,14 +352,14 @@ class _Solver:
     def _solve(self, strength: float, held: jax.Array) -> tuple[PyTree, int]:
         thresholds = strength * jnp.where(held, 0, self.weights)
         # What is zero stays so.
-        gone = join_channels(self.norms) == 0
+        gone = self.norms == 0
         thresholds = jnp.where(gone, jnp.inf, thresholds)
         if self.method == "first_order":
-            norms = join_channels(self.norms)
+            norms = self.norms
             shrink = strength * jnp.where(held, 0, self.scores)
             safe = jnp.where(norms > 0, norms, 1)
             factor = jnp.where(norms > 0, jnp.maximum(0, 1 - shrink / safe), 0)
-            factors = split_channels(factor, self.groups.sizes)
+            factors = factor
             return scale_channels(self.groups, self.params, factors), 0
         point, excess, steps = exact_point(
             self.params, self.groups, self.basis, thresholds, self.tol
@@ -407,14 +403,14 @@ def exact_point(
     """
 
     def factors(point: PyTree) -> tuple[jax.Array, jax.Array]:
-        norms = join_channels(channel_norms(groups, point))
+        norms = channel_norms(groups, point)
         return prox.soft_threshold_factor(norms, thresholds), norms
 
     def dual_point(y: jax.Array) -> PyTree:
         return jax.tree.map(jnp.add, params, combine(y, basis))
 
     def scaled(tree: PyTree, factor: jax.Array) -> PyTree:
-        return scale_channels(groups, tree, split_channels(factor, groups.sizes))
+        return scale_channels(groups, tree, factor)
 
     def move(y: jax.Array) -> PyTree:
         """``w* − w(y)``."""
@@ -434,9 +430,7 @@ def exact_point(
         shrunk = jax.vmap(lambda u: scaled(u, roots))(basis)
         matrix = inner(shrunk, shrunk)
         # Along itself a living channel follows its dual variable in full.
-        along = jax.vmap(lambda u: join_channels(channel_products(groups, u, point)))(
-            basis
-        )
+        along = jax.vmap(lambda u: channel_products(groups, u, point))(basis)
         alive = factor > 0
         share = jnp.where(alive, 1 - factor, 0) / jnp.where(alive, norms, 1) ** 2
         matrix = matrix + jnp.matmul(along * share, along.T, precision=HIGHEST)
@@ -507,7 +501,7 @@ def _prepare(params: PyTree, groups: Groups, basis: PyTree) -> tuple[PyTree, PyT
     return jax.tree.map(wide, params), orthonormal(basis)
 
 
-def _plain_floors(groups: Groups, floor: Any) -> dict[str, int]:
+def _plain_floors(groups: Groups, min_channels: Any) -> dict[str, int]:
     floors = prox.resolve_floors(groups, floor)
     return {name: int(np.asarray(value)) for name, value in floors.items()}
 
@@ -573,7 +567,7 @@ def _reach(
     point, steps = solver.at(0.0)
     if solver.zeros(point) >= wanted:
         return 0.0, point, steps
-    high = float(jnp.max(join_channels(solver.norms)))
+    high = float(jnp.max(solver.norms))
     low, best = 0.0, None
     for _ in range(20):
         try:

@@ -11,17 +11,7 @@ import numpy as np
 import optax
 
 from sdp_jax import prox
-from sdp_jax.groups import (
-    Groups,
-    PerChannel,
-    PyTree,
-    join_channels,
-    split_channels,
-)
-from sdp_jax.methods.filter_norm import l1_norm
-from sdp_jax.methods.hosted import channel_entries
-from sdp_jax.strength import check_number
-from sdp_jax.transforms import (
+from sdp_jax.base import (
     as_base,
     check_inexact,
     check_kind,
@@ -30,6 +20,12 @@ from sdp_jax.transforms import (
     step_to,
     wide_copy,
 )
+from sdp_jax.channels import PerChannel
+from sdp_jax.checks import check_number
+from sdp_jax.groups import Groups
+from sdp_jax.methods.filter_norm import l1_norm
+from sdp_jax.methods.hosted import channel_entries
+from sdp_jax.tree import PyTree
 
 # How many channels of each dimension have to go.
 Numbers: TypeAlias = dict[str, int | jax.Array]
@@ -125,7 +121,7 @@ def spp(
     momentum: chex.Numeric | None = None,
     nesterov: bool = False,
     begin: int = 0,
-    floor: int | jax.Array | Mapping[str, int] = 1,
+    min_channels: int | jax.Array | Mapping[str, int] = 1,
 ) -> optax.GradientTransformationExtraArgs:
     """Trains as ``base`` does, while channels are dropped with rising probability.
 
@@ -163,7 +159,7 @@ def spp(
       momentum: momentum of the SGD, if ``base`` is a learning rate.
       nesterov: Nesterov momentum, likewise.
       begin: number of updates before the probabilities begin to change.
-      floor: channels that are not pruned in each dimension; a number, or one for each
+      min_channels: channels that are not pruned in each dimension; a number, or one for each
         name. The masks of single updates may drop more.
 
     Returns:
@@ -184,7 +180,7 @@ def spp(
       >>> from sdp_jax import methods
       >>> params = {"w": jnp.array([[3., 1.], [4., 1.]])}
       >>> groups = sdp_jax.groups_from_axes(
-      ...     params, {"hidden": [sdp_jax.producer("w", 1)]})
+      ...     params, {"hidden": [sdp_jax.Member("w", 1)]})
       >>> tx = methods.spp(0.1, groups, 0.5, jax.random.key(0), every=1, amplitude=0.5)
       >>> state = tx.init(params)
       >>> for _ in range(2):
@@ -236,7 +232,7 @@ def spp(
         shadow = jax.tree.map(lambda v, u: v + u.astype(v.dtype), state.shadow, steps)
 
         norms = score(groups, shadow)
-        old = split_channels(state.probabilities.per_channel, groups.sizes)
+        old = state.probabilities.per_channel
         due = is_due(count, every, begin)
         new = {}
         for name, chance in old.items():
@@ -248,7 +244,7 @@ def spp(
             lowered = jnp.where(gone | ~due, chance, lowered)
             complete = jnp.sum(lowered == 0) >= numbers[name]
             new[name] = jnp.where(complete & (lowered > 0), 1, lowered)
-        chances = join_channels(new)
+        chances = new
 
         next_key, draw = jax.random.split(state.key)
         mask = jax.random.uniform(draw, chances.shape, chances.dtype) < chances
@@ -286,7 +282,7 @@ def spp_params(
       >>> from sdp_jax import methods
       >>> params = {"w": jnp.ones((1, 2))}
       >>> groups = sdp_jax.groups_from_axes(
-      ...     params, {"hidden": [sdp_jax.producer("w", 1)]})
+      ...     params, {"hidden": [sdp_jax.Member("w", 1)]})
       >>> tx = methods.spp(0.1, groups, 0.5, jax.random.key(0), every=1)
       >>> print(methods.spp_params(tx.init(params), groups, params)["w"])
       [[1. 1.]]
@@ -310,14 +306,14 @@ def spp_params(
 def pruned_numbers(
     groups: Groups,
     sparsity: float | Mapping[str, float],
-    floor: int | jax.Array | Mapping[str, int],
+    min_channels: int | jax.Array | Mapping[str, int],
 ) -> Numbers:
     """How many channels each dimension loses at a share of them.
 
     Args:
       groups: the channel dimensions.
       sparsity: the share, a number or one for each name (others lose none).
-      floor: channels that stay, a number or one for each name. Where an array forbids
+      min_channels: channels that stay, a number or one for each name. Where an array forbids
         the share, it wins.
 
     Returns:

@@ -1,0 +1,278 @@
+"""Controllers that hit a target of channels, parameters or FLOPs."""
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from sdp_jax import prox
+from sdp_jax.channels import PerChannel
+from sdp_jax.checks import check_number, check_steps
+from sdp_jax.groups import Groups, Ranking, check_ranking
+from sdp_jax.polynomial import Polynomial
+from sdp_jax.strength import Strength
+
+Target = Literal["channels", "params", "flops"]
+# The share that is left of a target when this many channels of each dimension are.
+ShareLeft: TypeAlias = Callable[[jax.Array], jax.Array]
+
+# The norms of a layer often lie close together, far from zero. Over this part of its
+# ramp a target therefore lets the threshold rise from zero to the norms it must reach.
+RISE = 0.3
+
+
+class TargetState(NamedTuple):
+    """State of :func:`target_sparsity`.
+
+    Attributes:
+      count: number of updates so far, int32 scalar.
+      thresholds: the latest thresholds, infinite for a channel that is zero; they stay
+        fixed once the end step is reached.
+    """
+
+    count: jax.Array
+    thresholds: PerChannel
+
+
+def target_sparsity(
+    sparsity: float,
+    begin_step: int,
+    end_step: int,
+    *,
+    target: Target = "channels",
+    ranking: Ranking = "global",
+    power: float = 3.0,
+) -> Strength:
+    """Prunes exactly the asked-for share of channels, parameters or FLOPs.
+
+    At step ``n`` the threshold is the norm below which those channels lie that make up
+    the share ``sparsity · (1 − (1 − (n − begin) / (end − begin))^power)`` of the
+    target; over the first 30 % of the ramp it rises to there from zero, linearly. Until
+    ``end_step`` channels may return; after it the set stays fixed and the thresholds
+    too, while training goes on. A share of channels is rounded to whole channels; of
+    parameters or FLOPs goes at least the share, and less than one channel more.
+
+    Args:
+      sparsity: share of the target that is gone from ``end_step`` on, in [0, 1). After
+        a cut it counts the channels of the small model: 0 prunes no further.
+      begin_step: last step without pruning.
+      end_step: number of updates after which the share is reached.
+      target: what the share is of: ``"channels"``; ``"params"``, all entries of all
+        leaves of the groups; ``"flops"`` of the function that the groups were found on,
+        counted as :func:`sdp_jax.cost` counts those of the narrowed function.
+      ranking: compare norms over all channels (``"global"``), within each dimension, or
+        within dimensions that are built alike (``"isomorphic"``); in the latter two
+        each of these loses the same share of its channels.
+      power: exponent of the rise; 3 is the cubic ramp of Zhu and Gupta 2017.
+
+    Returns:
+      A :class:`Strength`. Its ``init`` raises ``ValueError`` if the floors leave fewer
+      channels to prune than asked for, or FLOPs are asked for and the groups do not
+      know them. Floors that are arrays cannot be checked there: where they forbid the
+      share, they win.
+
+    Raises:
+      ValueError: if ``sparsity`` is outside [0, 1), ``power`` not positive, the steps
+        are not in order, or target or ranking are unknown.
+      TypeError: if ``sparsity`` or ``power`` is not a number or a step not an integer.
+
+    References:
+      The ramp: Zhu and Gupta, "To prune, or not to prune", arXiv 1710.01878, eq. 1.
+      Isomorphic ranking: Fang, Ma, Wang et al., "Isomorphic Pruning for Vision
+      Models", ECCV 2024, arXiv 2407.04616.
+
+    Example:
+      >>> import jax.numpy as jnp, sdp_jax
+      >>> params = {"w": jnp.ones((2, 4))}
+      >>> groups = sdp_jax.groups_from_axes(
+      ...     params, {"hidden": [sdp_jax.Member("w", 1)]})
+      >>> strength = sdp_jax.target_sparsity(0.5, begin_step=0, end_step=1)
+      >>> state, norms = strength.init(groups, [1]), jnp.array([1., 4., 2., 3.])
+      >>> thresholds, state = strength.update(state, norms, groups, [1])
+      >>> print(thresholds)
+      [inf  2. inf  2.]
+    """
+    check_number("sparsity", sparsity, low=0, rule="a number in [0, 1)")
+    if isinstance(sparsity, jax.Array) or sparsity >= 1:
+        raise ValueError(f"sparsity must be a number in [0, 1); got {sparsity!r}")
+    check_number("power", power, low=1e-6, rule="a positive number")
+    check_steps(begin_step, end_step)
+    check_ranking(ranking)
+    if target not in get_args(Target):
+        raise ValueError(f"target is {target!r}; use one of {get_args(Target)}")
+
+    def init(groups: Groups, floors: prox.Floors) -> TargetState:
+        if target == "channels":
+            _check_channels(sparsity, groups, floors, ranking)
+        else:
+            _check_counts(sparsity, target, groups, floors)
+        zeros = jnp.zeros((groups.num_channels,), jnp.result_type(float))
+        return TargetState(jnp.zeros((), jnp.int32), PerChannel(zeros))
+
+    def update(
+        state: TargetState, norms: jax.Array, groups: Groups, floors: prox.Floors
+    ) -> tuple[jax.Array, TargetState]:
+        count = jnp.asarray(optax.safe_increment(state.count))
+        done = jnp.clip((count - begin_step) / (end_step - begin_step), 0, 1)
+        # Division may round: at the end the share is exact.
+        final = count >= end_step
+        share = jnp.where(final, 1, 1 - (1 - done) ** power)
+        rise = jnp.where(final, 1, jnp.minimum(1, done / RISE))
+        old = state.thresholds.per_channel
+        blocks = groups.blocks(ranking)
+
+        def ranked() -> jax.Array:
+            if target == "channels":
+                wanted = [share * round(sparsity * len(block)) for block in blocks]
+            else:
+                left = _polynomial(groups, target).share(list(groups.sizes.values()))
+                goal = (1 - share * sparsity) * (1 + 1e-6)  # rounding
+                wanted = _wanted(groups, norms, floors, blocks, left, goal, final)
+            found = _rank(groups, norms, floors, blocks, wanted, rise)
+            return found.astype(old.dtype)
+
+        fixed = jax.lax.cond(count > end_step, lambda: old, ranked)
+        held = prox.keep_alive(norms, fixed.astype(norms.dtype))
+        thresholds = jnp.where(jnp.isinf(fixed), jnp.inf, held)
+        return thresholds, TargetState(count, PerChannel(fixed))
+
+    return Strength(init, update)
+
+
+def _polynomial(groups: Groups, target: Target) -> Polynomial:
+    """What a target counts, in the widths."""
+    if target == "params":
+        return groups.parameters
+    return groups.need_flops()
+
+
+def _check_channels(
+    sparsity: float, groups: Groups, floors: prox.Floors, ranking: Ranking
+) -> None:
+    owner = np.repeat(np.arange(len(groups)), list(groups.sizes.values()))
+    for block in groups.blocks(ranking):
+        members = np.unique(owner[block]).tolist()
+        held = [floors[k] for k in members]
+        wanted = round(sparsity * len(block))
+        if any(isinstance(f, jax.Array) for f in held):
+            continue
+        kept = sum(int(f) for f in held)
+        if len(block) - wanted >= kept:
+            continue
+        names = [groups.dimensions[k].name for k in members]
+        what = "the model" if ranking == "global" else f"dimension {names[0]!r}"
+        raise ValueError(
+            f"target_sparsity({sparsity}) wants {wanted} of the {len(block)} channels "
+            f"of {what} to be zero, but min_channels keeps {kept}; lower the sparsity "
+            "or min_channels"
+        )
+
+
+def _check_counts(
+    sparsity: float, target: Target, groups: Groups, floors: prox.Floors
+) -> None:
+    counts = _polynomial(groups, target)
+    if any(isinstance(f, jax.Array) for f in floors):
+        return
+    dense = counts.at(list(groups.sizes.values()))
+    least = counts.at([int(f) for f in floors]) / max(dense, 1e-300)
+    if least > 1 - sparsity:
+        raise ValueError(
+            f"target_sparsity({sparsity}, target={target!r}) cannot be met: where only "
+            f"min_channels are left, so are {least:.1%}; lower the sparsity or "
+            "min_channels"
+        )
+
+
+def _wanted(
+    groups: Groups,
+    norms: jax.Array,
+    floors: prox.Floors,
+    blocks: list[np.ndarray],
+    share_left: ShareLeft,
+    goal: jax.Array,
+    final: jax.Array,
+) -> list[jax.Array]:
+    """How many channels of each block must go until ``goal`` of a count is left.
+
+    Channels go in the order of their norms, or of their ranks within their blocks
+    as shares of these. While the target rises a part of a channel counts.
+    """
+    sizes = list(groups.sizes.values())
+    flat = jnp.where(prox.largest_each(groups, norms, floors), jnp.inf, norms)
+    if len(blocks) > 1:
+        for block in blocks:
+            free = flat[block]
+            rank = prox.ranks(free).astype(flat.dtype)
+            shares = (rank + 1) / jnp.maximum(jnp.isfinite(free).sum(), 1)
+            flat = flat.at[block].set(
+                jnp.where(jnp.isinf(free), jnp.inf, shares).astype(flat.dtype)
+            )
+    place = prox.ranks(flat)
+    owner = np.repeat(np.arange(len(sizes)), sizes)
+    most = jnp.isfinite(flat).sum()
+
+    def gone(number: jax.Array) -> jax.Array:
+        """Channels of each dimension among the first ``number``, parts included."""
+        part = jnp.clip(number - place, 0, 1)
+        return jax.ops.segment_sum(part, owner, len(sizes), indices_are_sorted=True)
+
+    def left(number: jax.Array) -> jax.Array:
+        widths = jnp.asarray(sizes) - gone(number.astype(flat.dtype))
+        return share_left(widths)
+
+    def halve(_: int, between: tuple[jax.Array, jax.Array]) -> Any:
+        low, high = between
+        middle = (low + high) // 2
+        enough = left(middle) <= goal
+        return jnp.where(enough, low, middle + 1), jnp.where(enough, middle, high)
+
+    start = (jnp.zeros((), most.dtype), most)
+    number, _ = jax.lax.fori_loop(0, len(flat).bit_length(), halve, start)
+    before = left(jnp.maximum(number - 1, 0))
+    part = (before - goal) / jnp.maximum(before - left(number), 1e-30)
+    exact = jnp.where(number > 0, number - 1 + jnp.clip(part, 0, 1), 0)
+    amount = jnp.where(final, number, exact)
+    if len(blocks) == 1:
+        return [amount]
+    counts = gone(amount)
+    return [jnp.sum(counts[np.unique(owner[block])]) for block in blocks]
+
+
+def _rank(
+    groups: Groups,
+    norms: jax.Array,
+    floors: prox.Floors,
+    blocks: list[np.ndarray],
+    wanted: list[jax.Array],
+    rise: jax.Array,
+) -> jax.Array:
+    """Thresholds that zero the ``⌊wanted⌋`` smallest channels that floors permit.
+
+    While ``rise`` is below 1, they are that share of these thresholds.
+    """
+    # Floors that are arrays were not checked against the target: the floor wins.
+    keep = prox.largest_each(groups, norms, floors)
+    free = jnp.where(keep, jnp.inf, norms)
+    levels, pruned = [], []
+    for block, number in zip(blocks, wanted, strict=True):
+        values = free if len(blocks) == 1 else free[block]
+        size = len(block)
+        # float32 may put a whole number a hair below itself.
+        count = jnp.floor(number + 1e-3).astype(jnp.int32)
+        ascending = jnp.sort(values)
+        below = jnp.where(count > 0, ascending[jnp.maximum(count - 1, 0)], 0)
+        above = ascending[jnp.minimum(count, size - 1)]
+        part = jnp.clip(number - count, 0, 1)
+        level = below + jnp.where(jnp.isinf(above), 0, part * (above - below))
+        levels.append(jnp.broadcast_to(level, (size,)))
+        pruned.append(prox.ranks(values) < count)
+    back = np.argsort(np.concatenate(blocks))
+    level, gone = jnp.concatenate(levels), jnp.concatenate(pruned)
+    if len(blocks) > 1:
+        level, gone = level[back], gone[back]
+    held = prox.hold_floors(groups, norms, rise * level, floors)
+    return jnp.where(gone & ~keep & (rise >= 1), jnp.inf, held)

@@ -1,0 +1,86 @@
+"""Paths of leaves: how the package names the arrays of a tree."""
+
+import collections
+import difflib
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import jax
+import numpy as np
+
+PyTree: TypeAlias = Any
+
+
+def leaf_table(tree: PyTree) -> dict[str, Any]:
+    """All leaves of a tree by path.
+
+    A path is the leaf's keys joined by ``/``. The ``value`` attribute of a
+    ``flax.nnx`` variable is left out (see :func:`leaf_keys`), because nnx passes the
+    optimizer its variables at ``init`` and plain arrays at ``update``.
+
+    Args:
+      tree: any pytree.
+
+    Returns:
+      The leaves by path, in the order of the tree.
+
+    Raises:
+      ValueError: if two leaves have the same path.
+    """
+    table: dict[str, Any] = {}
+    for keys, leaf in leaf_keys(tree):
+        path = "/".join(keys)
+        if path in table:
+            raise ValueError(
+                f"two leaves have the path {path!r}; rename a key that contains '/'"
+            )
+        table[path] = leaf
+    return table
+
+
+def leaf_keys(
+    tree: PyTree, is_leaf: Callable[[Any], bool] | None = None
+) -> list[tuple[tuple[str, ...], Any]]:
+    """The leaves of a tree in order, each with its keys as strings.
+
+    An attribute ``value`` at the end is left out, as in :func:`leaf_table`, unless it
+    has siblings: then it is a field of the user's, and no variable of nnx.
+
+    Args:
+      tree: any pytree.
+      is_leaf: as for ``jax.tree.flatten``.
+
+    Returns:
+      Pairs of keys and leaf.
+    """
+    found = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
+    families = collections.Counter(keys[:-1] for keys, _ in found if keys)
+    out = []
+    for keys, leaf in found:
+        if keys and families[keys[:-1]] == 1 and _is_value(keys[-1]):
+            keys = keys[:-1]
+        names = (jax.tree_util.keystr((k,), simple=True) for k in keys)
+        out.append((tuple(names), leaf))
+    return out
+
+
+def leaf_dtype(leaf: Any) -> Any:
+    """Dtype of an array, a ``ShapeDtypeStruct`` or a Python number."""
+    return leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
+
+
+def _is_value(key: Any) -> bool:
+    return isinstance(key, jax.tree_util.GetAttrKey) and key.name == "value"
+
+
+def missing_path_message(path: str, paths: Sequence[str]) -> str:
+    """Says that a path is not in a tree, and which ones are near it."""
+    if any(path == f"{p.split('/')[0]}/{q}" for p in [path] for q in paths):
+        hint = (
+            f"the tree has {path.split('/', 1)[1]!r}: use "
+            f"groups.at({path.split('/')[0]!r}) here"
+        )
+    else:
+        near = difflib.get_close_matches(path, paths, n=3, cutoff=0.3)
+        hint = f"did you mean {near}?" if near else f"the tree has {list(paths)[:5]}"
+    return f"no leaf {path!r} in the tree; {hint}"
