@@ -74,7 +74,7 @@ from sdp_jax.methods.discriminant import (
 from sdp_jax.methods.dpm import DecayPruningState, decay_pruning
 from sdp_jax.methods.filter_norm import l1_norm, l2_norm
 from sdp_jax.methods.half_space import half_space_factor
-from sdp_jax.methods.hosted import HostedState, Score, hosted
+from sdp_jax.methods.hosted import HostedState, hosted
 from sdp_jax.methods.network_slimming import (
     ScalePenaltyState,
     scale_penalty,
@@ -89,6 +89,7 @@ from sdp_jax.methods.pqi import (
 )
 from sdp_jax.methods.remove import RemoveLowestState, remove_lowest, set_scores
 from sdp_jax.methods.scales import DEFAULT_SCALES
+from sdp_jax.methods.score import Score
 
 __all__ = [
     "DEFAULT_SCALES",

@@ -27,9 +27,9 @@ from sdp_jax.channels import (
 )
 from sdp_jax.checks import check_number
 from sdp_jax.groups import Groups
-from sdp_jax.methods._taylor import need_gradients
-from sdp_jax.methods.hosted import Score, hosted
+from sdp_jax.methods.hosted import hosted
 from sdp_jax.methods.network_slimming import scale_penalty
+from sdp_jax.methods.score import Score, need_gradients
 from sdp_jax.methods.scales import (
     DEFAULT_SCALES,
     check_scales,

@@ -21,10 +21,8 @@ from sdp_jax.base import (
 from sdp_jax.channels import PerChannel, channel_norms, channel_products, scale_channels
 from sdp_jax.checks import check_number, check_whole
 from sdp_jax.groups import Groups
-from sdp_jax.methods._hspg import unit
-from sdp_jax.methods._taylor import need_gradients
-from sdp_jax.methods.hosted import Score, hosted
-from sdp_jax.methods.remove import check_scores
+from sdp_jax.methods.hosted import hosted
+from sdp_jax.methods.score import Score, check_score, check_scores, need_gradients, unit
 from sdp_jax.strength import StrengthLike
 from sdp_jax.tree import PyTree
 

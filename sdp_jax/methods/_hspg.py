@@ -27,9 +27,9 @@ from sdp_jax.base import (
 from sdp_jax.channels import PerChannel, channel_norms, channel_products, scale_channels
 from sdp_jax.checks import check_number, check_whole
 from sdp_jax.groups import Groups
-from sdp_jax.methods._taylor import need_gradients
 from sdp_jax.methods.half_space import check_epsilon, project
-from sdp_jax.methods.hosted import Score, hosted
+from sdp_jax.methods.hosted import hosted
+from sdp_jax.methods.score import Score, need_gradients, unit
 from sdp_jax.strength import StrengthLike
 from sdp_jax.tree import PyTree
 
@@ -556,18 +556,6 @@ def _redundancy(
     saliency = (unit(cosine) + unit(inverse)) / 2
     saliency = jnp.where(alive, saliency, 1)
     return jnp.max(saliency) - saliency
-
-
-def unit(values: jax.Array) -> jax.Array:
-    """A vector divided by its Euclidean norm, or itself where that is zero."""
-    # By the largest magnitude first: squares of small numbers vanish.
-    # What is not finite stays so, and does not count.
-    finite = jnp.where(jnp.isfinite(values), values, 0)
-    largest = jnp.max(jnp.abs(finite))
-    scale = jnp.where(largest > 0, largest, 1)
-    scaled = values / scale
-    norm = jnp.sqrt(jnp.sum(jnp.square(finite / scale)))
-    return scaled / jnp.where(norm > 0, norm, 1)
 
 
 def _check_rate(learning_rate: Any) -> None:

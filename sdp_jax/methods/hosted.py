@@ -5,7 +5,7 @@ set channels to zero. Many of them score channels by the raw gradient, which the
 has already turned into a step: :func:`hosted` hands it on beside the step.
 """
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,26 +14,6 @@ import optax
 from sdp_jax.channels import scale_channels
 from sdp_jax.groups import Groups
 from sdp_jax.tree import PyTree
-
-
-class Score(Protocol):
-    """The one signature of all scores: the lowest is pruned first.
-
-    ``score(groups, params, grads=None, activations=None)`` returns for each dimension
-    an
-    array ``(size,)`` of non-negative numbers. A score raises ``ValueError`` if it needs
-    gradients or activations and gets none.
-    """
-
-    def __call__(
-        self,
-        groups: Groups,
-        params: PyTree,
-        grads: PyTree | None = None,
-        activations: Any = None,
-    ) -> dict[str, jax.Array]:
-        """The score of each channel."""
-        ...
 
 
 class HostedState(NamedTuple):

@@ -13,7 +13,7 @@ from sdp_jax.base import add_step, check_params, check_rule, need_params, step_t
 from sdp_jax.channels import PerChannel, scale_channels
 from sdp_jax.checks import check_whole
 from sdp_jax.groups import Groups
-from sdp_jax.methods.hosted import Score
+from sdp_jax.methods.score import Score, check_score, check_scores
 from sdp_jax.strength import StrengthLike
 
 
@@ -230,28 +230,3 @@ def set_scores(
         leaf._replace(total=PerChannel(flat)) if is_ours(leaf) else leaf
         for leaf in leaves
     )
-
-
-def check_scores(groups: Groups, scores: Mapping[str, Any]) -> jax.Array:
-    """All scores as one float32 vector, after checking names and shapes.
-
-    Args:
-      groups: the channel dimensions.
-      scores: for each dimension an array ``(size,)``.
-
-    Returns:
-      A vector ``(num_channels,)``.
-
-    Raises:
-      ValueError: if a dimension is missing or unknown, or a shape is wrong.
-    """
-    shapes = {name: jnp.shape(value) for name, value in scores.items()}
-    expected = {name: (size,) for name, size in groups.sizes.items()}
-    if shapes != expected:
-        raise ValueError(
-            f"scores must have an array for each dimension, of the shapes {expected}; "
-            f"got {shapes}"
-        )
-    # Dictionaries that pass through jit come back in another order.
-    ordered = {name: jnp.asarray(scores[name]) for name in groups.sizes}
-    return ordered.astype(jnp.float32)
