@@ -5,6 +5,7 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sdp_jax.groups import Groups
 from sdp_jax.tree import PyTree
@@ -113,3 +114,9 @@ def unit(values: jax.Array) -> jax.Array:
     scaled = values / scale
     norm = jnp.sqrt(jnp.sum(jnp.square(finite / scale)))
     return scaled / jnp.where(norm > 0, norm, 1)
+
+
+def producer_entries(groups: Groups) -> np.ndarray:
+    """The number of producer entries of each channel, float32."""
+    entries = [groups.entries(d, roles=("producer",)) for d in groups]
+    return np.repeat(entries, list(groups.sizes.values())).astype(np.float32)
