@@ -216,20 +216,3 @@ def channel_host(
 def no_channels(groups: Groups) -> PerChannel:
     """A set of channels, empty: a Boolean vector ``(num_channels,)``."""
     return PerChannel(jnp.zeros((groups.num_channels,), bool))
-
-
-def channel_entries(groups: Groups, tree: PyTree, channels: jax.Array) -> PyTree:
-    """Which entries are producers of one of these channels, leaf by leaf.
-
-    Args:
-      groups: the channel dimensions.
-      tree: a tree that has the producers of ``groups`` as leaves.
-      channels: a Boolean vector ``(num_channels,)``.
-
-    Returns:
-      A tree of Boolean arrays of the same shapes.
-    """
-    ones = jax.tree.map(lambda x: jnp.ones(x.shape, jnp.float32), tree)
-    others = jnp.where(channels, 0.0, 1.0).astype(jnp.float32)
-    left = scale_channels(groups, ones, others)
-    return jax.tree.map(lambda x: x == 0, left)

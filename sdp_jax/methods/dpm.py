@@ -18,7 +18,7 @@ from sdp_jax.base import (
 from sdp_jax.channels import PerChannel, channel_norms, channels_alive, scale_channels
 from sdp_jax.checks import check_number, check_whole
 from sdp_jax.groups import Groups
-from sdp_jax.methods._hosted import channel_entries
+from sdp_jax.tree import PyTree
 
 
 class DecayPruningState(NamedTuple):
@@ -197,6 +197,23 @@ def decay_pruning(
         return out, new_state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def channel_entries(groups: Groups, tree: PyTree, channels: jax.Array) -> PyTree:
+    """Which entries are producers of one of these channels, leaf by leaf.
+
+    Args:
+      groups: the channel dimensions.
+      tree: a tree that has the producers of ``groups`` as leaves.
+      channels: a Boolean vector ``(num_channels,)``.
+
+    Returns:
+      A tree of Boolean arrays of the same shapes.
+    """
+    ones = jax.tree.map(lambda x: jnp.ones(x.shape, jnp.float32), tree)
+    others = jnp.where(channels, 0.0, 1.0).astype(jnp.float32)
+    left = scale_channels(groups, ones, others)
+    return jax.tree.map(lambda x: x == 0, left)
 
 
 def _mean_alive(groups: Groups, values: jax.Array, alive: jax.Array) -> jax.Array:
