@@ -239,7 +239,7 @@ def test_an_ensemble_on_eight_devices(name):
         return jax.tree.map(lambda *x: place(jnp.stack(x)), make(0), make(1))
 
     tx, params = made(name), both(params_of)
-    state = jax.jit(jax.vmap(tx.init))(params)
+    state = both(lambda seed: tx.init(params_of(seed)))
     step = jax.jit(jax.vmap(toy.make_step(tx)))
     for n in range(4):
         params, state = step(params, state, both(lambda seed, n=n: grads_of(n, seed)))
