@@ -11,7 +11,7 @@ from sdp_jax.cut import Cut
 from sdp_jax.groups import PyTree, leaf_dtype, leaf_table
 from sdp_jax.tracing.analyse import Analysis, analyse
 from sdp_jax.tracing.evaluate import Evaluator
-from sdp_jax.tracing.rules import REBUILD
+from sdp_jax.tracing.rules import RULES
 from sdp_jax.tracing.static import separate
 
 
@@ -82,7 +82,7 @@ def narrow(fn: Callable[..., Any], cut: Cut) -> Callable[..., Any]:
         evaluator = Evaluator(
             found.solution,
             _kept_classes(found, cut),
-            REBUILD,
+            RULES,
         )
         moving, _ = separate((args, kwargs))
         inputs = found.body.ins[len(table) :]

@@ -12,9 +12,9 @@ import numpy as np
 
 from sdp_jax.groups import PyTree, leaf_dtype, leaf_keys, leaf_table
 from sdp_jax.tracing.atoms import Reason, Solution
-from sdp_jax.tracing.rules import ANALYSE, EVEN, KNOWN, PICKS
+from sdp_jax.tracing.rules import RULES
 from sdp_jax.tracing.static import separate
-from sdp_jax.tracing.trace import Body, Trace
+from sdp_jax.tracing.trace import NO_RULE, Body, Trace
 from sdp_jax.tracing.values import Value
 
 
@@ -101,7 +101,7 @@ def analyse(
             "its inputs in order; Python code must not depend on the values of arrays"
         )
         raise
-    trace = Trace(ANALYSE, known=KNOWN, even=EVEN, derivatives=derivatives)
+    trace = Trace(RULES, derivatives=derivatives)
     space = trace.space
     ins = (*closed.jaxpr.invars, *closed.jaxpr.constvars)
     trace.sizes.start(n for v in ins for n in getattr(v.aval, "shape", ()))
@@ -156,7 +156,7 @@ def _used(body: Body, solution: Solution) -> np.ndarray:
     def walk(body: Body) -> None:
         for record in body.records:
             visit(record.outs)
-            if record.eqn.primitive.name not in PICKS:
+            if not RULES.get(record.eqn.primitive.name, NO_RULE).picks:
                 visit(record.ins)
             for inner in record.bodies:
                 walk(inner)
