@@ -34,6 +34,7 @@ from sdp_jax.strength import (
 )
 from sdp_jax.target import target_sparsity
 from sdp_jax.tracing.find import find_groups
+from sdp_jax.tracing.flops import count_flops
 from sdp_jax.transforms import (
     check_zeros,
     dual_averaging,
@@ -60,6 +61,7 @@ __all__ = [
     "channels_alive",
     "check_zeros",
     "cost",
+    "count_flops",
     "dual_averaging",
     "export_stablehlo",
     "find_groups",

@@ -45,6 +45,13 @@ class Cut:
     dense: Groups
     kept: tuple[tuple[int, ...], ...]
 
+    def __hash__(self) -> int:
+        return self._hash
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash((self.dense, self.kept))
+
     def __post_init__(self) -> None:
         """Checks that the indices fit the groups."""
         if not isinstance(self.dense, Groups):
@@ -318,8 +325,9 @@ class Cut:
         after = sum(math.prod(s) for s in self.small_shapes.values())
         rows.append(("entries", before, after))
         if self.dense.flops is not None:
-            widths = [list(w.values()) for w in (self.dense.sizes, self.widths)]
-            rows.append(("FLOPs", *map(self.dense.flops.at, widths)))
+            flops = self.dense.flops.at
+            full, left = (list(w.values()) for w in (self.dense.sizes, self.widths))
+            rows.append(("FLOPs", flops(full), flops(left)))
         first = max([len(row[0]) for row in rows] + [9])
         second = max([len(f"{row[1]:,.0f}") for row in rows] + [6])
         lines = [f"{'dimension':<{first}}  {'before':>{second}}  {'after':>{second}}"]

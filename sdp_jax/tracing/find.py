@@ -1,5 +1,6 @@
 """find_groups: the channel dimensions of any function."""
 
+import dataclasses
 import fnmatch
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,6 +9,7 @@ import numpy as np
 
 from sdp_jax.groups import Frozen, Groups, Leaf
 from sdp_jax.tracing.analyse import Analysis, analyse
+from sdp_jax.tracing.flops import flop_polynomial
 from sdp_jax.tracing.members import find_dimensions
 from sdp_jax.tree import PyTree, leaf_table
 
@@ -104,10 +106,14 @@ def find_groups(
         Leaf(path, tuple(np.shape(leaf))) for path, leaf in leaf_table(params).items()
     )
     shapes = {leaf.path: leaf.shape for leaf in leaves}
-    dimensions = find_dimensions(found, shapes)
-    groups = Groups(dimensions, leaves)
-    return Groups(
-        dimensions, leaves, _frozen(found, groups), prune_inputs, prune_outputs
+    groups = Groups(
+        find_dimensions(found, shapes),
+        leaves,
+        prune_inputs=prune_inputs,
+        prune_outputs=prune_outputs,
+    )
+    return dataclasses.replace(
+        groups, frozen=_frozen(found, groups), flops=flop_polynomial(found, groups)
     )
 
 
@@ -126,18 +132,13 @@ def _check_patterns(name: str, patterns: Any, paths: Sequence[str]) -> None:
 
 
 def _frozen(found: Analysis, groups: Groups) -> tuple[Frozen, ...]:
-    covered: dict[tuple[str, int], np.ndarray] = {}
-    for d in groups:
-        for m in d.members:
-            length = groups.shapes[m.path][m.axis]
-            mask = covered.setdefault((m.path, m.axis), np.zeros(length, bool))
-            mask[m.positions(d.size)] = True
     solution = found.solution
     label, reasons = found.trace.space.atoms.reasons()
     out = []
     for axis in found.axes:
         size = len(axis.atoms)
-        free = covered.get((axis.path, axis.axis), np.zeros(size, bool))
+        masks = groups.covered.get((axis.path, axis.axis), {})
+        free = np.any([np.zeros(size, bool), *masks.values()], axis=0)
         if size < 2 or free.all():
             continue
         why: dict[str, None] = {}
