@@ -170,7 +170,7 @@ class Cut:
             )
         small = jax.tree.unflatten(jax.tree.structure(tree, is_leaf=is_hidden), leaves)
         if like is not None:
-            _check_like(small, like)
+            check_like(small, like)
         return small
 
     def fill(self, tree: PyTree) -> PyTree:
@@ -316,7 +316,7 @@ class Cut:
             raise ValueError(f"not a cut in JSON: {error}") from error
 
     def summary(self) -> str:
-        """A table of what there was before and is after the cut: widths, entries, FLOPs."""
+        """A table of before and after the cut: widths, entries, FLOPs."""
         rows: list[tuple[str, float, float]] = [
             (d.name, d.size, len(kept))
             for d, kept in zip(self.dense.dimensions, self.kept, strict=True)
@@ -452,7 +452,8 @@ def _take(leaf: Any, index: np.ndarray, axis: int) -> Any:
     return jnp.take(leaf, index, axis=axis)
 
 
-def _check_like(small: PyTree, like: PyTree) -> None:
+def check_like(small: PyTree, like: PyTree) -> None:
+    """Refuses a cut tree that does not look like another one."""
     have, want = jax.tree.structure(small), jax.tree.structure(like)
     if have != want:
         raise ValueError(

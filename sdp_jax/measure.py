@@ -162,8 +162,8 @@ def _walk(jaxpr: Any, repeats: int) -> list[EquationCost]:
     for eqn in jaxpr.eqns:
         name = eqn.primitive.name
         rule = RULES.get(name, NO_RULE)
-        if bodies := _bodies(eqn):
-            times, choices = rule.runs(eqn, bodies)
+        if inner := bodies(eqn):
+            times, choices = rule.runs(eqn, inner)
             walks = [[e for b in c for e in _walk(b, repeats * times)] for c in choices]
             out += max(walks, key=lambda w: sum(e.flops * e.repeats for e in w))
         else:
@@ -179,7 +179,7 @@ def _walk(jaxpr: Any, repeats: int) -> list[EquationCost]:
     return out
 
 
-def _bodies(eqn: Any) -> list[Any]:
+def bodies(eqn: Any) -> list[Any]:
     """The jaxprs that an equation runs."""
     keys = ("jaxpr", "call_jaxpr", "body_jaxpr", "cond_jaxpr", "branches")
     found = []
