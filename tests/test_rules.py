@@ -52,8 +52,8 @@ def as_they_are(t, eqn, ins):
 
 def test_everything_known_of_a_primitive_is_one_rule():
     for family in FAMILIES:
-        tables = [k for k, v in vars(family).items() if isinstance(v, dict)]
-        assert set(tables) - {"__builtins__"} == {"RULES"}, family
+        tables = {k for k, v in vars(family).items() if isinstance(v, dict)}
+        assert {k for k in tables if not k.startswith("__")} == {"RULES"}, family
     assert all(isinstance(rule, Rule) for rule in RULES.values())
     for name, rule in RULES.items():
         (found,) = [f.RULES[name] for f in FAMILIES if name in f.RULES]
