@@ -14,13 +14,14 @@ ROOT = PACKAGE.parent
 # What each module may import from the package.
 ALLOWED = {
     "groups": set(),
+    "polynomial": set(),
     "prox": {"groups"},
-    "counts": {"groups", "tracing", "measure"},
+    "counts": {"groups", "polynomial", "tracing"},
     "strength": {"groups", "prox", "counts"},
     "transforms": {"groups", "prox", "strength"},
     "valley": {"groups", "prox", "strength", "transforms"},
     "altsdp": {"groups", "strength", "transforms", "valley"},
-    "tracing": {"groups"},
+    "tracing": {"groups", "polynomial"},
     "cut": {"groups", "measure"},
     "narrow": {"groups", "tracing", "cut"},
     "files": {"groups", "cut"},
@@ -32,9 +33,9 @@ ALLOWED = {
 }
 # Inside a folder, the modules in the order in which they may import one another.
 FOLDERS = {
-    "tracing": ["source", "static", "atoms", "sizes", "values", "trace", "evaluate"]
-    + ["rules_elementwise", "rules_shape", "rules_contract", "rules_control"]
-    + ["rules", "analyse", "members", "find"],
+    "tracing": ["source", "static", "atoms", "sizes", "values", "rule", "trace"]
+    + ["evaluate", "rules_elementwise", "rules_shape", "rules_contract"]
+    + ["rules_control", "rules", "analyse", "flops", "members", "find"],
     "valley": ["vectors", "sketch", "project", "curvature", "sdp", "statistics"]
     + ["path", "figure", "certificate", "certify"],
     # No method but the common ground is imported by another one.
