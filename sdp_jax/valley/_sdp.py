@@ -376,18 +376,11 @@ def exact_point(
     where ``M`` is the Moreau envelope of the group norms. Its gradient is ``F(y) = U
     (w* − w(y))``, its generalised Hessian ``−U D Uᵀ`` with the derivative ``D`` of the
     proximal map. A Newton step is taken as far as it raises ``d`` or halves ``F``, or
-    else the step ``F``, which raises ``d`` always.
+    else the step ``F``, which raises ``d`` always. ``tol`` is that of ``‖F‖``, relative
+    to the move without the restriction.
 
-    Args:
-      params: ``w*``, at least float32.
-      groups: the channel dimensions.
-      basis: orthonormal directions ``U``.
-      thresholds: one for each channel, ``(num_channels,)``.
-      tol: tolerance of ``‖F‖``, relative to the move without the restriction.
-
-    Returns:
-      The point; ``‖F‖`` over what it may be, at most 1 if all went well; the number of
-      steps.
+    Returns the point, ``‖F‖`` over what it may be (at most 1 if all went well) and the
+    number of steps.
     """
 
     def factors(point: PyTree) -> tuple[jax.Array, jax.Array]:

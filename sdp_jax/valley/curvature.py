@@ -383,15 +383,7 @@ def density_of(
 
 
 def check_real(params: PyTree) -> None:
-    """Refuses parameters that have no Hessian.
-
-    Args:
-      params: the parameters.
-
-    Raises:
-      ValueError: if there is no leaf.
-      TypeError: if a leaf is not an array of real floating-point numbers.
-    """
+    """Refuses parameters that have no Hessian."""
     check_inexact(params)
     leaves = jax.tree.leaves(params)
     if not leaves:
@@ -404,15 +396,7 @@ def check_real(params: PyTree) -> None:
 
 
 def check_data(data: Any) -> None:
-    """Refuses data that cannot be gone through again and again.
-
-    Args:
-      data: what was given.
-
-    Raises:
-      ValueError: if there is no batch.
-      TypeError: if it is no iterable of batches, or an iterator.
-    """
+    """Refuses data that cannot be gone through again and again."""
     try:
         first = iter(data)
     except TypeError:

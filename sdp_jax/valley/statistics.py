@@ -60,20 +60,7 @@ def make_reestimate(
     stats: PyTree,
     data: Iterable[Any],
 ) -> Callable[[PyTree], PyTree]:
-    """The same for many parameters, compiled once.
-
-    Args:
-      update_stats: as for :func:`reestimate_statistics`.
-      stats: likewise.
-      data: likewise.
-
-    Returns:
-      ``params -> stats``.
-
-    Raises:
-      ValueError: as :func:`reestimate_statistics`.
-      TypeError: likewise.
-    """
+    """:func:`reestimate_statistics` for many parameters, compiled once."""
     check_data(data)
 
     for leaf in jax.tree.leaves(stats):
