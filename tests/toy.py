@@ -21,9 +21,9 @@ def mlp_params(seed=0, dtype=jnp.float32, widths=(4, 6, 5, 3)):
 def mlp_axes(hidden=2, prefix=""):
     return {
         f"hidden{i}": [
-            sdp_jax.producer(f"{prefix}layer{i}/kernel", 1),
-            sdp_jax.producer(f"{prefix}layer{i}/bias", 0),
-            sdp_jax.consumer(f"{prefix}layer{i + 1}/kernel", 0),
+            sdp_jax.Member(f"{prefix}layer{i}/kernel", 1),
+            sdp_jax.Member(f"{prefix}layer{i}/bias", 0),
+            sdp_jax.Member(f"{prefix}layer{i + 1}/kernel", 0, "consumer"),
         ]
         for i in range(hidden)
     }

@@ -135,7 +135,7 @@ def test_without_sparsity_it_is_the_base():
 
 def test_the_limit_defaults_to_ten_thousand_increments():
     params = {"w": jnp.array([[1.0, 2.0]])}
-    groups = sdp_jax.groups_from_axes(params, {"d": [sdp_jax.producer("w", 1)]})
+    groups = sdp_jax.groups_from_axes(params, {"d": [sdp_jax.Member("w", 1)]})
     tx = increg(0.0, groups, 0.5, every=1, amplitude=0.5)
     state, update = tx.init(params), jax.jit(tx.update)
     for before, gone in ((4999.0, False), (4999.5, True)):
@@ -148,7 +148,7 @@ def test_the_limit_defaults_to_ten_thousand_increments():
 
 def test_of_many_ripe_channels_only_the_weakest_go():
     params = {"w": jnp.array([[3.0, 1.0, 2.0, 4.0]])}
-    groups = sdp_jax.groups_from_axes(params, {"d": [sdp_jax.producer("w", 1)]})
+    groups = sdp_jax.groups_from_axes(params, {"d": [sdp_jax.Member("w", 1)]})
     tx = increg(0.0, groups, 0.5, every=1, threshold=1.0)
     updates, state = tx.update({"w": jnp.zeros((1, 4))}, tx.init(params), params)
     np.testing.assert_array_equal(params["w"] + updates["w"], [[3, 0, 0, 4]])
@@ -157,7 +157,7 @@ def test_of_many_ripe_channels_only_the_weakest_go():
 
 def test_pruned_channels_stay_whatever_their_gradient():
     params = {"w": jnp.array([[0.0, 5.0]])}
-    groups = sdp_jax.groups_from_axes(params, {"d": [sdp_jax.producer("w", 1)]})
+    groups = sdp_jax.groups_from_axes(params, {"d": [sdp_jax.Member("w", 1)]})
     tx = increg(0.1, groups, 0.5, every=1, momentum=0.9)
     state, update = tx.init(params), jax.jit(tx.update)
     for grad in (0.0, 1.0, jnp.nan):
@@ -187,7 +187,7 @@ def test_half_precision_keeps_dtypes_and_exact_zeros():
 def test_only_the_channels_entries_are_regularized():
     # Columns 1 and 2 are channels; what lies beside them is nobody's.
     params = {"w": jnp.array([[1.0, 2.0, 3.0, 4.0]]), "other": jnp.ones(2)}
-    member = sdp_jax.producer("w", 1, offset=1, period=2)
+    member = sdp_jax.Member("w", 1, offset=1, period=2)
     groups = sdp_jax.groups_from_axes(params, {"d": [member]}, sizes={"d": 2})
     tx = increg(1.0, groups, 0.5, every=2, threshold=0.0)
     state = tx.init(params)
@@ -200,7 +200,7 @@ def test_only_the_channels_entries_are_regularized():
 
 def test_complex_weights_are_pulled_to_zero():
     params = {"w": jnp.array([[1 + 2j, 3 - 1j]])}
-    groups = sdp_jax.groups_from_axes(params, {"d": [sdp_jax.producer("w", 1)]})
+    groups = sdp_jax.groups_from_axes(params, {"d": [sdp_jax.Member("w", 1)]})
     tx = increg(1.0, groups, 0.5, every=1, amplitude=0.25)
     updates, _ = tx.update({"w": params["w"] * 0}, tx.init(params), params)
     np.testing.assert_allclose(updates["w"], [[-0.25 - 0.5j, 0]], atol=1e-6)

@@ -170,7 +170,7 @@ def test_numbers_far_from_one():
             expected = reference([1, 2, 3], p, q)
             np.testing.assert_allclose(index(values, p, q), expected, atol=2e-6)
     params = {"w": jnp.float32([[1, 2], [1, 2]]) * 1e-20}
-    groups = sdp_jax.groups_from_axes(params, {"d": [sdp_jax.producer("w", 1)]})
+    groups = sdp_jax.groups_from_axes(params, {"d": [sdp_jax.Member("w", 1)]})
     found = methods.pq_index(params, groups=groups, scope="dimension", of="norms")
     np.testing.assert_allclose(found["d"], reference([1, 2], 0.5, 1), rtol=1e-5)
 
@@ -252,7 +252,7 @@ def pairs_of(layer, part):
 def test_repeated_channels_and_jit():
     params = {"w": jnp.arange(1.0, 13.0).reshape(2, 6)}
     # Two heads of three channels: channel c sits at c and c + 3.
-    axes = {"heads": [sdp_jax.producer("w", 1, outer=2)]}
+    axes = {"heads": [sdp_jax.Member("w", 1, outer=2)]}
     groups = sdp_jax.groups_from_axes(params, axes)
     found = jax.jit(
         lambda p: methods.pq_index(p, groups=groups, scope="channel")["heads"]

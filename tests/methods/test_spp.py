@@ -141,7 +141,7 @@ def test_steps_are_the_equations(x64, momentum):
 
 def test_masks_are_bernoulli_and_new_each_time():
     params = {"w": jnp.ones((1, 4000))}
-    groups = sdp_jax.groups_from_axes(params, {"d": [sdp_jax.producer("w", 1)]})
+    groups = sdp_jax.groups_from_axes(params, {"d": [sdp_jax.Member("w", 1)]})
     tx = spp(0.1, groups, 0.5, KEY, every=10, amplitude=0.8, begin=0)
     state = tx.init(params)
     # Probabilities from elsewhere: the first 1000 at 0.3, the rest at 0.8.
@@ -212,7 +212,7 @@ def test_without_sparsity_it_is_the_base():
 
 def test_dropped_channels_get_no_gradient_not_even_a_broken_one():
     params = {"w": jnp.array([[1.0, 5.0]])}
-    groups = sdp_jax.groups_from_axes(params, {"d": [sdp_jax.producer("w", 1)]})
+    groups = sdp_jax.groups_from_axes(params, {"d": [sdp_jax.Member("w", 1)]})
     tx = spp(0.1, groups, 0.5, KEY, every=1, amplitude=1.0)
     state, update = tx.init(params), jax.jit(tx.update)
     for grad in ([[0.0, 1.0]], [[jnp.nan, 1.0]], [[jnp.inf, 1.0]]):
@@ -290,7 +290,7 @@ def test_initialises_without_leaves_and_in_a_masked_tree():
 
 def test_floor_of_an_array_wins():
     params = {"w": jnp.array([[1.0, 2.0, 3.0, 4.0]])}
-    groups = sdp_jax.groups_from_axes(params, {"d": [sdp_jax.producer("w", 1)]})
+    groups = sdp_jax.groups_from_axes(params, {"d": [sdp_jax.Member("w", 1)]})
     tx = spp(0.1, groups, 0.75, KEY, every=1, amplitude=1.0, floor=jnp.array(3))
     state, update = tx.init(params), jax.jit(tx.update)
     for _ in range(4):
@@ -301,7 +301,7 @@ def test_floor_of_an_array_wins():
 
 def test_spp_params_hides_only_what_is_pruned():
     params = {"w": jnp.array([[1.0, 2.0, 3.0, 4.0]])}
-    groups = sdp_jax.groups_from_axes(params, {"d": [sdp_jax.producer("w", 1)]})
+    groups = sdp_jax.groups_from_axes(params, {"d": [sdp_jax.Member("w", 1)]})
     state = spp(0.1, groups, 0.5, KEY, every=1).init(params)
     chance = jnp.array([0.0, 0.01, 1.0, 1.0])
     state = state._replace(
