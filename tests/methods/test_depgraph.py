@@ -388,7 +388,7 @@ def test_weak_channels_fade_faster_in_training():
             ValueError,
             "reduce is 'prod'; use one of",
         ),
-        (lambda g: methods.group_norm_regularizer({}), TypeError, "groups_from_axes"),
+        (lambda g: methods.group_norm_regularizer({}), TypeError, "sdp_jax.Groups, as"),
         (lambda g: methods.group_norm_regularizer(g, -1), ValueError, "reg must be"),
         (
             lambda g: methods.group_norm_regularizer(g, alpha=-1),

@@ -168,9 +168,7 @@ def test_near_zero_it_is_the_group_lasso_far_out_weight_decay(x64):
 def test_channels_in_several_pieces_of_a_leaf(x64):
     # Two halves of one axis, as in a gated layer: channel c is columns c and c + 2.
     params = {"w": jnp.array([[0.1, 0.2, -0.5, 0.3]])}
-    groups = sdp_jax.groups_from_axes(
-        params, {"d": [sdp_jax.Member("w", 1, outer=2)]}
-    )
+    groups = sdp_jax.groups_from_axes(params, {"d": [sdp_jax.Member("w", 1, outer=2)]})
     found = perspective_penalty(groups, params, alpha=0.1, bound=1.0, weights="plain")
     pairs = np.array([[0.1, -0.5], [0.2, 0.3]])
     expected = sum(minimum(w, 0.1, 1.0) for w in pairs)

@@ -84,9 +84,7 @@ def test_residual_dimension_has_a_gate_for_each_scale():
         for k in "ab"
     }
     members = [sdp_jax.Member(f"{k}/kernel", 1) for k in "ab"]
-    members += [
-        sdp_jax.Member(f"{k}/{n}", 0) for n in ("bias", "scale") for k in "ab"
-    ]
+    members += [sdp_jax.Member(f"{k}/{n}", 0) for n in ("bias", "scale") for k in "ab"]
     gates = find_gates(make(params, {"d": members}))["d"]
     assert paths(gates) == [["a/scale", "a/bias"], ["b/scale", "b/bias"]]
 
