@@ -14,7 +14,7 @@ from tests import toy
 PARAMS = toy.mlp_params()
 GROUPS = toy.mlp_groups(PARAMS)
 BASIS = jax.tree.map(lambda p: jnp.ones((1, *p.shape)), PARAMS)
-PRODUCER = sdp_jax.producer("layer0/kernel", 1)
+PRODUCER = sdp_jax.Member("layer0/kernel", 1)
 
 
 def from_axes(*members, params=PARAMS, **keywords):
@@ -56,17 +56,17 @@ def without(path):
 CASES = {
     # Groups.
     "path not in the tree": (
-        lambda: from_axes(sdp_jax.producer("layer0/kernl", 1)),
+        lambda: from_axes(sdp_jax.Member("layer0/kernl", 1)),
         ValueError,
         "did you mean .*layer0/kernel",
     ),
     "path with a collection too much": (
-        lambda: from_axes(sdp_jax.producer("params/layer0/kernel", 1)),
+        lambda: from_axes(sdp_jax.Member("params/layer0/kernel", 1)),
         ValueError,
         r"groups.at\('params'\)",
     ),
     "axis that does not exist": (
-        lambda: from_axes(sdp_jax.producer("layer0/kernel", 2)),
+        lambda: from_axes(sdp_jax.Member("layer0/kernel", 2)),
         ValueError,
         r"axis 2 of 'layer0/kernel' does not exist; its shape is \(4, 6\)",
     ),
@@ -76,7 +76,7 @@ CASES = {
         "names no dimension",
     ),
     "no producer": (
-        lambda: from_axes(sdp_jax.consumer("layer1/kernel", 0)),
+        lambda: from_axes(sdp_jax.Member("layer1/kernel", 0, "consumer")),
         ValueError,
         "has no producer",
     ),
@@ -86,7 +86,7 @@ CASES = {
         "make it with sdp_jax.producer",
     ),
     "sizes disagree": (
-        lambda: from_axes(PRODUCER, sdp_jax.consumer("layer2/kernel", 0)),
+        lambda: from_axes(PRODUCER, sdp_jax.Member("layer2/kernel", 0, "consumer")),
         ValueError,
         "need 6 positions, but axis 0 has length 5",
     ),
@@ -97,43 +97,43 @@ CASES = {
     ),
     "producers on two axes of a leaf": (
         lambda: sdp_jax.groups_from_axes(
-            PARAMS, {"a": [PRODUCER], "b": [sdp_jax.producer("layer0/kernel", 0)]}
+            PARAMS, {"a": [PRODUCER], "b": [sdp_jax.Member("layer0/kernel", 0)]}
         ),
         ValueError,
         "producers overlap",
     ),
     "inner does not divide": (
-        lambda: from_axes(sdp_jax.producer("layer0/kernel", 1, inner=4)),
+        lambda: from_axes(sdp_jax.Member("layer0/kernel", 1, inner=4)),
         ValueError,
         "does not divide",
     ),
     "half an axis": (
-        lambda: from_axes(PRODUCER, sdp_jax.consumer("layer0/bias", 0, offset=3)),
+        lambda: from_axes(PRODUCER, sdp_jax.Member("layer0/bias", 0, "consumer", offset=3)),
         ValueError,
         "need 9 positions",
     ),
     "axis partly covered": (
         lambda: sdp_jax.groups_from_axes(
             {"a": jnp.ones((2, 3)), "b": jnp.ones((7, 2))},
-            {"d": [sdp_jax.producer("a", 1), sdp_jax.consumer("b", 0)]},
+            {"d": [sdp_jax.Member("a", 1), sdp_jax.Member("b", 0, "consumer")]},
         ),
         ValueError,
         "cover 3 of its 7 positions",
     ),
     "integer producer": (
         lambda: from_axes(
-            sdp_jax.producer("w", 1), params={"w": jnp.ones((2, 3), jnp.int32)}
+            sdp_jax.Member("w", 1), params={"w": jnp.ones((2, 3), jnp.int32)}
         ),
         TypeError,
         "int32",
     ),
     "empty axis": (
-        lambda: from_axes(sdp_jax.producer("w", 1), params={"w": jnp.ones((2, 0))}),
+        lambda: from_axes(sdp_jax.Member("w", 1), params={"w": jnp.ones((2, 0))}),
         ValueError,
         "needs at least 1 channel",
     ),
     "size cannot be read off": (
-        lambda: from_axes(sdp_jax.producer("layer0/kernel", 1, offset=2)),
+        lambda: from_axes(sdp_jax.Member("layer0/kernel", 1, offset=2)),
         ValueError,
         "pass sizes=",
     ),
@@ -200,14 +200,14 @@ CASES = {
         r"\[0, 1\); got 1.0",
     ),
     "a target that the floors make impossible": (
-        lambda: altsdp(strength=sdp_jax.target_sparsity(0.9, 0, 10), floor=3),
+        lambda: altsdp(strength=sdp_jax.target_sparsity(0.9, 0, 10), min_channels=3),
         ValueError,
         "wants 10 of the 11 channels .* but the floors keep 6",
     ),
     "a target per dimension that the floors make impossible": (
         lambda: altsdp(
-            strength=sdp_jax.target_sparsity(0.5, 0, 9, per_dimension=True),
-            floor={"hidden0": 5},
+            strength=sdp_jax.target_sparsity(0.5, 0, 9, ranking="dimension"),
+            min_channels={"hidden0": 5},
         ),
         ValueError,
         "dimension 'hidden0' to be zero, but the floors keep 5",
@@ -248,30 +248,30 @@ CASES = {
     "momentum above one": (lambda: altsdp(momentum=1.5), ValueError, "1.5"),
     "momentum of exactly one": (lambda: altsdp(momentum=1.0), ValueError, r"\[0, 1\)"),
     "floor above the size": (
-        lambda: altsdp(floor=6),
+        lambda: altsdp(min_channels=6),
         ValueError,
         "floor of dimension 'hidden1' is 6, but it has 5 channels",
     ),
-    "negative floor": (lambda: altsdp(floor=-1), ValueError, "between 0 and its size"),
-    "floor that is not an integer": (lambda: altsdp(floor=0.5), TypeError, "integer"),
+    "negative floor": (lambda: altsdp(min_channels=-1), ValueError, "between 0 and its size"),
+    "floor that is not an integer": (lambda: altsdp(min_channels=0.5), TypeError, "integer"),
     "floor that is a fractional array": (
-        lambda: altsdp(floor=jnp.asarray(1.5)),
+        lambda: altsdp(min_channels=jnp.asarray(1.5)),
         TypeError,
         "integer",
     ),
     "floor for nobody": (
-        lambda: altsdp(floor={"hidden9": 1}),
+        lambda: altsdp(min_channels={"hidden9": 1}),
         ValueError,
         "do not exist",
     ),
-    "unknown norm": (lambda: altsdp(norm="l1"), ValueError, "norm is 'l1'"),
+    "unknown norm": (lambda: altsdp(weights="l1"), ValueError, "norm is 'l1'"),
     "norm without a dimension": (
-        lambda: altsdp(norm={"hidden0": 1.0}),
+        lambda: altsdp(weights={"hidden0": 1.0}),
         ValueError,
         "lacks .*hidden1",
     ),
     "norm of zero": (
-        lambda: altsdp(norm={"hidden0": 0.0, "hidden1": 1.0}),
+        lambda: altsdp(weights={"hidden0": 0.0, "hidden1": 1.0}),
         ValueError,
         "positive",
     ),
@@ -578,7 +578,7 @@ CASES = {
     ),
     # Cutting.
     "cut to nothing": (
-        lambda: sdp_jax.plan_cut(GROUPS, PARAMS, floor=0),
+        lambda: sdp_jax.plan_cut(GROUPS, PARAMS, min_channels=0),
         ValueError,
         "at least 1",
     ),
@@ -634,7 +634,7 @@ def test_bad_input_is_refused(case):
 def test_there_are_no_channels_of_an_empty_group_to_lose():
     # A dimension of one channel is legal, and its floor keeps it.
     params = {"w": jnp.ones((3, 1))}
-    groups = sdp_jax.groups_from_axes(params, {"d": [sdp_jax.producer("w", 1)]})
+    groups = sdp_jax.groups_from_axes(params, {"d": [sdp_jax.Member("w", 1)]})
     tx = altsdp(groups=groups, strength=100.0)
     updates, _ = update(tx, params)
     assert np.all(optax.apply_updates(params, updates)["w"] > 0)

@@ -79,12 +79,12 @@ def test_flattened_convolution_with_running_statistics(x64):
         variables,
         {
             "conv": [
-                sdp_jax.producer("params/conv", -1),
-                sdp_jax.producer("params/scale", 0),
-                sdp_jax.producer("params/shift", 0),
-                sdp_jax.running_state("running/mean", 0),
-                sdp_jax.running_state("running/var", 0),
-                sdp_jax.consumer("params/dense", 0, outer=height * width),
+                sdp_jax.Member("params/conv", -1),
+                sdp_jax.Member("params/scale", 0),
+                sdp_jax.Member("params/shift", 0),
+                sdp_jax.Member("running/mean", 0, "state"),
+                sdp_jax.Member("running/var", 0, "state"),
+                sdp_jax.Member("params/dense", 0, "consumer", outer=height * width),
             ]
         },
     )
@@ -118,8 +118,8 @@ def test_attention_heads_separate_and_fused(x64):
     groups = sdp_jax.groups_from_axes(
         params,
         {
-            "heads": [sdp_jax.producer(n, 1, inner=dim) for n in names]
-            + [sdp_jax.consumer("out", 0, inner=dim)]
+            "heads": [sdp_jax.Member(n, 1, inner=dim) for n in names]
+            + [sdp_jax.Member("out", 0, "consumer", inner=dim)]
         },
     )
     assert groups.sizes == {"heads": heads}
@@ -139,8 +139,8 @@ def test_attention_heads_separate_and_fused(x64):
     }
     axes = {
         "heads": [
-            sdp_jax.producer("qkv", 1, outer=3, inner=dim),
-            sdp_jax.consumer("out", 0, inner=dim),
+            sdp_jax.Member("qkv", 1, outer=3, inner=dim),
+            sdp_jax.Member("out", 0, "consumer", inner=dim),
         ]
     }
     cut = sdp_jax.plan_cut(sdp_jax.groups_from_axes(fused, axes), fused)
@@ -156,8 +156,8 @@ def test_concatenation_and_a_cut_of_a_cut(x64):
     groups = sdp_jax.groups_from_axes(
         params,
         {
-            "a": [sdp_jax.producer("a", 1), sdp_jax.consumer("out", 0)],
-            "b": [sdp_jax.producer("b", 1), sdp_jax.consumer("out", 0, offset=4)],
+            "a": [sdp_jax.Member("a", 1), sdp_jax.Member("out", 0, "consumer")],
+            "b": [sdp_jax.Member("b", 1), sdp_jax.Member("out", 0, "consumer", offset=4)],
         },
     )
 
@@ -317,7 +317,7 @@ def test_a_dead_dimension_keeps_a_zero_channel():
     params = kill(groups, params, {"hidden0": range(6)})
     cut = sdp_jax.plan_cut(groups, params)
     assert cut.widths["hidden0"] == 1
-    assert sdp_jax.plan_cut(groups, params, floor=3).widths["hidden0"] == 3
+    assert sdp_jax.plan_cut(groups, params, min_channels=3).widths["hidden0"] == 3
     x, _ = toy.batch()
     chex.assert_trees_all_close(
         toy.mlp_apply(cut.take(params), x), toy.mlp_apply(params, x), rtol=1e-6
@@ -383,7 +383,7 @@ def test_summary_says_what_share_belongs_to_channels():
 def test_factored_state_is_refused():
     params = {"a": jnp.ones((256, 300)), "b": jnp.ones((300, 256))}
     groups = sdp_jax.groups_from_axes(
-        params, {"hidden": [sdp_jax.producer("a", 1), sdp_jax.consumer("b", 0)]}
+        params, {"hidden": [sdp_jax.Member("a", 1), sdp_jax.Member("b", 0, "consumer")]}
     )
     params = kill(groups, params, {"hidden": range(100)})
     cut = sdp_jax.plan_cut(groups, params)
@@ -438,7 +438,7 @@ TREES = {
 @pytest.mark.parametrize("name", TREES)
 def test_state_of_any_tree_is_cut_with_it(name):
     params, members = TREES[name]
-    axes = {"d": [sdp_jax.producer(path, axis) for path, axis in members]}
+    axes = {"d": [sdp_jax.Member(path, axis) for path, axis in members]}
     groups = sdp_jax.groups_from_axes(params, axes)
     params = kill(groups, params, {"d": (1,)})
     cut = sdp_jax.plan_cut(groups, params)
@@ -455,7 +455,7 @@ def test_state_of_any_tree_is_cut_with_it(name):
 
 def test_other_models_in_the_tree_are_left_alone():
     params = {"enc": {"kernel": jnp.ones((3, 4)), "bias": jnp.ones(4)}}
-    axes = {"d": [sdp_jax.producer("enc/kernel", 1), sdp_jax.producer("enc/bias", 0)]}
+    axes = {"d": [sdp_jax.Member("enc/kernel", 1), sdp_jax.Member("enc/bias", 0)]}
     groups = sdp_jax.groups_from_axes(params, axes)
     params = kill(groups, params, {"d": (0, 1)})
     cut = sdp_jax.plan_cut(groups, params)
@@ -480,13 +480,13 @@ def test_a_part_of_the_tree_under_its_own_key_is_cut():
 def test_two_parts_of_one_structure_are_told_apart():
     layer = {"d": {"kernel": jnp.ones((3, 4))}}
     variables = {"params": layer, "teacher": layer}
-    axes = {"d": [sdp_jax.producer("params/d/kernel", 1)]}
+    axes = {"d": [sdp_jax.Member("params/d/kernel", 1)]}
     groups = sdp_jax.groups_from_axes(variables, axes)
     variables = kill(groups, variables, {"d": (0,)})
     cut = sdp_jax.plan_cut(groups, variables)
     assert cut.take(variables)["teacher"]["d"]["kernel"].shape == (3, 4)
     assert cut.take(variables["params"])["d"]["kernel"].shape == (3, 3)
-    axes["e"] = [sdp_jax.producer("teacher/d/kernel", 1)]
+    axes["e"] = [sdp_jax.Member("teacher/d/kernel", 1)]
     cut = sdp_jax.plan_cut(sdp_jax.groups_from_axes(variables, axes), variables)
     with pytest.raises(ValueError, match=r"could be any of \['params', 'teacher'\]"):
         cut.take(variables["params"])
@@ -539,8 +539,8 @@ def positions(groups, name, path):
 def test_head_dimensions_and_heads_on_one_axis_can_be_cut_again():
     params = {"v": jnp.ones((2, 4)), "s": jnp.ones(4), "o": jnp.arange(16.0)[:, None]}
     axes = {
-        "heads": [sdp_jax.producer("v", 1), sdp_jax.consumer("o", 0, inner=4)],
-        "dims": [sdp_jax.producer("s", 0), sdp_jax.consumer("o", 0, outer=4)],
+        "heads": [sdp_jax.Member("v", 1), sdp_jax.Member("o", 0, "consumer", inner=4)],
+        "dims": [sdp_jax.Member("s", 0), sdp_jax.Member("o", 0, "consumer", outer=4)],
     }
     groups = sdp_jax.groups_from_axes(params, axes)
     params = kill(groups, params, {"heads": (0,), "dims": (0,)})
@@ -556,9 +556,9 @@ def test_head_dimensions_and_heads_on_one_axis_can_be_cut_again():
 def test_gaps_that_become_uneven_are_followed():
     params = {k: jnp.ones(2) for k in "abcd"} | {"o": jnp.arange(12.0)}
     axes = {
-        "a": [sdp_jax.producer("a", 0), sdp_jax.consumer("o", 0, outer=3, period=4)],
+        "a": [sdp_jax.Member("a", 0), sdp_jax.Member("o", 0, "consumer", outer=3, period=4)],
         **{
-            k: [sdp_jax.producer(k, 0), sdp_jax.consumer("o", 0, offset=start)]
+            k: [sdp_jax.Member(k, 0), sdp_jax.Member("o", 0, "consumer", offset=start)]
             for k, start in (("b", 2), ("c", 6), ("d", 10))
         },
     }
@@ -577,7 +577,7 @@ def test_gaps_that_become_uneven_are_followed():
 
 def test_state_of_a_bare_array_is_cut():
     params = jnp.ones((3, 4)).at[:, 1].set(0)
-    groups = sdp_jax.groups_from_axes(params, {"d": [sdp_jax.producer("", 1)]})
+    groups = sdp_jax.groups_from_axes(params, {"d": [sdp_jax.Member("", 1)]})
     tx = sdp_jax.altsdp(0.1, groups, strength=0.0, valley={"rank": 2})
     state = tx.init(params)
     cut = sdp_jax.plan_cut(groups, params)

@@ -112,7 +112,7 @@ def test_a_latency_met_once_is_taken(monkeypatch):
 
 
 def test_floors_limits_and_rounding():
-    assert min(plan(sparsity=0.7, floor=3).widths.values()) == 3
+    assert min(plan(sparsity=0.7, min_channels=3).widths.values()) == 3
     limited = plan(sparsity=0.5, limits={"hidden1": 0.25})
     assert limited.widths["hidden1"] >= 6
     assert sum(limited.widths.values()) == 10
@@ -129,8 +129,8 @@ def test_floors_limits_and_rounding():
 
 
 def test_zeros_round_up_as_well():
-    factors = {"hidden0": jnp.arange(12) > 4, "hidden1": jnp.ones(8)}
-    factors = {k: v.astype(jnp.float32) for k, v in factors.items()}
+    factors = {"hidden0": jnp.arange(12) > 4, "hidden1": jnp.ones(8, bool)}
+    factors = GROUPS.join(factors).astype(jnp.float32)
     params = sdp_jax.scale_channels(GROUPS, PARAMS, factors)
     assert sdp_jax.plan_cut(GROUPS, params).widths == {"hidden0": 7, "hidden1": 8}
     cut = sdp_jax.plan_cut(GROUPS, params, round_to=4)
@@ -180,9 +180,9 @@ BAD = {
         lambda: plan(scores=SCORES | {"hidden1": np.full(8, np.nan)}, sparsity=0.5),
         "contain NaN",
     ),
-    "floors in the way": (lambda: plan(sparsity=0.8, floor=4), "let only 12 go"),
+    "floors in the way": (lambda: plan(sparsity=0.8, min_channels=4), "let only 12 go"),
     "floors in the way of parameters": (
-        lambda: plan(sparsity=0.9, target="params", floor=6),
+        lambda: plan(sparsity=0.9, target="params", min_channels=6),
         "cannot be met: with floors, limits and rounding",
     ),
     "limits of nothing": (

@@ -447,7 +447,7 @@ def test_what_is_no_array_is_passed_as_it_is(x64):
     groups = sdp_jax.find_groups(fn, params, x, *more)
     cut = promise.random_cut(groups, 0.5, 0)
     small = jax.jit(sdp_jax.narrow(fn, cut), static_argnums=(2, 3, 4))
-    zeroed = promise.zeroed(cut, params)
+    zeroed = cut.zero(params)
     found = small(cut.take(zeroed), x, *more)
     promise.close(found, fn(zeroed, x, *more), 1e-12)
     again = sdp_jax.plan_cut(
@@ -475,7 +475,7 @@ def test_what_is_not_used_is_no_channel(x64):
     assert told["never", 0][1] == ("is not used by the function at these input shapes",)
     assert told["e", 0][0] == 16
     cut = promise.random_cut(groups, 0.5, 0)
-    dense = promise.zeroed(cut, promise.randomise(params))
+    dense = cut.zero(promise.randomise(params))
     longer = jnp.asarray(np.random.default_rng(1).normal(size=(2, 9, 5)))
     small = sdp_jax.narrow(fn, cut)(cut.take(dense), longer)
     promise.close(small, fn(dense, longer), 1e-12)
@@ -518,7 +518,7 @@ def test_inputs_and_outputs_can_be_pruned_on_demand(x64):
     groups = sdp_jax.find_groups(fn, params, X, prune_inputs=True, prune_outputs=True)
     assert groups.sizes == {"a": 5, "a[1]": 8, "b": 3}
     cut = sdp_jax.Cut(groups, ((0, 2), (1, 2, 7), (0, 2)))
-    dense = promise.zeroed(cut, params)
+    dense = cut.zero(params)
     small = sdp_jax.narrow(fn, cut)(cut.take(dense), X)
     promise.close(small, fn(dense, X)[..., [0, 2]], 1e-12)
 

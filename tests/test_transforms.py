@@ -30,8 +30,8 @@ FINAL = {
         strength=sdp_jax.valley_strength(c=0.7, mu=0.6),
         momentum=0.9,
         nesterov=True,
-        norm="cost",
-        floor=2,
+        weights="cost",
+        min_channels=2,
     ),
     "altsdp_target": lambda g: sdp_jax.altsdp(0.1, g, strength=TARGET),
     "altsdp_adamw": lambda g: sdp_jax.altsdp(
@@ -279,7 +279,7 @@ def test_radial_dual_averaging_follows_its_formula(x64):
     # The last step reverses its channel, the first three do not.
     u = np.stack([*(0.1 * rng.normal(size=(3, 3))), -1.2 * w[:, 3]], axis=1)
     params = {"w": jnp.asarray(w), "free": jnp.ones(2)}
-    groups = sdp_jax.groups_from_axes(params, {"d": [sdp_jax.producer("w", 1)]})
+    groups = sdp_jax.groups_from_axes(params, {"d": [sdp_jax.Member("w", 1)]})
     tx = sdp_jax.radial_dual_averaging(groups)
     state = sdp_jax.DualAveragingState({"w": jnp.asarray(v), "free": jnp.ones(2)})
     steps = {"w": jnp.asarray(u), "free": jnp.array([0.5, -0.5])}
@@ -302,7 +302,7 @@ def test_radial_dual_averaging_follows_its_formula(x64):
 def test_radial_channels_turn_at_the_full_rate(x64):
     # A channel shrunk to 3 of 10, and a step of 0.01 across it.
     params = {"w": jnp.array([[3.0], [0.0]])}
-    groups = sdp_jax.groups_from_axes(params, {"d": [sdp_jax.producer("w", 1)]})
+    groups = sdp_jax.groups_from_axes(params, {"d": [sdp_jax.Member("w", 1)]})
     step = {"w": jnp.array([[0.0], [0.01]])}
     angles = {}
     for dual in ("full", "radial"):
@@ -342,7 +342,7 @@ def test_altsdp_is_the_chain_of_its_pieces(x64):
 
 def test_half_precision_dual_remembers_small_steps():
     params = {"w": jnp.ones((2, 2), jnp.bfloat16)}
-    groups = sdp_jax.groups_from_axes(params, {"d": [sdp_jax.producer("w", 1)]})
+    groups = sdp_jax.groups_from_axes(params, {"d": [sdp_jax.Member("w", 1)]})
     tx = sdp_jax.altsdp(1e-4, groups, strength=0.0)
     state = tx.init(params)
     grads = {"w": jnp.ones((2, 2), jnp.bfloat16)}
@@ -396,7 +396,7 @@ def test_nan_gradients_with_and_without_apply_if_finite():
 def test_one_nan_channel_does_not_spread(strength, floor):
     params = toy.mlp_params()
     groups = toy.mlp_groups(params)
-    tx = sdp_jax.altsdp(0.1, groups, strength=strength, floor=floor)
+    tx = sdp_jax.altsdp(0.1, groups, strength=strength, min_channels=min_channels)
     grads = jax.tree.map(jnp.zeros_like, params)
     grads["layer0"]["kernel"] = grads["layer0"]["kernel"].at[0, 2].set(jnp.nan)
     updates, state = tx.update(grads, tx.init(params), params)
@@ -414,7 +414,7 @@ def test_one_nan_channel_does_not_spread(strength, floor):
 
 def test_channels_whose_squares_underflow_are_no_violation():
     params = {"w": jnp.full((2, 3), 1e-25).at[:, 0].set(1.0)}
-    groups = sdp_jax.groups_from_axes(params, {"d": [sdp_jax.producer("w", 1)]})
+    groups = sdp_jax.groups_from_axes(params, {"d": [sdp_jax.Member("w", 1)]})
     for strength in (0.0, sdp_jax.target_sparsity(0.34, 0, 1)):
         tx = sdp_jax.altsdp(0.1, groups, strength=strength)
         state = tx.init(params)

@@ -21,9 +21,9 @@ def mlp_params(seed=0, dtype=jnp.float32, widths=(4, 6, 5, 3)):
 def mlp_axes(hidden=2, prefix=""):
     return {
         f"hidden{i}": [
-            sdp_jax.producer(f"{prefix}layer{i}/kernel", 1),
-            sdp_jax.producer(f"{prefix}layer{i}/bias", 0),
-            sdp_jax.consumer(f"{prefix}layer{i + 1}/kernel", 0),
+            sdp_jax.Member(f"{prefix}layer{i}/kernel", 1),
+            sdp_jax.Member(f"{prefix}layer{i}/bias", 0),
+            sdp_jax.Member(f"{prefix}layer{i + 1}/kernel", 0, "consumer"),
         ]
         for i in range(hidden)
     }
@@ -32,6 +32,27 @@ def mlp_axes(hidden=2, prefix=""):
 def mlp_groups(params=None, hidden=2):
     params = mlp_params() if params is None else params
     return sdp_jax.groups_from_axes(params, mlp_axes(hidden))
+
+
+def line_groups(**sizes):
+    """Groups whose dimensions are vectors of these sizes."""
+    params = {name: jnp.ones(size) for name, size in sizes.items()}
+    axes = {name: [sdp_jax.Member(name, 0)] for name in sizes}
+    return sdp_jax.groups_from_axes(params, axes)
+
+
+def run_strength(strength, steps, norms, floors=None, groups=None):
+    """Thresholds by dimension name of so many updates, and the last state."""
+    if groups is None:
+        groups = line_groups(**{name: len(v) for name, v in norms.items()})
+    floors = [(floors or {}).get(name, 0) for name in groups.sizes]
+    vector, state = groups.join(norms), strength.init(groups, floors)
+    update = jax.jit(lambda s, n: strength.update(s, n, groups, floors))
+    out = []
+    for _ in range(steps):
+        thresholds, state = update(state, vector)
+        out.append(groups.split(np.asarray(thresholds)))
+    return out, state
 
 
 def mlp_apply(params, x):
