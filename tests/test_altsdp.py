@@ -374,7 +374,10 @@ def test_layer_collapse_is_stopped_by_the_floor():
     params = toy.mlp_params(widths=(4, 40, 24, 3))
     groups = toy.mlp_groups(params)
     tx = sdp_jax.altsdp(
-        0.1, groups, strength=optax.linear_schedule(0, 100, 20), min_channels={"hidden1": 3}
+        0.1,
+        groups,
+        strength=optax.linear_schedule(0, 100, 20),
+        min_channels={"hidden1": 3},
     )
     state, update = tx.init(params), jax.jit(tx.update)
     for i in range(30):

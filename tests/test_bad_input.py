@@ -108,7 +108,9 @@ CASES = {
         "does not divide",
     ),
     "half an axis": (
-        lambda: from_axes(PRODUCER, sdp_jax.Member("layer0/bias", 0, "consumer", offset=3)),
+        lambda: from_axes(
+            PRODUCER, sdp_jax.Member("layer0/bias", 0, "consumer", offset=3)
+        ),
         ValueError,
         "need 9 positions",
     ),
@@ -252,8 +254,16 @@ CASES = {
         ValueError,
         "floor of dimension 'hidden1' is 6, but it has 5 channels",
     ),
-    "negative floor": (lambda: altsdp(min_channels=-1), ValueError, "between 0 and its size"),
-    "floor that is not an integer": (lambda: altsdp(min_channels=0.5), TypeError, "integer"),
+    "negative floor": (
+        lambda: altsdp(min_channels=-1),
+        ValueError,
+        "between 0 and its size",
+    ),
+    "floor that is not an integer": (
+        lambda: altsdp(min_channels=0.5),
+        TypeError,
+        "integer",
+    ),
     "floor that is a fractional array": (
         lambda: altsdp(min_channels=jnp.asarray(1.5)),
         TypeError,
@@ -338,7 +348,9 @@ CASES = {
         "again and again.*make it a list",
     ),
     "data that is a generator": (
-        lambda: sdp_jax.valley.top_eigenpairs(toy.loss, PARAMS, (toy.batch() for _ in "ab")),
+        lambda: sdp_jax.valley.top_eigenpairs(
+            toy.loss, PARAMS, (toy.batch() for _ in "ab")
+        ),
         TypeError,
         "got generator: make it a list",
     ),
@@ -372,7 +384,9 @@ CASES = {
         "params has no leaf",
     ),
     "a vector of another tree": (
-        lambda: sdp_jax.valley.curvature_product(toy.loss, PARAMS, [toy.batch()])({"w": 1.0}),
+        lambda: sdp_jax.valley.curvature_product(toy.loss, PARAMS, [toy.batch()])(
+            {"w": 1.0}
+        ),
         ValueError,
         "the vector has structure",
     ),
@@ -389,12 +403,16 @@ CASES = {
         "curvature is not finite",
     ),
     "a density without steps": (
-        lambda: sdp_jax.valley.spectral_density(toy.loss, PARAMS, [toy.batch()], steps=0),
+        lambda: sdp_jax.valley.spectral_density(
+            toy.loss, PARAMS, [toy.batch()], steps=0
+        ),
         ValueError,
         "steps must be an integer of at least 1",
     ),
     "a width of zero": (
-        lambda: sdp_jax.valley.SpectralDensity(np.ones((1, 1)), np.ones((1, 1)), 1).at([0], 0),
+        lambda: sdp_jax.valley.SpectralDensity(np.ones((1, 1)), np.ones((1, 1)), 1).at(
+            [0], 0
+        ),
         ValueError,
         "width must be positive",
     ),

@@ -107,7 +107,10 @@ def test_inject_hyperparams_around_altsdp_itself():
     params = toy.mlp_params()
     groups = toy.mlp_groups(params)
     tx = optax.inject_hyperparams(sdp_jax.altsdp, static_args=("groups", "weights"))(
-        optax.cosine_decay_schedule(RATE, 10), groups=groups, strength=0.3, min_channels=2
+        optax.cosine_decay_schedule(RATE, 10),
+        groups=groups,
+        strength=0.3,
+        min_channels=2,
     )
     new, state = run(tx, params)
     plain = sdp_jax.altsdp(

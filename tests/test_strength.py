@@ -46,7 +46,9 @@ def test_valley_strength_grows_by_increments_under_a_schedule():
 
 
 def test_momentum_counts_through_the_effective_rate():
-    a, _ = toy.run_strength(sdp_jax.valley_strength(0.3, 0.6, 0.1), 20, {"d": jnp.ones(1)})
+    a, _ = toy.run_strength(
+        sdp_jax.valley_strength(0.3, 0.6, 0.1), 20, {"d": jnp.ones(1)}
+    )
     b, _ = toy.run_strength(
         sdp_jax.valley_strength(0.3, 0.6, 0.01, momentum=0.9), 20, {"d": jnp.ones(1)}
     )
@@ -54,10 +56,14 @@ def test_momentum_counts_through_the_effective_rate():
 
 
 def test_zero_c_and_a_rate_that_starts_at_zero():
-    out, _ = toy.run_strength(sdp_jax.valley_strength(0, 0.6, 0.1), 5, {"d": jnp.ones(3)})
+    out, _ = toy.run_strength(
+        sdp_jax.valley_strength(0, 0.6, 0.1), 5, {"d": jnp.ones(3)}
+    )
     assert all((t["d"] == 0).all() for t in out)
     warm = optax.linear_schedule(0.0, 0.1, 3)
-    out, _ = toy.run_strength(sdp_jax.valley_strength(1.0, 0.6, warm), 5, {"d": jnp.full(3, 9.0)})
+    out, _ = toy.run_strength(
+        sdp_jax.valley_strength(1.0, 0.6, warm), 5, {"d": jnp.full(3, 9.0)}
+    )
     values = [t["d"][0] for t in out]
     assert values[0] == 0
     assert np.all(np.diff(values) > 0)

@@ -14,7 +14,6 @@ from sdp_jax import prox
 from sdp_jax.channels import PerChannel
 from tests import toy
 
-
 ATTENTION = {n: (6, 32) for n in "qkv"} | {"o": (32, 20), "p": (20, 3)}
 
 
@@ -98,7 +97,9 @@ def test_target_per_dimension():
 
 def test_floor_protects_a_whole_layer_from_a_global_target():
     norms = {"a": jnp.arange(1.0, 9.0), "b": jnp.arange(101.0, 109.0)}
-    out, _ = toy.run_strength(sdp_jax.target_sparsity(0.5, 0, 2), 2, norms, {"a": 3, "b": 1})
+    out, _ = toy.run_strength(
+        sdp_jax.target_sparsity(0.5, 0, 2), 2, norms, {"a": 3, "b": 1}
+    )
     assert [int(np.isinf(out[-1][k]).sum()) for k in "ab"] == [5, 3]
     factor = prox.soft_threshold_factor(norms["a"], out[-1]["a"])
     assert (np.asarray(factor)[5:] >= prox.FLOOR_FACTOR - 1e-6).all()
@@ -133,9 +134,7 @@ def test_target_counts_parameters_or_flops(target, ranking, sparsity):
     x = jnp.ones((5, 6))
     groups = sdp_jax.find_groups(attention, params, x)
     assert sorted(groups.sizes.values()) == [4, 8, 8, 20]
-    strength = sdp_jax.target_sparsity(
-        sparsity, 1, 5, target=target, ranking=ranking
-    )
+    strength = sdp_jax.target_sparsity(sparsity, 1, 5, target=target, ranking=ranking)
     norms = {
         k: jnp.asarray(rng.uniform(1, 2, n), jnp.float32)
         for k, n in groups.sizes.items()

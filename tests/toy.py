@@ -55,6 +55,14 @@ def run_strength(strength, steps, norms, floors=None, groups=None):
     return out, state
 
 
+def kill(groups, params, dead):
+    """Sets whole channels to zero: numbers by dimension name."""
+    alive = {name: np.ones(size) for name, size in groups.sizes.items()}
+    for name, numbers in dead.items():
+        alive[name][list(numbers)] = 0
+    return sdp_jax.scale_channels(groups, params, groups.join(alive))
+
+
 def mlp_apply(params, x):
     for i in range(len(params)):
         x = x @ params[f"layer{i}"]["kernel"] + params[f"layer{i}"]["bias"]
