@@ -35,6 +35,10 @@ class Once:
         return self.batches
 
 
+def project(**keywords):
+    return sdp_jax.valley.project_onto_valley(GROUPS, 0.1, **keywords)
+
+
 def certify(params=PARAMS, data=None, loss=toy.loss, **keywords):
     data = [toy.batch()] if data is None else data
     return sdp_jax.valley.certify(loss, PARAMS, params, data, **keywords)
@@ -83,7 +87,7 @@ CASES = {
     "not a member": (
         lambda: from_axes(("layer0/kernel", 1)),
         TypeError,
-        "make it with sdp_jax.producer",
+        r"make it with sdp_jax.Member\(path, axis, role\)",
     ),
     "sizes disagree": (
         lambda: from_axes(PRODUCER, sdp_jax.Member("layer2/kernel", 0, "consumer")),
@@ -158,6 +162,36 @@ CASES = {
     ),
     "unknown dimension": (lambda: GROUPS["hidden7"], KeyError, "there are hidden0"),
     "unknown subtree": (lambda: GROUPS.at("params"), ValueError, "no leaf lies below"),
+    "a vector of another length taken apart": (
+        lambda: GROUPS.split(jnp.ones(10)),
+        ValueError,
+        r"one number for each of 11 channels on the last axis; got .* shape \(10,\)",
+    ),
+    "a number taken apart": (
+        lambda: GROUPS.split(1.0),
+        ValueError,
+        r"for each of 11 channels on the last axis; got an array of shape \(\)",
+    ),
+    "other names put together": (
+        lambda: GROUPS.join({"hidden0": jnp.ones(6), "hidden2": jnp.ones(5)}),
+        ValueError,
+        r"lacking are \['hidden1'\], and there is no use for \['hidden2'\]",
+    ),
+    "another size put together": (
+        lambda: GROUPS.join({"hidden0": jnp.ones(6), "hidden1": jnp.ones(6)}),
+        ValueError,
+        r"'hidden1' has 5 channels, but an array of shape \(6,\) was given",
+    ),
+    "factors of another length": (
+        lambda: sdp_jax.scale_channels(GROUPS, PARAMS, jnp.ones(6)),
+        ValueError,
+        "expected one number for each of 11 channels",
+    ),
+    "a member of an unknown role": (
+        lambda: from_axes(PRODUCER, sdp_jax.Member("layer1/kernel", 0, "reader")),
+        ValueError,
+        "role 'reader' is not one of .*'consumer'",
+    ),
     # Strengths.
     "negative strength": (lambda: altsdp(strength=-0.1), ValueError, "non-negative"),
     "strength that is not a number": (
@@ -201,18 +235,33 @@ CASES = {
         ValueError,
         r"\[0, 1\); got 1.0",
     ),
-    "a target that the floors make impossible": (
+    "a target that min_channels makes impossible": (
         lambda: altsdp(strength=sdp_jax.target_sparsity(0.9, 0, 10), min_channels=3),
         ValueError,
-        "wants 10 of the 11 channels .* but the floors keep 6",
+        "wants 10 of the 11 channels .* but min_channels keeps 6",
     ),
-    "a target per dimension that the floors make impossible": (
+    "a target per dimension that min_channels makes impossible": (
         lambda: altsdp(
             strength=sdp_jax.target_sparsity(0.5, 0, 9, ranking="dimension"),
             min_channels={"hidden0": 5},
         ),
         ValueError,
-        "dimension 'hidden0' to be zero, but the floors keep 5",
+        "dimension 'hidden0' to be zero, but min_channels keeps 5",
+    ),
+    "a target by an unknown ranking": (
+        lambda: sdp_jax.target_sparsity(0.5, 0, 9, ranking="layer"),
+        ValueError,
+        "ranking is 'layer'; use 'global', 'dimension' or 'isomorphic'",
+    ),
+    "a target of FLOPs for groups made by hand": (
+        lambda: altsdp(strength=sdp_jax.target_sparsity(0.5, 0, 9, target="flops")),
+        ValueError,
+        "these groups know no FLOPs, because they were made by hand",
+    ),
+    "a cut by scores of a wrong shape": (
+        lambda: sdp_jax.plan_cut(GROUPS, PARAMS, scores=jnp.ones(10), sparsity=0.5),
+        ValueError,
+        r"scores have shape \(10,\); expected one number for each of the 11 channels",
     ),
     "steps in the wrong order": (
         lambda: sdp_jax.target_sparsity(0.5, 10, 10),
@@ -249,63 +298,57 @@ CASES = {
     ),
     "momentum above one": (lambda: altsdp(momentum=1.5), ValueError, "1.5"),
     "momentum of exactly one": (lambda: altsdp(momentum=1.0), ValueError, r"\[0, 1\)"),
-    "floor above the size": (
+    "more min_channels than channels": (
         lambda: altsdp(min_channels=6),
         ValueError,
-        "floor of dimension 'hidden1' is 6, but it has 5 channels",
+        "min_channels of dimension 'hidden1' is 6, but it has 5 channels",
     ),
-    "negative floor": (
+    "negative min_channels": (
         lambda: altsdp(min_channels=-1),
         ValueError,
         "between 0 and its size",
     ),
-    "floor that is not an integer": (
+    "min_channels that are not an integer": (
         lambda: altsdp(min_channels=0.5),
         TypeError,
         "integer",
     ),
-    "floor that is a fractional array": (
+    "min_channels that are a fractional array": (
         lambda: altsdp(min_channels=jnp.asarray(1.5)),
         TypeError,
         "integer",
     ),
-    "floor for nobody": (
+    "min_channels for nobody": (
         lambda: altsdp(min_channels={"hidden9": 1}),
         ValueError,
         "do not exist",
     ),
-    "unknown norm": (lambda: altsdp(weights="l1"), ValueError, "norm is 'l1'"),
-    "norm without a dimension": (
+    "unknown weights": (lambda: altsdp(weights="l1"), ValueError, "weights is 'l1'"),
+    "weights without a dimension": (
         lambda: altsdp(weights={"hidden0": 1.0}),
         ValueError,
         "lacks .*hidden1",
     ),
-    "norm of zero": (
+    "a weight of zero": (
         lambda: altsdp(weights={"hidden0": 0.0, "hidden1": 1.0}),
         ValueError,
         "positive",
     ),
-    "valley that is not keywords": (lambda: altsdp(valley=8), TypeError, "'rank': 8"),
     "unknown dual": (lambda: altsdp(dual="half"), ValueError, "'half'"),
-    "valley with the radial dual": (
-        lambda: altsdp(valley={}, dual="radial"),
-        ValueError,
-        "dual='full'",
-    ),
     "basis of another tree": (
-        lambda: altsdp(valley={"basis": {"w": jnp.ones((2, 4))}}).init(PARAMS),
+        lambda: project(basis={"w": jnp.ones((2, 4))}).init(PARAMS),
         ValueError,
         "leaves of the parameters, each with one leading axis",
     ),
     "basis without a leading axis": (
-        lambda: altsdp(valley={"basis": PARAMS}).init(PARAMS),
+        lambda: project(basis=PARAMS).init(PARAMS),
         ValueError,
         "leading axis of the same length",
     ),
     "basis of other shapes": (
-        lambda: altsdp(
-            valley={"basis": jax.tree.map(lambda p: jnp.ones((2, 3, 3)), PARAMS)}
-        ).init(PARAMS),
+        lambda: project(basis=jax.tree.map(lambda p: jnp.ones((2, 3, 3)), PARAMS)).init(
+            PARAMS
+        ),
         ValueError,
         r"has shape \(2, 3, 3\); expected \(rank, \*\(6,\)\)",
     ),
@@ -314,30 +357,25 @@ CASES = {
         TypeError,
         "its first argument is a learning rate",
     ),
-    "rank of zero": (lambda: altsdp(valley={"rank": 0}), ValueError, "at least 1"),
-    "decay of zero": (lambda: altsdp(valley={"decay": 0.0}), ValueError, r"\(0, 1\]"),
-    "floor given to the wrong one": (
-        lambda: altsdp(valley={"floor": 2}),
-        ValueError,
-        r"valley has \['floor'\], which altsdp hands on itself",
-    ),
+    "rank of zero": (lambda: project(rank=0), ValueError, "at least 1"),
+    "decay of zero": (lambda: project(decay=0.0), ValueError, r"\(0, 1\]"),
     "unknown estimator": (
-        lambda: altsdp(valley={"estimator": "pca"}),
+        lambda: project(estimator="pca"),
         ValueError,
         r"one of \['svd', 'frequent_directions', 'oja'\] or None; got 'pca'",
     ),
     "Oja without a learning rate": (
-        lambda: altsdp(valley={"estimator": "oja", "decay": 1.0}),
+        lambda: project(estimator="oja", decay=1.0),
         ValueError,
         "decay must be below 1",
     ),
     "sketch every zero steps": (
-        lambda: altsdp(valley={"every": 0}),
+        lambda: project(every=0),
         ValueError,
         "every must be an integer of at least 1; got 0",
     ),
     "sketch in integers": (
-        lambda: altsdp(valley={"storage_dtype": jnp.int8}),
+        lambda: project(storage_dtype=jnp.int8),
         ValueError,
         "storage_dtype must be a floating-point dtype",
     ),
@@ -515,9 +553,7 @@ CASES = {
         "basis has no direction",
     ),
     "a basis that is not finite": (
-        lambda: altsdp(
-            valley={"basis": jax.tree.map(lambda p: p * jnp.nan, BASIS)}
-        ).init(PARAMS),
+        lambda: project(basis=jax.tree.map(lambda p: p * jnp.nan, BASIS)).init(PARAMS),
         ValueError,
         "basis has entries that are not finite",
     ),
@@ -650,7 +686,7 @@ def test_bad_input_is_refused(case):
 
 
 def test_there_are_no_channels_of_an_empty_group_to_lose():
-    # A dimension of one channel is legal, and its floor keeps it.
+    # A dimension of one channel is legal, and min_channels keeps it.
     params = {"w": jnp.ones((3, 1))}
     groups = sdp_jax.groups_from_axes(params, {"d": [sdp_jax.Member("w", 1)]})
     tx = altsdp(groups=groups, strength=100.0)
