@@ -309,7 +309,7 @@ class Cut:
             raise ValueError(f"not a cut in JSON: {error}") from error
 
     def summary(self) -> str:
-        """A table of what there was before and is after the cut: widths, entries, FLOPs."""
+        """A table of widths, entries and FLOPs before and after the cut."""
         rows: list[tuple[str, float, float]] = [
             (d.name, d.size, len(kept))
             for d, kept in zip(self.dense.dimensions, self.kept, strict=True)
