@@ -37,6 +37,35 @@ def mlp_groups(params=None, hidden=2):
     return sdp_jax.groups_from_axes(params, mlp_axes(hidden))
 
 
+def line_groups(**sizes):
+    """Groups whose dimensions are vectors of these sizes."""
+    params = {name: jnp.ones(size) for name, size in sizes.items()}
+    axes = {name: [sdp_jax.Member(name, 0)] for name in sizes}
+    return sdp_jax.groups_from_axes(params, axes)
+
+
+def run_strength(strength, steps, norms, floors=None, groups=None):
+    """Thresholds by dimension name of so many updates, and the last state."""
+    if groups is None:
+        groups = line_groups(**{name: len(v) for name, v in norms.items()})
+    floors = [(floors or {}).get(name, 0) for name in groups.sizes]
+    vector, state = groups.join(norms), strength.init(groups, floors)
+    update = jax.jit(lambda s, n: strength.update(s, n, groups, floors))
+    out = []
+    for _ in range(steps):
+        thresholds, state = update(state, vector)
+        out.append(groups.split(np.asarray(thresholds)))
+    return out, state
+
+
+def kill(groups, params, dead):
+    """Sets whole channels to zero: numbers by dimension name."""
+    alive = {name: np.ones(size) for name, size in groups.sizes.items()}
+    for name, numbers in dead.items():
+        alive[name][list(numbers)] = 0
+    return sdp_jax.scale_channels(groups, params, groups.join(alive))
+
+
 def mlp_apply(params, x):
     for i in range(len(params)):
         x = x @ params[f"layer{i}"]["kernel"] + params[f"layer{i}"]["bias"]
