@@ -8,6 +8,7 @@ result is the same.
 """
 
 import dataclasses
+import io
 import json
 import pathlib
 import sys
@@ -302,11 +303,9 @@ class State:
             tree = getattr(self, name)
             flat = {} if tree is None else traverse_util.flatten_dict(tree)
             arrays |= {"/".join((name, *k)): np.asarray(x) for k, x in flat.items()}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_suffix(".tmp")
-        with temporary.open("wb") as file:
-            np.savez_compressed(file, **arrays)
-        temporary.replace(self.path)
+        file = io.BytesIO()
+        np.savez_compressed(file, **arrays)
+        write_whole(self.path, file.getvalue())
 
 
 def main(
