@@ -110,9 +110,7 @@ class Plan(NamedTuple):
     def layer_sparsity(self, groups: sdp_jax.Groups) -> dict[str, float]:
         """What every dimension loses where all lose the same share of channels."""
         strength, floors = self.one_shot(1, "dimension"), [1] * len(groups)
-        spread = groups.join(
-            {n: jnp.arange(1.0, s + 1) for n, s in groups.sizes.items()}
-        )
+        spread = jnp.concatenate([jnp.arange(1.0, d.size + 1) for d in groups])
         thresholds, _ = strength.update(
             strength.init(groups, floors), spread, groups, floors
         )
