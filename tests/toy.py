@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 import sdp_jax
 
@@ -21,9 +22,9 @@ def mlp_params(seed=0, dtype=jnp.float32, widths=(4, 6, 5, 3)):
 def mlp_axes(hidden=2, prefix=""):
     return {
         f"hidden{i}": [
-            sdp_jax.producer(f"{prefix}layer{i}/kernel", 1),
-            sdp_jax.producer(f"{prefix}layer{i}/bias", 0),
-            sdp_jax.consumer(f"{prefix}layer{i + 1}/kernel", 0),
+            sdp_jax.Member(f"{prefix}layer{i}/kernel", 1),
+            sdp_jax.Member(f"{prefix}layer{i}/bias", 0),
+            sdp_jax.Member(f"{prefix}layer{i + 1}/kernel", 0, "consumer"),
         ]
         for i in range(hidden)
     }
@@ -47,6 +48,27 @@ def mlp_grads(params, seed=1):
     return jax.tree.map(
         lambda p: jnp.asarray(rng.normal(size=p.shape), p.dtype), params
     )
+
+
+def channel_vectors(params, hidden=2):
+    """One float64 vector per channel, dimension after dimension, and the rest."""
+    channels = []
+    for i in range(hidden):
+        kernel = np.asarray(params[f"layer{i}"]["kernel"], np.float64)
+        bias = np.asarray(params[f"layer{i}"]["bias"], np.float64)
+        channels += [np.append(kernel[:, c], bias[c]) for c in range(len(bias))]
+    rest = jax.tree.leaves(params[f"layer{hidden}"])
+    return channels, [np.asarray(v, np.float64) for v in rest]
+
+
+def make_step(tx):
+    """``(params, state, grads) -> (params, state)``."""
+
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return step
 
 
 def loss(params, batch):

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from sdp_jax.groups import Groups
-from sdp_jax.methods.hosted import Score
+from sdp_jax.methods.score import Score
 from sdp_jax.tree import PyTree
 
 

@@ -23,8 +23,8 @@ from sdp_jax.base import (
 from sdp_jax.channels import PerChannel
 from sdp_jax.checks import check_number
 from sdp_jax.groups import Groups
+from sdp_jax.methods.dpm import channel_entries
 from sdp_jax.methods.filter_norm import l1_norm
-from sdp_jax.methods.hosted import channel_entries
 from sdp_jax.tree import PyTree
 
 # How many channels of each dimension have to go.

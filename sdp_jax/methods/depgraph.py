@@ -18,7 +18,7 @@ from sdp_jax.base import check_kind, check_params, need_params
 from sdp_jax.channels import PerChannel, channels_alive, member_sums
 from sdp_jax.checks import check_number, check_whole
 from sdp_jax.groups import Dimension, Groups, Member, Role
-from sdp_jax.methods.hosted import Score
+from sdp_jax.methods.score import Score
 from sdp_jax.tree import PyTree, leaf_table
 
 Normalizer = Literal["mean", "max", "sum"]

@@ -9,7 +9,7 @@ import numpy as np
 
 from sdp_jax.checks import check_number
 from sdp_jax.groups import Groups
-from sdp_jax.methods.hosted import Score
+from sdp_jax.methods.score import Score
 from sdp_jax.tree import PyTree
 
 # The paper's value is not known to us.

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from sdp_jax.channels import Weighting, channel_norms, channel_weights, member_sums
 from sdp_jax.groups import Groups
-from sdp_jax.methods.hosted import Score
+from sdp_jax.methods.score import Score
 from sdp_jax.tree import PyTree
 
 

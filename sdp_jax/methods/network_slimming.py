@@ -11,7 +11,6 @@ from sdp_jax.base import check_kind, check_params, need_params
 from sdp_jax.channels import channel_norms, producer_leaves
 from sdp_jax.checks import check_number
 from sdp_jax.groups import Groups
-from sdp_jax.methods.hosted import Score
 from sdp_jax.methods.scales import (
     DEFAULT_SCALES,
     check_scales,
@@ -20,6 +19,7 @@ from sdp_jax.methods.scales import (
     replace_leaves,
     take_entries,
 )
+from sdp_jax.methods.score import Score
 from sdp_jax.tree import PyTree
 
 
