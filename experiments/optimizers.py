@@ -392,7 +392,7 @@ def _decayed(
         steps=config.decay_steps,
         rate=config.release_rate,
         length=config.release_length,
-        release_until=plan.end,
+        release_end_step=plan.end,
     )
 
 
