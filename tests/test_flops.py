@@ -65,6 +65,6 @@ def test_products_of_a_dimension_with_itself():
     assert groups.sizes == {"a": 6}
     cut = promise.random_cut(groups, 0.5, 0)
     small = cut.take(params)
-    counted = sdp_jax.count_flops(groups, fn, params, x).at(list(cut.widths.values())).flops
+    counted = sdp_jax.count_flops(groups, fn, params, x).flops.at(list(cut.widths.values()))
     cost = sdp_jax.cost(sdp_jax.narrow(fn, cut), small, x)
     assert counted == pytest.approx(cost.flops, rel=1e-9)
