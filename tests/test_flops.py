@@ -18,7 +18,9 @@ def test_they_are_what_the_small_function_costs(name, x64):
     model = ZOO[name]()
     groups = sdp_jax.find_groups(model.fn, model.shapes, *model.inputs)
     parameters = groups.parameters
-    operations = sdp_jax.count_flops(groups, model.fn, model.shapes, *model.inputs).flops
+    operations = sdp_jax.count_flops(
+        groups, model.fn, model.shapes, *model.inputs
+    ).flops
     for share, seed in ((0.0, 0), (0.5, 0), (0.9, 1)):
         cut = promise.random_cut(groups, share, seed)
         widths = list(cut.widths.values())
@@ -65,6 +67,8 @@ def test_products_of_a_dimension_with_itself():
     assert groups.sizes == {"a": 6}
     cut = promise.random_cut(groups, 0.5, 0)
     small = cut.take(params)
-    counted = sdp_jax.count_flops(groups, fn, params, x).flops.at(list(cut.widths.values()))
+    counted = sdp_jax.count_flops(groups, fn, params, x).flops.at(
+        list(cut.widths.values())
+    )
     cost = sdp_jax.cost(sdp_jax.narrow(fn, cut), small, x)
     assert counted == pytest.approx(cost.flops, rel=1e-9)
