@@ -248,10 +248,8 @@ def group_norm_regularizer(
         scores = importance(groups, params)
         unknown = alive & ~jnp.isfinite(scores)
         acts = alive & ~each_dimension(groups, jnp.any, unknown)
-        gamma = 2 ** (
-            alpha * each_dimension(groups, _weakness, jnp.sqrt(scores), alive)
-        )
-        rates = jnp.where(acts, strengths * gamma, 0)
+        weak = each_dimension(groups, _weakness, jnp.sqrt(scores), alive)
+        rates = jnp.where(acts, strengths * 2 ** (alpha * weak), 0)
         if growing is not None:
             more = growing * each_dimension(groups, _weakness, scores, alive)
             more = jnp.where((count % every == 0) & acts, more, 0)

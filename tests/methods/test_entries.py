@@ -11,7 +11,8 @@ def case():
     """Two channels along each axis of one matrix, and one column that is nobody's."""
     params = {"w": jnp.arange(1.0, 7.0).reshape(2, 3), "v": jnp.ones((2, 2))}
     rows = [sdp_jax.Member("w", 0), sdp_jax.Member("v", 0, "consumer")]
-    columns = [sdp_jax.Member("w", 1, "consumer", offset=1), sdp_jax.Member("v", 1)]
+    columns = [sdp_jax.Member("w", 1, "consumer", offset=1, period=2)]
+    columns += [sdp_jax.Member("v", 1)]
     axes = {"rows": rows, "columns": columns}
     return params, sdp_jax.groups_from_axes(params, axes, sizes={"columns": 2})
 
