@@ -380,7 +380,7 @@ def reduce_channels(
 
 
 def each_dimension(
-    groups: Groups, function: Callable[..., jax.Array], *vectors: jax.Array
+    groups: Groups, function: Callable[..., jax.Array], *vectors: jax.Array | np.ndarray
 ) -> jax.Array:
     """Applies a function to the channels of each dimension.
 

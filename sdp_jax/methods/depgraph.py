@@ -261,16 +261,7 @@ def group_norm_regularizer(
 
 
 def is_bias(groups: Groups, dimension: Dimension, member: Member) -> bool:
-    """Whether a member is a bias, see :func:`group_importance`.
-
-    Args:
-      groups: the channel dimensions.
-      dimension: one of them.
-      member: one of its members.
-
-    Returns:
-      A Boolean.
-    """
+    """Whether a member is a bias, see :func:`group_importance`."""
     if member.role != "producer":
         return False
     module, _, key = member.path.rpartition("/")
