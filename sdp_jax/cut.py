@@ -318,8 +318,9 @@ class Cut:
         after = sum(math.prod(s) for s in self.small_shapes.values())
         rows.append(("entries", before, after))
         if self.dense.flops is not None:
-            widths = [list(w.values()) for w in (self.dense.sizes, self.widths)]
-            rows.append(("FLOPs", *map(self.dense.flops.at, widths)))
+            flops = self.dense.flops.at
+            dense, small = list(self.dense.sizes.values()), list(self.widths.values())
+            rows.append(("FLOPs", flops(dense), flops(small)))
         first = max([len(row[0]) for row in rows] + [9])
         second = max([len(f"{row[1]:,.0f}") for row in rows] + [6])
         lines = [f"{'dimension':<{first}}  {'before':>{second}}  {'after':>{second}}"]
