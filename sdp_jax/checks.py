@@ -33,23 +33,24 @@ def check_number(
         raise ValueError(f"{name} must be {rule}; got {value!r}")
 
 
-def check_whole(name: str, value: Any, *, low: int = 0) -> None:
+def check_whole(name: str, value: Any, *, low: int = 0, of: str = "updates") -> None:
     """Refuses what is not an integer of at least ``low``.
 
     Args:
       name: name of the argument.
       value: what was given.
       low: smallest allowed value.
+      of: what it is a number of, for the message.
 
     Raises:
       TypeError: if it is not an integer.
       ValueError: if it is smaller, or beyond 32 bits.
     """
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise TypeError(f"{name} must be an integer number of updates; got {value!r}")
+        raise TypeError(f"{name} must be an integer number of {of}; got {value!r}")
     if not low <= value < 2**31:
         raise ValueError(
-            f"{name} must be a number of updates, at least {low} and below 2**31; got "
+            f"{name} must be a number of {of}, at least {low} and below 2**31; got "
             f"{value!r}"
         )
 

@@ -160,6 +160,14 @@ class Groups:
     prune_outputs: bool = False
     flops: Polynomial | None = None
 
+    def __hash__(self) -> int:
+        return self._hash
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        fields = dataclasses.fields(self)
+        return hash(tuple(getattr(self, field.name) for field in fields))
+
     def __len__(self) -> int:
         return len(self.dimensions)
 

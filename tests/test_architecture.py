@@ -17,22 +17,22 @@ ROOT = PACKAGE.parent
 COMMON = ["tree", "checks", "polynomial", "groups", "axes", "channels"]
 # Each goes on from there, and neither imports the other.
 TRAINING = ["prox", "strength", "target", "base", "transforms", "_altsdp"]
-CUTTING = ["tracing", "matching", "cut", "_narrow", "measure", "counts", "plan"]
-CUTTING += ["files", "export"]
+CUTTING = ["modules", "tracing", "matching", "cut", "_narrow", "measure", "compare"]
+CUTTING += ["plan", "files", "export", "report", "_prune"]
 # Behind doors of their own; both train.
 DOORS = ["valley", "methods"]
 # Inside a folder, the modules in the order in which they may import one another.
 FOLDERS = {
-    "tracing": ["source", "static", "atoms", "sizes", "values", "trace", "evaluate"]
-    + ["rules_elementwise", "rules_shape", "rules_contract", "rules_control"]
-    + ["rules", "analyse", "members", "find"],
+    "tracing": ["source", "static", "atoms", "sizes", "values", "rule", "trace"]
+    + ["evaluate", "rules_elementwise", "rules_shape", "rules_contract"]
+    + ["rules_control", "rules", "analyse", "flops", "members", "find"],
     "valley": ["vectors", "sketch", "project", "curvature", "_sdp", "statistics"]
     + ["path", "figure", "certificate", "_certify"],
     # No method but the common ground is imported by another one.
-    "methods": ["hosted", "filter_norm", "_taylor", "_random_score", "depgraph"]
-    + ["scales", "network_slimming", "_gate_decorator", "discriminant"]
-    + ["remove", "dpm", "half_space", "_hspg", "_hesso"]
-    + ["_spp", "_increg", "_perspective", "pqi", "_sap"],
+    "methods": ["score", "entries", "penalty", "ranking", "scales", "_hosted"]
+    + ["filter_norm", "_taylor", "_random_score", "depgraph", "network_slimming"]
+    + ["_gate_decorator", "discriminant", "remove", "dpm", "half_space", "_hspg"]
+    + ["_hesso", "_spp", "_increg", "_perspective", "pqi", "_until_compressed", "_sap"],
 }
 OPTIONAL = {"export": {"flatbuffers"}, "figure": {"matplotlib"}}
 CORE = {"jax", "jaxlib", "optax", "numpy", "scipy", "chex"}

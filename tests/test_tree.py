@@ -1,69 +1,73 @@
-"""Paths of leaves in trees of several kinds."""
+"""Paths of leaves, whatever made the tree."""
 
-import collections
 import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
+from flax import linen, nnx
 
 from sdp_jax.tree import leaf_dtype, leaf_keys, leaf_table, missing_path_message
 
-Pair = collections.namedtuple("Pair", "first value")
+
+def test_paths_of_linen_and_nnx():
+    module = linen.Dense(3)
+    variables = module.init(jax.random.key(0), jnp.ones((1, 2)))
+    assert list(leaf_table(variables)) == ["params/bias", "params/kernel"]
+    model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    state = nnx.state(model, nnx.Param)
+    assert list(leaf_table(state)) == ["bias", "kernel"]
+    assert list(leaf_table(nnx.to_pure_dict(state))) == ["bias", "kernel"]
 
 
-def test_paths_of_dictionaries_lists_and_fields():
-    tree = {"b": [1, {"c": 2}], "a": Pair(3, 4)}
-    assert leaf_table(tree) == {"a/first": 3, "a/value": 4, "b/0": 1, "b/1/c": 2}
-    assert leaf_table(5) == {"": 5}
-    assert leaf_keys(tree)[-1] == (("b", "1", "c"), 2)
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Head:
+    value: jax.Array
+    policy: jax.Array
 
 
-def test_variables_of_nnx_have_the_paths_of_their_arrays():
-    state = nnx.state(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), nnx.Param)
-    assert set(leaf_table(state)) == {"kernel", "bias"}
-    assert set(leaf_table(nnx.to_pure_dict(state))) == {"kernel", "bias"}
+def test_a_field_named_value_with_siblings_keeps_its_name():
+    tree = {"head": Head(jnp.ones(1), jnp.ones(2)), "list": [jnp.ones(3)]}
+    assert list(leaf_table(tree)) == ["head/value", "head/policy", "list/0"]
+    # Keys of dictionaries are names of the user's.
+    assert list(leaf_table({"value": jnp.ones(1)})) == ["value"]
 
 
-def test_a_lone_attribute_value_is_left_out_but_no_field_beside_others():
-    @jax.tree_util.register_dataclass
-    @dataclasses.dataclass
-    class Box:
-        value: int
-
-    assert leaf_table({"x": Box(1)}) == {"x": 1}
-    assert leaf_table({"value": 1}) == {"value": 1}  # a key, no attribute
+def test_keys_can_stop_above_the_leaves():
+    tree = {"a": (jnp.ones(1), jnp.ones(2)), "b": jnp.ones(3)}
+    keys = [k for k, _ in leaf_keys(tree, lambda x: isinstance(x, tuple))]
+    assert keys == [("a",), ("b",)]
+    assert leaf_keys(jnp.ones(3))[0][0] == ()
 
 
 def test_two_leaves_of_one_path_are_refused():
-    with pytest.raises(ValueError, match="two leaves have the path 'a/b'; rename"):
-        leaf_table({"a/b": 1, "a": {"b": 2}})
-
-
-def test_none_is_a_leaf_on_demand():
-    found = leaf_keys({"a": None, "b": 1}, is_leaf=lambda x: x is None)
-    assert found == [(("a",), None), (("b",), 1)]
-    assert leaf_keys({"a": None}) == []
+    with pytest.raises(ValueError, match="two leaves have the path 'a/b'"):
+        leaf_table({"a": {"b": 1.0}, "a/b": 2.0})
 
 
 @pytest.mark.parametrize(
     ("leaf", "dtype"),
     [
-        (jnp.ones(1, jnp.bfloat16), jnp.bfloat16),
-        (jax.ShapeDtypeStruct((2,), jnp.int8), jnp.int8),
-        (np.float64(1), np.float64),
-        (2, np.int64),
+        (jnp.ones(2, jnp.bfloat16), jnp.bfloat16),
+        (jax.ShapeDtypeStruct((2,), jnp.float16), jnp.float16),
+        (np.int8(3), np.int8),
+        (1.5, np.float64),
     ],
 )
-def test_dtypes_of_leaves(leaf, dtype):
+def test_dtypes(leaf, dtype):
     assert leaf_dtype(leaf) == dtype
 
 
-def test_a_missing_path_is_told_with_what_is_near():
-    paths = ["conv/kernel", "conv/bias", "dense/kernel"]
-    assert "did you mean ['conv/kernel'" in missing_path_message("conv/kernl", paths)
-    assert "the tree has ['conv/kernel'" in missing_path_message("zzz", paths)
-    told = missing_path_message("params/conv/bias", paths)
-    assert "the tree has 'conv/bias': use groups.at('params') here" in told
+@pytest.mark.parametrize(
+    ("path", "paths", "hint"),
+    [
+        ("params/conv/kernel", ["conv/kernel"], r"use groups.at\('params'\) here"),
+        ("conv/kernl", ["conv/kernel"], r"did you mean \['conv/kernel'\]"),
+        ("x", ["conv/kernel", "dense"], r"the tree has \['conv/kernel', 'dense'\]"),
+    ],
+)
+def test_what_is_missing_and_what_may_be_meant(path, paths, hint):
+    with pytest.raises(ValueError, match=f"no leaf '{path}' in the tree; .*{hint}"):
+        raise ValueError(missing_path_message(path, paths))

@@ -1,8 +1,11 @@
 """Small parameter trees with groups, for the tests."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 import sdp_jax
 
@@ -78,6 +81,27 @@ def mlp_grads(params, seed=1):
     )
 
 
+def channel_vectors(params, hidden=2):
+    """One float64 vector per channel, dimension after dimension, and the rest."""
+    channels = []
+    for i in range(hidden):
+        kernel = np.asarray(params[f"layer{i}"]["kernel"], np.float64)
+        bias = np.asarray(params[f"layer{i}"]["bias"], np.float64)
+        channels += [np.append(kernel[:, c], bias[c]) for c in range(len(bias))]
+    rest = jax.tree.leaves(params[f"layer{hidden}"])
+    return channels, [np.asarray(v, np.float64) for v in rest]
+
+
+def make_step(tx):
+    """``(params, state, grads) -> (params, state)``."""
+
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return step
+
+
 def loss(params, batch):
     x, y = batch
     return jnp.mean((mlp_apply(params, x) - y) ** 2)
@@ -88,3 +112,50 @@ def batch(seed=2, size=16, inputs=4, outputs=3, dtype=jnp.float32):
     x = jnp.asarray(rng.normal(size=(size, inputs)), dtype)
     y = jnp.asarray(rng.normal(size=(size, outputs)), dtype)
     return x, y
+
+
+def wide(tree):
+    """A copy of a tree by NumPy, in float64."""
+    return jax.tree.map(lambda x: np.array(x, np.float64), tree)
+
+
+def channel_entries(tree):
+    """For each channel of the two hidden layers its kernel column and its bias."""
+    for i in (0, 1):
+        layer = tree[f"layer{i}"]
+        for c in range(layer["bias"].shape[0]):
+            yield i, c, [layer["kernel"][:, c], layer["bias"][c : c + 1]]
+
+
+def channel_l1(tree):
+    """For the two hidden layers the L1 norms of their channels."""
+    norms = [[], []]
+    for i, _, parts in channel_entries(tree):
+        norms[i].append(sum(np.abs(x).sum() for x in parts))
+    return norms
+
+
+def increment(r, n, a=0.05, u=0.25):
+    """The ranking increment as the paper of SPP writes it."""
+    alpha = math.log(2 / u) / n
+    n1 = -math.log(u) / alpha
+    if r < n1:
+        return a * math.exp(-alpha * r)
+    return 2 * u * a - a * math.exp(-alpha * (2 * n1 - r))
+
+
+def assert_close(a, b, **tolerance):
+    """Two trees agree, leaf by leaf."""
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **tolerance), a, b)
+
+
+def pq_reference(w, p, q):
+    """The PQ Index by its definition, number by number."""
+    w = [abs(float(x)) for x in np.ravel(w)]
+    d = len(w)
+    if d == 0 or max(w) == 0:
+        return 0.0
+    w = [x / max(w) for x in w]
+    first = sum(x**p for x in w) ** (1 / p)
+    second = sum(x**q for x in w) ** (1 / q)
+    return 1 - d ** (1 / q - 1 / p) * first / second

@@ -4,53 +4,40 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from sdp_jax.base import (
-    add_step,
-    as_base,
-    check_kind,
-    check_params,
-    check_rule,
-    need_params,
-    step_to,
-)
+from sdp_jax.base import add_step, check_kind, check_rule
 from sdp_jax.channels import (
     PerChannel,
     channel_products,
     producer_leaves,
     scale_channels,
 )
-from sdp_jax.checks import check_number
+from sdp_jax.checks import check_number, check_whole
 from sdp_jax.groups import Groups
-from sdp_jax.methods._taylor import need_gradients
-from sdp_jax.methods.hosted import Score, hosted
-from sdp_jax.methods.network_slimming import scale_penalty
+from sdp_jax.methods._hosted import HostStep, channel_host, no_channels
 from sdp_jax.methods.scales import (
     DEFAULT_SCALES,
     check_scales,
     find_gates,
-    find_scales,
     put_entries,
     replace_leaves,
     take_entries,
 )
+from sdp_jax.methods.score import Score, need_gradients
 from sdp_jax.strength import StrengthLike
 from sdp_jax.tree import PyTree, leaf_table
 
 Gates = dict[str, tuple[jax.Array, ...]]
 
 
-class TickTockState(NamedTuple):
-    """State of :func:`tick_tock`.
+class GateDecoratorState(NamedTuple):
+    """State of :func:`gate_decorator`.
 
     Attributes:
       strength: state of the strength.
-      count: number of updates so far, int32 scalar; it tells the phase.
       gone: which channels are removed.
       total: scores summed over the current tick; during a tock those of the last tick
         stay, in the first tock they are summed as in a tick.
@@ -58,7 +45,6 @@ class TickTockState(NamedTuple):
     """
 
     strength: Any
-    count: jax.Array
     gone: PerChannel
     total: PerChannel
     steps: jax.Array
@@ -200,7 +186,7 @@ def apply_gates(
     factors |= {
         name: gates[name][0] for name, them in found.items() if them[0].scale is None
     }
-    params = scale_channels(groups, params, factors)
+    params = scale_channels(groups, params, groups.join(factors))
     table = leaf_table(params)
     for d in groups:
         for gate, factor in zip(found[d.name], gates[d.name], strict=True):
@@ -243,7 +229,7 @@ def gate_taylor(*, scales: Sequence[str] = DEFAULT_SCALES) -> Score:
       >>> groups = sdp_jax.groups_from_axes(params, {"hidden": [
       ...     sdp_jax.Member("scale", 0), sdp_jax.Member("bias", 0)]})
       >>> grads = {"scale": jnp.array([1., -1.]), "bias": jnp.array([-2., 1.])}
-      >>> print(methods.gate_taylor()(groups, params, grads)["hidden"])
+      >>> print(methods.gate_taylor()(groups, params, grads))
       [0. 3.]
     """
     check_scales(scales)
@@ -253,14 +239,14 @@ def gate_taylor(*, scales: Sequence[str] = DEFAULT_SCALES) -> Score:
         params: PyTree,
         grads: PyTree | None = None,
         activations: Any = None,
-    ) -> dict[str, jax.Array]:
+    ) -> jax.Array:
         del activations
         grads = need_gradients(grads, "gate_taylor")
         found = find_gates(groups, scales)
         values, slopes = producer_leaves(groups, params), producer_leaves(groups, grads)
         bare = tuple(d for d in groups if found[d.name][0].scale is None)
         others = dataclasses.replace(groups, dimensions=bare)
-        products = channel_products(others, params, grads) if bare else {}
+        products = others.split(channel_products(others, params, grads))
         out = {}
         for d in groups:
             if d in bare:
@@ -278,19 +264,19 @@ def gate_taylor(*, scales: Sequence[str] = DEFAULT_SCALES) -> Score:
                 change = jnp.abs(sum(terms[1:], terms[0]))
                 total = total + jnp.sum(change, axis=(0, 2))
             out[d.name] = jnp.asarray(total)
-        return out
+        return groups.join(out)
 
     return score
 
 
-def tick_tock(
+def gate_decorator(
     groups: Groups,
     strength: StrengthLike,
     *,
     tick_steps: int,
     tock_steps: int,
     ticks: int = 10,
-    until: int | None = None,
+    end_step: int | None = None,
     scales: Sequence[str] = DEFAULT_SCALES,
     min_channels: int | jax.Array | Mapping[str, int] = 1,
 ) -> optax.GradientTransformationExtraArgs:
@@ -309,33 +295,48 @@ def tick_tock(
     the last tick, before the first one by the mean score so far. The paper removes the
     same share of the living channels at each tick.
 
+    In tocks the paper penalises gates, which is the matter of the base; scores are
+    taken of the loss without it::
+
+        period = tock_steps + ticks * tick_steps
+        penalty = lambda n: jnp.where(n % period < tock_steps, 1e-3, 0.0)
+        base = optax.chain(methods.scale_penalty(groups, penalty), optax.sgd(…))
+        tx = methods.hosted(base, methods.gate_decorator(groups, …))
+
+    Gates are read off the ordinary scales and biases, so that the network and its
+    parameters stay as they are. The steps are then those of ``γ`` and ``β``, each on
+    its own, where the paper trains ``φ`` and ``β'``, and ``β = φ β'`` follows its gate;
+    a loss over :func:`apply_gates` has the paper's variables.
+
     Args:
       groups: the channel dimensions.
       strength: how much goes when, for example ``sdp_jax.target_sparsity(0.5, 1000,
-        5000, target="flops", power=1, …)``; a number or a schedule is the score below
+        5000, target="flops", power=1)``; a number or a schedule is the score below
         which channels go. The paper removes 0.5 % of the living filters at a tick for
         VGG-16 and 0.2 % for ResNet-56.
       tick_steps: updates of a tick; one epoch in the paper.
       tock_steps: updates of a tock, 0 for none; ten epochs in the paper.
       ticks: ticks from one tock to the next; 10 in the paper.
-      until: number of updates after which there are no more ticks, so that what is left
-        is trained as a whole; ``None`` for no such end.
+      end_step: number of updates after which there are no more ticks, so that what is
+        left is trained as a whole; ``None`` for no such end.
       scales: patterns for the last key of a scale's path, see :func:`decorate`.
-      min_channels: channels that stay in each dimension; a number, or one for each name. The
-        paper's code keeps a tenth of each.
+      min_channels: channels that stay in each dimension; a number, or one for each
+        name. The paper's code keeps a tenth of each.
 
     Returns:
       A transformation for behind the base optimizer; its ``update`` needs ``params``
       and ``gradients=`` (:func:`sdp_jax.methods.hosted` gives them).
 
     Raises:
-      ValueError: if a number of steps is too small, or strength or floor does not fit
+      ValueError: if a number of steps is too small, or strength or minimum does not fit
         the groups.
       TypeError: if an argument is of another kind.
 
     References:
-      You et al., arXiv 1909.08174, section 3 (Tick-Tock), see :func:`decorate`. Its
-      learning rate is 1e-3 in ticks and rises to 1e-2 and falls again in each tock.
+      You, Yan, Ye, Ma, Wang, "Gate Decorator: Global Filter Pruning Method for
+      Accelerating Deep Convolutional Neural Networks", NeurIPS 2019, arXiv 1909.08174,
+      section 3 (Tick-Tock). Its learning rate is 1e-3 in ticks and rises to 1e-2 and
+      falls again in each tock.
 
     Example:
       >>> import jax.numpy as jnp, optax, sdp_jax
@@ -343,9 +344,9 @@ def tick_tock(
       >>> params = {"w": jnp.ones((1, 2)), "scale": jnp.array([2., 4.])}
       >>> groups = sdp_jax.groups_from_axes(params, {"hidden": [
       ...     sdp_jax.Member("w", 1), sdp_jax.Member("scale", 0)]})
-      >>> host = methods.tick_tock(
+      >>> host = methods.gate_decorator(
       ...     groups, sdp_jax.target_sparsity(0.5, 0, 2), tick_steps=1, tock_steps=1)
-      >>> tx = methods.hosted(optax.sgd(0.5), host)
+      >>> tx = methods.hosted(0.5, host)
       >>> state, grads = tx.init(params), {"w": jnp.ones((1, 2)), "scale": jnp.ones(2)}
       >>> for _ in range(2):  # A tock and a tick.
       ...     updates, state = tx.update(grads, state, params)
@@ -355,207 +356,74 @@ def tick_tock(
       [[0.  0.5]] [0. 3.]
     """
     rule, floors = check_rule(groups, strength, min_channels)
-    phase = _phases(tick_steps, tock_steps, ticks, until)
-    last = _last_tick(tick_steps, tock_steps, ticks, until)
-    score = gate_taylor(scales=scales)
-    filters = _filters(groups, scales)
-
-    def init_fn(params: optax.Params) -> TickTockState:
-        check_params(groups, params)
-        size = (groups.num_channels,)
-        return TickTockState(
-            rule.init(groups, floors),
-            jnp.zeros((), jnp.int32),
-            PerChannel(jnp.zeros(size, bool)),
-            PerChannel(jnp.zeros(size, jnp.float32)),
-            jnp.zeros((), jnp.int32),
-        )
-
-    def update_fn(
-        updates: optax.Updates,
-        state: Any,
-        params: optax.Params | None = None,
-        *,
-        gradients: optax.Updates | None = None,
-        released: jax.Array | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, TickTockState]:
-        del extra_args
-        params = need_params(params, updates, "tick_tock")
-        gone = state.gone.per_channel
-        if released is not None:
-            # Behind the last tick nothing would take it out again.
-            gone = gone & ~(released & (state.count <= last))
-        tick, begins, ends = phase(state.count)
-        found = score(groups, params, gradients).astype(jnp.float32)
-        # One bad batch must not spoil the sum.
-        found = jnp.where(jnp.isfinite(found), found, 0)
-        counts = tick | (state.count < tock_steps)
-        total = jnp.where(begins, 0, state.total.per_channel)
-        total = jnp.where(counts, total + found, total)
-        steps = jnp.where(begins, 0, state.steps) + counts.astype(jnp.int32)
-        # What is gone comes first, so that it counts towards the target.
-        ranked = jnp.where(gone, -1, total / jnp.maximum(steps, 1))
-        thresholds, strength_state = rule.update(state.strength, ranked, floors)
-        gone = gone | (ends & (ranked < thresholds))
-        frozen = {
-            path: jnp.where(tick, jnp.zeros_like(leaf), leaf)
-            for path, leaf in leaf_table(updates).items()
-            if path in filters
-        }
-        candidate = add_step(params, replace_leaves(updates, frozen))
-        factor = jnp.where(gone, 0.0, 1.0)
-        point = scale_channels(groups, candidate, factor)
-        new_state = TickTockState(
-            strength_state,
-            jnp.asarray(optax.safe_increment(state.count)),
-            PerChannel(gone),
-            PerChannel(total),
-            steps,
-        )
-        return step_to(point, params), new_state
-
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def gate_decorator(
-    base: optax.ScalarOrSchedule | optax.GradientTransformation,
-    groups: Groups,
-    strength: StrengthLike,
-    *,
-    tick_steps: int,
-    tock_steps: int,
-    ticks: int = 10,
-    until: int | None = None,
-    penalty: optax.ScalarOrSchedule = 1e-3,
-    momentum: chex.Numeric | None = None,
-    scales: Sequence[str] = DEFAULT_SCALES,
-    min_channels: int | jax.Array | Mapping[str, int] = 1,
-) -> optax.GradientTransformationExtraArgs:
-    """The whole Gate Decorator: :func:`tick_tock`, and a penalty on gates in tocks.
-
-    In tocks :func:`sdp_jax.methods.scale_penalty` adds ``λ sign(γ)`` to the gradients
-    of scales, in ticks and after ``until`` it does not; scores are taken of the loss
-    without it. Gates are read off the ordinary scales and biases, so that the network
-    and its parameters stay as they are. The steps are then those of ``γ`` and ``β``,
-    each on its own, where the paper trains ``φ`` and ``β'``, and ``β = φ β'`` follows
-    its gate; a loss over :func:`apply_gates` has the paper's variables.
-
-    Args:
-      base: the optimizer: a learning rate, a schedule of it, or an Optax
-        transformation.
-      groups: the channel dimensions.
-      strength: how much goes when, see :func:`tick_tock`.
-      tick_steps: updates of a tick; one epoch in the paper.
-      tock_steps: updates of a tock, 0 for none; ten epochs in the paper.
-      ticks: ticks from one tock to the next; 10 in the paper.
-      until: number of updates after which there are no more ticks and no penalty.
-      penalty: ``λ`` or a schedule of it; 1e-3 in the paper. Dimensions without a scale
-        are not penalised.
-      momentum: momentum of the SGD, where ``base`` is a learning rate; 0.9 in the
-        paper.
-      scales: patterns for the last key of a scale's path, see :func:`decorate`.
-      min_channels: channels that stay in each dimension; a number, or one for each name.
-
-    Returns:
-      An Optax transformation (:func:`sdp_jax.methods.hosted`); its ``update`` needs
-      ``params``.
-
-    Raises:
-      ValueError: if an argument is out of range or does not fit the groups.
-      TypeError: if an argument is of another kind.
-
-    References:
-      You, Yan, Ye, Ma, Wang, "Gate Decorator: Global Filter Pruning Method for
-      Accelerating Deep Convolutional Neural Networks", NeurIPS 2019, arXiv 1909.08174.
-
-    Example:
-      >>> import jax.numpy as jnp, optax, sdp_jax
-      >>> from sdp_jax import methods
-      >>> params = {"w": jnp.ones((1, 2)), "scale": jnp.array([2., 4.])}
-      >>> groups = sdp_jax.groups_from_axes(params, {"hidden": [
-      ...     sdp_jax.Member("w", 1), sdp_jax.Member("scale", 0)]})
-      >>> tx = methods.gate_decorator(
-      ...     0.5, groups, 0.0, tick_steps=1, tock_steps=1, penalty=0.5)
-      >>> state, grads = tx.init(params), {"w": jnp.ones((1, 2)), "scale": jnp.ones(2)}
-      >>> for _ in range(2):  # A tock and a tick.
-      ...     updates, state = tx.update(grads, state, params)
-      ...     print(updates["w"], updates["scale"])
-      [[-0.5 -0.5]] [-0.75 -0.75]
-      [[0. 0.]] [-0.5 -0.5]
-    """
-    host = tick_tock(
-        groups,
-        strength,
-        tick_steps=tick_steps,
-        tock_steps=tock_steps,
-        ticks=ticks,
-        until=until,
-        scales=scales,
-        min_channels=min_channels,
-    )
-    optimizer = as_base(base, momentum)
-    if not callable(penalty):
-        check_number(
-            "penalty", penalty, low=0, rule="a non-negative number or a schedule"
-        )
-    phase = _phases(tick_steps, tock_steps, ticks, until)
-
-    def in_tocks(count: Any) -> Any:
-        rate: Any = penalty(count) if callable(penalty) else penalty
-        off = phase(count)[0] if until is None else phase(count)[0] | (count >= until)
-        return jnp.where(off, 0, rate)
-
-    if any(find_scales(groups, scales).values()):
-        # It counts updates as the host does, and so agrees with it on the phase.
-        optimizer = optax.chain(
-            scale_penalty(groups, in_tocks, scales=scales), optimizer
-        )
-    return hosted(optimizer, host)
-
-
-def _phases(tick_steps: Any, tock_steps: Any, ticks: Any, until: Any) -> Any:
-    """Which phase an update is in, by the number of updates before it.
-
-    Returns:
-      A function of the count: whether it is in a tick, the first of one, the last.
-    """
-    numbers = {
-        "tick_steps": (tick_steps, 1),
-        "tock_steps": (tock_steps, 0),
-        "ticks": (ticks, 1),
-        "until": (0 if until is None else until, 0),
-    }
-    for name, (value, low) in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, int | np.integer):
-            raise TypeError(f"{name} must be an integer number; got {value!r}")
-        if not low <= value < 2**31:
-            raise ValueError(f"{name} must be at least {low}; got {value!r}")
+    check_whole("tick_steps", tick_steps, low=1)
+    check_whole("tock_steps", tock_steps)
+    check_whole("ticks", ticks, low=1, of="ticks")
+    if end_step is not None:
+        check_whole("end_step", end_step)
     period = int(tock_steps) + int(ticks) * int(tick_steps)
     if period >= 2**31:
         raise ValueError(
             f"a tock and its ticks take {period} updates together; they must take "
             "fewer than 2**31"
         )
+    last = _last_tick(tick_steps, tock_steps, ticks, end_step)
+    score = gate_taylor(scales=scales)
+    filters = _filters(groups, scales)
 
-    def phase(count: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
-        place = jnp.asarray(count) % period - tock_steps
+    def init(groups: Groups) -> GateDecoratorState:
+        return GateDecoratorState(
+            rule.init(groups, floors),
+            no_channels(groups),
+            PerChannel(jnp.zeros((groups.num_channels,), jnp.float32)),
+            jnp.zeros((), jnp.int32),
+        )
+
+    def decide(step: HostStep) -> tuple[jax.Array, GateDecoratorState, PyTree]:
+        state: GateDecoratorState = step.inner
+        before = step.count - 1
+        place = before % period - tock_steps
         tick = place >= 0
-        if until is not None:
-            tick = tick & (count < until)
-        step = place % tick_steps
-        return tick, tick & (step == 0), tick & (step == tick_steps - 1)
+        if end_step is not None:
+            tick &= before < end_step
+        begins = tick & (place % tick_steps == 0)
+        ends = tick & (place % tick_steps == tick_steps - 1)
+        # Behind the last tick nothing would take out again what is released.
+        gone = state.gone.per_channel & ~(step.released & (before <= last))
+        found = score(groups, step.params, step.gradients).astype(jnp.float32)
+        # One bad batch must not spoil the sum.
+        found = jnp.where(jnp.isfinite(found), found, 0)
+        counts = tick | (before < tock_steps)
+        total = jnp.where(begins, 0, state.total.per_channel)
+        total = jnp.where(counts, total + found, total)
+        steps = jnp.where(begins, 0, state.steps) + counts.astype(jnp.int32)
+        # What is gone comes first, so that it counts towards the target.
+        ranked = jnp.where(gone, -1, total / jnp.maximum(steps, 1))
+        thresholds, strength_state = rule.update(state.strength, ranked, groups, floors)
+        gone |= ends & (ranked < thresholds)
+        frozen = {
+            path: jnp.where(tick, jnp.zeros_like(leaf), leaf)
+            for path, leaf in leaf_table(step.updates).items()
+            if path in filters
+        }
+        new_state = GateDecoratorState(
+            strength_state, PerChannel(gone), PerChannel(total), steps
+        )
+        candidate = add_step(step.params, replace_leaves(step.updates, frozen))
+        return jnp.where(gone, 0.0, 1.0), new_state, candidate
 
-    return phase
+    return channel_host(groups, init, decide, name="gate_decorator")
 
 
-def _last_tick(tick_steps: int, tock_steps: int, ticks: int, until: int | None) -> int:
+def _last_tick(
+    tick_steps: int, tock_steps: int, ticks: int, end_step: int | None
+) -> int:
     """The number of updates before the one that ends the last tick, or no limit."""
-    if until is None:
+    if end_step is None:
         return 2**31 - 1
     period = tock_steps + ticks * tick_steps
-    for start in (until // period * period, (until // period - 1) * period):
-        done = min((until - start - tock_steps) // tick_steps, ticks)
+    for start in (end_step // period * period, (end_step // period - 1) * period):
+        done = min((end_step - start - tock_steps) // tick_steps, ticks)
         if done > 0 and start >= 0:
             return start + tock_steps + done * tick_steps - 1
     return 0

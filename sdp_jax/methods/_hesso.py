@@ -6,41 +6,36 @@ from typing import Any, NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from sdp_jax import prox
-from sdp_jax.base import (
-    add_step,
-    as_base,
-    check_params,
-    check_rule,
-    need_params,
-    step_to,
-)
-from sdp_jax.channels import PerChannel, channel_norms, channel_products, scale_channels
-from sdp_jax.checks import check_number, check_whole
+from sdp_jax.base import check_rule
+from sdp_jax.channels import PerChannel, channel_norms, channel_products
+from sdp_jax.checks import check_number, check_steps, check_whole
 from sdp_jax.groups import Groups
-from sdp_jax.methods._hspg import unit
-from sdp_jax.methods._taylor import need_gradients
-from sdp_jax.methods.hosted import Score, hosted
-from sdp_jax.methods.remove import check_scores
+from sdp_jax.methods._hosted import HostStep, channel_host, no_channels
+from sdp_jax.methods.score import (
+    Score,
+    check_score,
+    check_scores,
+    need_gradients,
+    producer_entries,
+    unit,
+)
 from sdp_jax.strength import StrengthLike
 from sdp_jax.tree import PyTree
 
 
 class HESSOState(NamedTuple):
-    """State of :func:`hesso_host`.
+    """State of :func:`hesso`.
 
     Attributes:
-      strength: state of the strength after ``begin`` updates.
-      count: number of updates so far, int32 scalar.
+      strength: state of the strength after ``begin_step`` updates.
       fading: which channels fade out in the present period.
       gone: which channels have faded out.
     """
 
     strength: Any
-    count: jax.Array
     fading: PerChannel
     gone: PerChannel
 
@@ -89,7 +84,7 @@ def hesso_score(
       >>> groups = sdp_jax.groups_from_axes(
       ...     params, {"hidden": [sdp_jax.Member("w", 1)]})
       >>> grads = {"w": jnp.array([[1., 0.], [0., 1.]])}
-      >>> score = methods.hesso_score()(groups, params, grads)["hidden"]
+      >>> score = methods.hesso_score()(groups, params, grads)
       >>> print(score.round(2))
       [0.93 0.22]
     """
@@ -108,7 +103,7 @@ def hesso_score(
         params: PyTree,
         grads: PyTree | None = None,
         activations: Any = None,
-    ) -> dict[str, jax.Array]:
+    ) -> jax.Array:
         del activations
         grads = need_gradients(grads, "hesso_score")
         norms = channel_norms(groups, params)
@@ -116,14 +111,10 @@ def hesso_score(
         products = channel_products(groups, params, grads)
         turned = lengths > 0
         cosines = jnp.where(turned, products / jnp.where(turned, lengths, 1), 0)
-        entries = np.repeat(
-            [groups.entries(d, roles=("producer",)) for d in groups],
-            [d.size for d in groups],
-        ).astype(np.float32)
         change = unit(jnp.abs(products))
         total = (
             magnitude * unit(norms)
-            + average * unit(norms / entries)
+            + average * unit(norms / producer_entries(groups))
             + cosine * unit(jnp.where(norms > 0, jnp.maximum(cosines + 1, 0), 0))
             + first * change
             + second * unit(jnp.square(change))
@@ -133,189 +124,53 @@ def hesso_score(
     return score
 
 
-def hesso_host(
-    groups: Groups,
-    strength: StrengthLike,
-    *,
-    begin: int,
-    steps: int,
-    periods: int = 10,
-    score: Score | None = None,
-    min_channels: int | jax.Array | Mapping[str, int] = 1,
-) -> optax.GradientTransformationExtraArgs:
-    """What :func:`hesso` puts behind its base optimizer.
-
-    Channels that a wrapper such as :func:`sdp_jax.methods.decay_pruning` releases are
-    free to be chosen in a later period; the last period fills up the target.
-
-    Args:
-      groups: the channel dimensions.
-      strength: see :func:`hesso`.
-      begin: see :func:`hesso`.
-      steps: see :func:`hesso`.
-      periods: see :func:`hesso`.
-      score: see :func:`hesso`.
-      min_channels: see :func:`hesso`.
-
-    Returns:
-      A transformation for behind the base optimizer; its ``update`` needs ``params``,
-      and ``gradients=`` if the score does (:func:`sdp_jax.methods.hosted` gives them).
-
-    Raises:
-      ValueError: if an argument is out of range, or the parameters do not fit.
-      TypeError: if an argument is of another kind.
-
-    References:
-      See :func:`hesso`.
-
-    Example:
-      >>> import jax.numpy as jnp, optax, sdp_jax
-      >>> from sdp_jax import methods
-      >>> params = {"w": jnp.array([[3., 0.3], [4., 0.4]])}
-      >>> groups = sdp_jax.groups_from_axes(
-      ...     params, {"hidden": [sdp_jax.Member("w", 1)]})
-      >>> host = methods.hesso_host(
-      ...     groups, sdp_jax.target_sparsity(0.5, 0, 1), begin=0, steps=2, periods=1,
-      ...     score=methods.l2_norm())
-      >>> tx = optax.chain(optax.sgd(1.0), host)
-      >>> updates, _ = tx.update({"w": jnp.zeros((2, 2))}, tx.init(params), params)
-      >>> print(optax.apply_updates(params, updates)["w"])
-      [[3.   0.15]
-       [4.   0.2 ]]
-    """
-    rule, floors = check_rule(groups, strength, min_channels)
-    check_whole("begin", begin)
-    check_whole("periods", periods, low=1)
-    check_whole("steps", steps, low=1)
-    if steps < periods:
-        raise ValueError(
-            f"steps={steps} updates cannot be divided into periods={periods}; give at "
-            "least one update for each period"
-        )
-    if score is not None and not callable(score):
-        raise TypeError(
-            "score must be a function score(groups, params, grads=None, "
-            f"activations=None), for example methods.hesso_score(); got {score!r}"
-        )
-    rate: Score = hesso_score() if score is None else score
-    period = steps // periods
-
-    def init_fn(params: optax.Params) -> HESSOState:
-        check_params(groups, params)
-        size = (groups.num_channels,)
-        return HESSOState(
-            rule.init(groups, floors),
-            jnp.zeros((), jnp.int32),
-            PerChannel(jnp.zeros(size, bool)),
-            PerChannel(jnp.zeros(size, bool)),
-        )
-
-    def update_fn(
-        updates: optax.Updates,
-        state: Any,
-        params: optax.Params | None = None,
-        *,
-        gradients: optax.Updates | None = None,
-        released: jax.Array | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, HESSOState]:
-        del extra_args
-        params = need_params(params, updates, "hesso_host")
-        count = jnp.asarray(optax.safe_increment(state.count))
-        fading, gone = state.fading.per_channel, state.gone.per_channel
-        if released is not None:
-            # Behind the last choice nothing would take it out again.
-            released &= count <= begin + 1 + (periods - 1) * period
-            fading, gone = fading & ~released, gone & ~released
-        early = count <= begin
-        done = jnp.maximum(count - begin - 1, 0)
-        number, place = done // period, done % period
-        due = ~early & (place == 0) & (number < periods)
-
-        def ask() -> tuple[jax.Array, Any]:
-            found = check_scores(groups, rate(groups, params, gradients))
-            # What is gone comes first, so that it counts towards the target.
-            ranked = jnp.where(gone, -1, found)
-            thresholds, after = rule.update(state.strength, ranked, floors)
-            wanted = ranked < thresholds
-            total = jnp.sum(wanted, dtype=jnp.int32)
-            share = jnp.where(number < periods - 1, total // periods, total)
-            wanted &= ~gone
-            place = prox.ranks(jnp.where(wanted, ranked, jnp.inf))
-            chosen = wanted & (place < share) & due
-            # The strength stands still when the first period begins.
-            held = jax.tree.map(
-                lambda new, old: jnp.where(early, new, old).astype(old.dtype),
-                after,
-                state.strength,
-            )
-            return chosen, held
-
-        def go_on() -> tuple[jax.Array, Any]:
-            return fading, state.strength
-
-        fading, strength_state = jax.lax.cond(early | due, ask, go_on)
-        left = (period - place).astype(jnp.result_type(float))
-        share = jnp.where(fading, (left - 1) / left, 1)
-        factor = jnp.where(gone, 0, share)
-        candidate = add_step(params, updates)
-        point = scale_channels(groups, candidate, factor)
-        gone |= fading & (left == 1)
-        new_state = HESSOState(
-            strength_state, count, PerChannel(fading & ~gone), PerChannel(gone)
-        )
-        return step_to(point, params), new_state
-
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
 def hesso(
-    base: optax.ScalarOrSchedule | optax.GradientTransformation,
     groups: Groups,
     strength: StrengthLike,
     *,
-    begin: int,
-    steps: int,
+    begin_step: int,
+    end_step: int,
     periods: int = 10,
     score: Score | None = None,
-    momentum: chex.Numeric | None = None,
-    nesterov: bool = False,
     min_channels: int | jax.Array | Mapping[str, int] = 1,
 ) -> optax.GradientTransformationExtraArgs:
     """Hybrid Efficient Structured Sparse Optimizer.
 
-    After ``begin`` updates follow ``periods`` of ``D = steps // periods`` updates. At
-    the first update of each, with the scores of that moment, the channels of lowest
-    score are chosen: of the ``K`` that ``strength`` asks for ``K // periods``, in the
-    last period all that are lacking. They go on training, and are multiplied by ::
+    After ``begin_step`` updates follow ``periods`` of ``D = (end_step - begin_step) //
+    periods`` updates. At the first update of each, with the scores of that moment, the
+    channels of lowest score are chosen: of the ``K`` that ``strength`` asks for
+    ``K // periods``, in the last period all that are lacking. They go on training, and
+    are multiplied by ::
 
         (D − t − 1) / (D − t)        after the update t = 0, …, D − 1 of the period
 
     so that without gradient they fall linearly, to zero at its last update. What has
-    faded out stays zero.
+    faded out stays zero. Channels that a wrapper such as
+    :func:`sdp_jax.methods.decay_pruning` releases are free to be chosen in a later
+    period; the last period fills up the target.
 
     The published code counts ``t`` from 1, so that channels are zero one update before
     their period ends; otherwise the two agree.
 
     Args:
-      base: a learning rate, a schedule or an Optax transformation.
       groups: the channel dimensions.
       strength: how much is to go in the end, not when: what it asks for at update
-        ``begin + 1``, asked anew with the scores of each period. Give
-        ``sdp_jax.target_sparsity(fraction, begin, begin + 1, …)``, a rise in one step;
-        of a longer ramp only its first step would count.
-      begin: number of updates before the first period.
-      steps: number of updates in which the target is reached, at least ``periods``.
-      periods: number of periods.
+        ``begin_step + 1``, asked anew with the scores of each period. Give
+        ``sdp_jax.target_sparsity(sparsity, begin_step, begin_step + 1)``, a rise in one
+        step; of a longer ramp only its first step would count.
+      begin_step: last update before the first period.
+      end_step: number of updates after which the target is reached; what the periods do
+        not divide is left over before it.
+      periods: number of periods, at most one for each update between the two.
       score: the score (see :class:`sdp_jax.methods.Score`) on the parameters before
         the step and the raw gradients; ``None`` for
         :func:`sdp_jax.methods.hesso_score`.
-      momentum: momentum of the SGD that a learning rate stands for.
-      nesterov: whether it is Nesterov's.
-      min_channels: channels that stay in each dimension; a number, or one for each name.
+      min_channels: channels that stay in each dimension; a number, or one for each
+        name.
 
     Returns:
-      An Optax transformation; its ``update`` needs ``params``.
+      A transformation for behind the base optimizer; its ``update`` needs ``params``,
+      and ``gradients=`` if the score does (:func:`sdp_jax.methods.hosted` gives them).
 
     Raises:
       ValueError: if an argument is out of range, or the parameters do not fit.
@@ -331,9 +186,9 @@ def hesso(
       >>> params = {"w": jnp.array([[3., 0.3], [4., 0.4]])}
       >>> groups = sdp_jax.groups_from_axes(
       ...     params, {"hidden": [sdp_jax.Member("w", 1)]})
-      >>> tx = methods.hesso(
-      ...     1.0, groups, sdp_jax.target_sparsity(0.5, 0, 1), begin=0, steps=2,
-      ...     periods=1)
+      >>> host = methods.hesso(groups, sdp_jax.target_sparsity(0.5, 0, 1),
+      ...     begin_step=0, end_step=2, periods=1)
+      >>> tx = methods.hosted(1.0, host)
       >>> state = tx.init(params)
       >>> for _ in range(2):
       ...     updates, state = tx.update({"w": jnp.zeros((2, 2))}, state, params)
@@ -342,13 +197,59 @@ def hesso(
       [4.  0.2]
       [4. 0.]
     """
-    host = hesso_host(
-        groups,
-        strength,
-        begin=begin,
-        steps=steps,
-        periods=periods,
-        score=score,
-        min_channels=min_channels,
-    )
-    return hosted(as_base(base, momentum, nesterov), host)
+    rule, floors = check_rule(groups, strength, min_channels)
+    check_steps(begin_step, end_step)
+    check_whole("periods", periods, low=1, of="periods")
+    period = (end_step - begin_step) // periods
+    if not period:
+        raise ValueError(
+            f"the {end_step - begin_step} updates from begin_step to end_step cannot "
+            f"be divided into periods={periods}; give at least one update for each "
+            "period"
+        )
+    rate: Score = hesso_score() if score is None else score
+    check_score(rate)
+
+    def init(groups: Groups) -> HESSOState:
+        strength_state = rule.init(groups, floors)
+        return HESSOState(strength_state, no_channels(groups), no_channels(groups))
+
+    def decide(step: HostStep) -> tuple[jax.Array, HESSOState]:
+        state: HESSOState = step.inner
+        # Behind the last choice nothing would take out again what is released.
+        choices_left = step.count <= begin_step + 1 + (periods - 1) * period
+        stay = ~(step.released & choices_left)
+        fading, gone = state.fading.per_channel & stay, state.gone.per_channel & stay
+        early = step.count <= begin_step
+        done = jnp.maximum(step.count - begin_step - 1, 0)
+        number, place = done // period, done % period
+        due = ~early & (place == 0) & (number < periods)
+
+        def ask() -> tuple[jax.Array, Any]:
+            scores = rate(groups, step.params, step.gradients)
+            # What is gone comes first, so that it counts towards the target.
+            ranked = jnp.where(gone, -1, check_scores(groups, scores))
+            thresholds, after = rule.update(state.strength, ranked, groups, floors)
+            wanted = ranked < thresholds
+            total = jnp.sum(wanted, dtype=jnp.int32)
+            share = jnp.where(number < periods - 1, total // periods, total)
+            wanted &= ~gone
+            order = prox.ranks(jnp.where(wanted, ranked, jnp.inf))
+            # The strength stands still when the first period begins.
+            held = jax.tree.map(
+                lambda new, old: jnp.where(early, new, old).astype(old.dtype),
+                after,
+                state.strength,
+            )
+            return wanted & (order < share) & due, held
+
+        fading, strength_state = jax.lax.cond(
+            early | due, ask, lambda: (fading, state.strength)
+        )
+        left = (period - place).astype(jnp.result_type(float))
+        factors = jnp.where(gone, 0, jnp.where(fading, (left - 1) / left, 1))
+        gone |= fading & (left == 1)
+        fading &= ~gone
+        return factors, HESSOState(strength_state, PerChannel(fading), PerChannel(gone))
+
+    return channel_host(groups, init, decide, name="hesso")

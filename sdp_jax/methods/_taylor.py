@@ -7,30 +7,8 @@ import jax.numpy as jnp
 
 from sdp_jax.channels import channel_products
 from sdp_jax.groups import Groups
-from sdp_jax.methods.hosted import Score
+from sdp_jax.methods.score import Score, need_gradients
 from sdp_jax.tree import PyTree
-
-
-def need_gradients(grads: PyTree | None, name: str) -> PyTree:
-    """Returns the gradients, after checking that they are there.
-
-    Args:
-      grads: what the score was given.
-      name: name of the score, for the message.
-
-    Returns:
-      ``grads``.
-
-    Raises:
-      ValueError: if they are ``None``.
-    """
-    if grads is None:
-        raise ValueError(
-            f"{name} needs gradients: call score(groups, params, grads), or put the "
-            "host behind its base with sdp_jax.methods.hosted(base, host), which hands "
-            "them on"
-        )
-    return grads
 
 
 def taylor() -> Score:
@@ -50,7 +28,7 @@ def taylor() -> Score:
       >>> groups = sdp_jax.groups_from_axes(
       ...     params, {"hidden": [sdp_jax.Member("w", 1)]})
       >>> grads = {"w": jnp.array([[4., 1.], [-3., 0.]])}
-      >>> print(methods.taylor()(groups, params, grads)["hidden"])
+      >>> print(methods.taylor()(groups, params, grads))
       [0. 1.]
     """
 
@@ -59,10 +37,9 @@ def taylor() -> Score:
         params: PyTree,
         grads: PyTree | None = None,
         activations: Any = None,
-    ) -> dict[str, jax.Array]:
+    ) -> jax.Array:
         del activations
         grads = need_gradients(grads, "taylor")
-        products = channel_products(groups, params, grads)
-        return {name: jnp.abs(value) for name, value in products.items()}
+        return jnp.abs(channel_products(groups, params, grads))
 
     return score

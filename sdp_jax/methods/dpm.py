@@ -7,11 +7,18 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sdp_jax.base import add_step, check_kind, check_params, need_params, step_to
+from sdp_jax.base import (
+    add_step,
+    as_base,
+    check_kind,
+    check_params,
+    need_params,
+    step_to,
+)
 from sdp_jax.channels import PerChannel, channel_norms, channels_alive, scale_channels
 from sdp_jax.checks import check_number, check_whole
 from sdp_jax.groups import Groups
-from sdp_jax.methods.hosted import channel_entries
+from sdp_jax.tree import PyTree
 
 
 class DecayPruningState(NamedTuple):
@@ -35,14 +42,14 @@ class DecayPruningState(NamedTuple):
 
 
 def decay_pruning(
-    base: optax.GradientTransformation,
+    base: optax.ScalarOrSchedule | optax.GradientTransformation,
     host: optax.GradientTransformation,
     groups: Groups,
     *,
     steps: int = 5,
     rate: chex.Numeric | None = None,
     length: chex.Numeric = 1.0,
-    release_until: int | None = None,
+    release_end_step: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Lets the channels that ``host`` would zero at once fade out over some steps.
 
@@ -65,20 +72,21 @@ def decay_pruning(
     channels of the dimension, the second step) is our choice.
 
     Any transformation that sets channels to zero can be the host:
-    :func:`sdp_jax.methods.remove_lowest`, :func:`sdp_jax.methods.dhspg_host`,
-    :func:`sdp_jax.methods.tick_tock`, :func:`sdp_jax.group_soft_threshold`. It is told
-    which channels were released (``released=``), and may choose them again later.
+    :func:`sdp_jax.methods.remove_lowest`, :func:`sdp_jax.methods.dhspg`,
+    :func:`sdp_jax.methods.gate_decorator`, :func:`sdp_jax.group_soft_threshold`. It is
+    told which channels were released (``released=``), and may choose them again later.
 
     Args:
-      base: the optimizer that trains.
+      base: the optimizer that trains; a learning rate or a schedule stands for plain
+        SGD.
       host: what prunes, behind the base.
       groups: the channel dimensions.
       steps: ``N``, the number of steps of a decay.
       rate: threshold ``T_rate``, in units of the decay of one step; ``None`` releases
         no channel (smooth pruning alone).
       length: threshold ``T_len``, in units of the mean gradient norm.
-      release_until: number of updates after which no channel is released any more, so
-        that the host's target is met at the end; ``None`` for no such end.
+      release_end_step: last update at which a channel may be released, so that the
+        host's target is met at the end; ``None`` for no such end.
 
     Returns:
       An Optax transformation; its ``update`` needs ``params``.
@@ -99,7 +107,7 @@ def decay_pruning(
       ...     params, {"hidden": [sdp_jax.Member("w", 1)]})
       >>> host = methods.remove_lowest(
       ...     groups, sdp_jax.target_sparsity(0.5, 0, 1), methods.l2_norm())
-      >>> tx = methods.decay_pruning(optax.sgd(0.1), host, groups, steps=2)
+      >>> tx = methods.decay_pruning(0.1, host, groups, steps=2)
       >>> state = tx.init(params)
       >>> for _ in range(2):
       ...     updates, state = tx.update({"w": jnp.zeros((2, 2))}, state, params)
@@ -113,19 +121,17 @@ def decay_pruning(
     if rate is not None:
         check_number("rate", rate, low=-1e30, rule="a number or None")
     check_number("length", length, low=0, rule="a non-negative number")
-    if release_until is not None:
-        check_whole("release_until", release_until)
-    base, host = (
-        optax.with_extra_args_support(base),
-        optax.with_extra_args_support(host),
-    )
+    if release_end_step is not None:
+        check_whole("release_end_step", release_end_step)
+    first = optax.with_extra_args_support(as_base(base))
+    second = optax.with_extra_args_support(host)
 
     def init_fn(params: optax.Params) -> DecayPruningState:
         check_params(groups, params)
         size = (groups.num_channels,)
         return DecayPruningState(
-            base.init(params),
-            host.init(params),
+            first.init(params),
+            second.init(params),
             jnp.zeros((), jnp.int32),
             PerChannel(jnp.zeros(size, jnp.int32)),
             PerChannel(jnp.zeros(size, jnp.result_type(float))),
@@ -144,7 +150,7 @@ def decay_pruning(
         norms = channel_norms(groups, params)
         alive = channels_alive(groups, params)
 
-        moved, base_state = base.update(updates, state.base, params, **extra_args)
+        moved, base_state = first.update(updates, state.base, params, **extra_args)
         free = add_step(params, moved)
         free_norms = channel_norms(groups, free)
         start = jnp.where(before > 0, state.start.per_channel, norms)
@@ -155,11 +161,11 @@ def decay_pruning(
             escape = (free_norms - norms) * steps > rate * start
             strong = gradient > length * _mean_alive(groups, gradient, alive)
             release = (before > 0) & escape & strong
-            if release_until is not None:
-                release &= count <= release_until
+            if release_end_step is not None:
+                release &= count <= release_end_step
 
         hosts = extra_args | {"gradients": updates, "released": release}
-        moved, host_state = host.update(moved, state.host, params, **hosts)
+        moved, host_state = second.update(moved, state.host, params, **hosts)
         pruned = add_step(params, moved)
         marked = alive & ~channels_alive(groups, pruned)
         decaying = (marked | (before > 0)) & alive & ~release
@@ -193,12 +199,31 @@ def decay_pruning(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
+def channel_entries(groups: Groups, tree: PyTree, channels: jax.Array) -> PyTree:
+    """Which entries are producers of one of these channels, leaf by leaf.
+
+    Args:
+      groups: the channel dimensions.
+      tree: a tree that has the producers of ``groups`` as leaves.
+      channels: a Boolean vector ``(num_channels,)``.
+
+    Returns:
+      A tree of Boolean arrays of the same shapes.
+    """
+    ones = jax.tree.map(lambda x: jnp.ones(x.shape, jnp.float32), tree)
+    others = jnp.where(channels, 0.0, 1.0).astype(jnp.float32)
+    left = scale_channels(groups, ones, others)
+    return jax.tree.map(lambda x: x == 0, left)
+
+
 def _mean_alive(groups: Groups, values: jax.Array, alive: jax.Array) -> jax.Array:
     """For each channel the mean of a value over the living channels beside it."""
-    means = {}
-    parts = jnp.where(alive, values, 0)
-    living = alive
-    for name, part in parts.items():
-        mean = jnp.sum(part) / jnp.maximum(jnp.sum(living[name]), 1)
-        means[name] = jnp.broadcast_to(mean, part.shape)
-    return means
+    sums, living = groups.split(jnp.where(alive, values, 0)), groups.split(alive)
+    return groups.join(
+        {
+            name: jnp.broadcast_to(
+                jnp.sum(part) / jnp.maximum(jnp.sum(living[name]), 1), part.shape
+            )
+            for name, part in sums.items()
+        }
+    )

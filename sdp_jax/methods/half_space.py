@@ -23,15 +23,15 @@ def half_space_factor(
     epsilon: chex.Numeric = 0.0,
     where: chex.Array | bool = True,
     min_channels: int | jax.Array | Mapping[str, int] = 1,
-) -> dict[str, jax.Array]:
+) -> jax.Array:
     """Which channels the half-space projection sets to zero, as factors 0 and 1.
 
     A channel ``x`` whose step leads to ``x̂`` goes to zero if it has left the half space
     around itself, ``⟨x̂, x⟩ < ε ‖x‖²``; a channel that is zero stays zero. Unlike the
     soft threshold this leaves what stays where the step has led it.
 
-    Where fewer than ``floor`` living channels of a dimension would be left, those of
-    largest norm ``‖x‖`` among the leaving ones stay as well, on the far side.
+    Where fewer than ``min_channels`` living channels of a dimension would be left,
+    those of largest norm ``‖x‖`` among the leaving ones stay as well, on the far side.
 
     Args:
       groups: the channel dimensions.
@@ -41,16 +41,16 @@ def half_space_factor(
         value near 1 almost everything that shrinks.
       where: a Boolean, or one for each channel ``(num_channels,)``: which are
         projected. The others get 1.
-      min_channels: living channels that stay in each dimension; a number, or one for each
-        name.
+      min_channels: living channels that stay in each dimension; a number, or one for
+        each name.
 
     Returns:
-      For each dimension an array ``(size,)`` of 0 and 1, for
+      A vector ``(num_channels,)`` of 0 and 1, for
       ``sdp_jax.scale_channels(groups, candidate, factors)``.
 
     Raises:
-      ValueError: if ``epsilon`` or ``floor`` is out of range, or the trees do not fit
-        the groups.
+      ValueError: if ``epsilon`` or ``min_channels`` is out of range, or the trees do
+        not fit the groups.
       TypeError: if one is of another kind.
 
     References:
@@ -65,11 +65,11 @@ def half_space_factor(
       >>> groups = sdp_jax.groups_from_axes(
       ...     params, {"hidden": [sdp_jax.Member("w", 1)]})
       >>> candidate = {"w": jnp.array([[2., -1.], [2., 0.5]])}
-      >>> print(methods.half_space_factor(groups, candidate, params)["hidden"])
+      >>> print(methods.half_space_factor(groups, candidate, params))
       [1. 0.]
     """
     check_epsilon(epsilon)
-    floors = prox.resolve_floors(groups, floor)
+    floors = prox.resolve_floors(groups, min_channels)
     norms = channel_norms(groups, params)
     products = channel_products(groups, candidate, params)
     return project(groups, norms, products, epsilon, where, floors)
@@ -82,29 +82,16 @@ def project(
     epsilon: chex.Numeric,
     where: chex.Array | bool,
     floors: prox.Floors,
-) -> dict[str, jax.Array]:
-    """The factors of :func:`half_space_factor` from norms and products.
-
-    Args:
-      groups: the channel dimensions.
-      norms: ``‖x‖`` before the step, ``(num_channels,)``.
-      products: ``⟨x̂, x⟩``, ``(num_channels,)``.
-      epsilon: ``ε`` in [0, 1).
-      where: which channels are projected.
-      floors: living channels that stay in each dimension.
-
-    Returns:
-      For each dimension an array ``(size,)`` of 0 and 1.
-    """
+) -> jax.Array:
+    """The factors of :func:`half_space_factor`, from ``‖x‖`` and ``⟨x̂, x⟩``."""
     alive = norms > 0
     leaving = products < jnp.asarray(epsilon, norms.dtype) * jnp.square(norms)
     leaving &= alive & where
     # First those that stay anyhow, then the leaving ones by norm, last the dead.
     key = jnp.where(leaving, norms, jnp.where(alive, jnp.inf, -jnp.inf))
-    held = {name: prox.largest(part, floors.get(name, 0)) for name, part in key.items()}
+    held = prox.largest_each(groups, key, floors)
     gone = (leaving & ~held) | ((norms == 0) & where)
-    factor = jnp.where(gone, 0, 1).astype(norms.dtype)
-    return factor
+    return jnp.where(gone, 0, 1).astype(norms.dtype)
 
 
 def check_epsilon(epsilon: Any) -> None:

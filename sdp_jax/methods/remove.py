@@ -6,14 +6,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.core
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from sdp_jax.base import add_step, check_params, check_rule, need_params, step_to
-from sdp_jax.channels import PerChannel, scale_channels
+from sdp_jax.base import check_rule
+from sdp_jax.channels import PerChannel
 from sdp_jax.checks import check_whole
 from sdp_jax.groups import Groups
-from sdp_jax.methods.hosted import Score
+from sdp_jax.methods._hosted import HostStep, channel_host, no_channels
+from sdp_jax.methods.score import Score, check_score, check_scores
 from sdp_jax.strength import StrengthLike
 
 
@@ -22,7 +22,6 @@ class RemoveLowestState(NamedTuple):
 
     Attributes:
       strength: state of the strength.
-      count: number of updates so far, int32 scalar.
       gone: which channels are removed.
       total: scores summed over the steps since the last removal; not a number before
         there are any.
@@ -30,7 +29,6 @@ class RemoveLowestState(NamedTuple):
     """
 
     strength: Any
-    count: jax.Array
     gone: PerChannel
     total: PerChannel
     advanced: jax.Array
@@ -56,22 +54,23 @@ def remove_lowest(
     Args:
       groups: the channel dimensions.
       strength: how much goes when, for example ``sdp_jax.target_sparsity(0.5, 1000,
-        5000, target="flops", …)``; a number or a schedule is the score below which
+        5000, target="flops")``; a number or a schedule is the score below which
         channels go.
       score: the score (see :class:`sdp_jax.methods.Score`), evaluated inside ``jit`` on
         the parameters before the step and the raw gradients; ``None`` for scores that
         :func:`set_scores` gives from outside.
       every: steps from one removal to the next.
       accumulate: use the mean of the scores over these steps, instead of the last.
-      min_channels: channels that stay in each dimension; a number, or one for each name.
+      min_channels: channels that stay in each dimension; a number, or one for each
+        name.
 
     Returns:
       A transformation for behind the base optimizer; its ``update`` needs ``params``,
       and ``gradients=`` if the score does (:func:`sdp_jax.methods.hosted` gives them).
 
     Raises:
-      ValueError: if strength or floor does not fit the groups, ``every`` is below 1, or
-        scores from outside are to be accumulated.
+      ValueError: if strength or minimum does not fit the groups, ``every`` is below 1,
+        or scores from outside are to be accumulated.
       TypeError: if an argument is of another kind.
 
     References:
@@ -85,7 +84,7 @@ def remove_lowest(
       ...     params, {"hidden": [sdp_jax.Member("w", 1)]})
       >>> host = methods.remove_lowest(
       ...     groups, sdp_jax.target_sparsity(0.5, 0, 1), methods.l2_norm())
-      >>> tx = optax.chain(optax.sgd(0.1), host)
+      >>> tx = methods.hosted(0.1, host)
       >>> updates, _ = tx.update({"w": jnp.ones((2, 2))}, tx.init(params), params)
       >>> print(optax.apply_updates(params, updates)["w"])
       [[2.9 0. ]
@@ -93,49 +92,32 @@ def remove_lowest(
     """
     rule, floors = check_rule(groups, strength, min_channels)
     check_whole("every", every, low=1)
-    if score is not None and not callable(score):
-        raise TypeError(
-            "score must be a function score(groups, params, grads=None, "
-            f"activations=None), for example methods.l2_norm(); got {score!r}"
-        )
-    if score is None and accumulate:
+    if score is not None:
+        check_score(score)
+    elif accumulate:
         raise ValueError(
             "scores that come from outside (score=None) cannot be accumulated here; "
             "average them before set_scores"
         )
 
-    def init_fn(params: optax.Params) -> RemoveLowestState:
-        check_params(groups, params)
-        size = (groups.num_channels,)
+    def init(groups: Groups) -> RemoveLowestState:
+        total = jnp.full(groups.num_channels, 0 if accumulate else jnp.nan, jnp.float32)
         return RemoveLowestState(
             rule.init(groups, floors),
-            jnp.zeros((), jnp.int32),
-            PerChannel(jnp.zeros(size, bool)),
-            PerChannel(jnp.full(size, 0 if accumulate else jnp.nan, jnp.float32)),
+            no_channels(groups),
+            PerChannel(total),
             jnp.zeros((), jnp.int32),
         )
 
-    def update_fn(
-        updates: optax.Updates,
-        state: Any,
-        params: optax.Params | None = None,
-        *,
-        gradients: optax.Updates | None = None,
-        released: jax.Array | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, RemoveLowestState]:
-        del extra_args
-        params = need_params(params, updates, "remove_lowest")
-        count = jnp.asarray(optax.safe_increment(state.count))
-        gone = state.gone.per_channel
-        if released is not None:
-            gone = gone & ~released
+    def decide(step: HostStep) -> tuple[jax.Array, RemoveLowestState]:
+        state: RemoveLowestState = step.inner
+        gone = state.gone.per_channel & ~step.released
         total = state.total.per_channel
-        due = count % every == 0
+        due = step.count % every == 0
 
         def found() -> jax.Array:
             assert score is not None
-            return check_scores(groups, score(groups, params, gradients))
+            return check_scores(groups, score(groups, step.params, step.gradients))
 
         if score is not None and accumulate:
             # One bad batch must not spoil the mean.
@@ -144,48 +126,46 @@ def remove_lowest(
         elif score is not None:
             total = jax.lax.cond(due, found, lambda: total)
         mean = total / every if accumulate else total
-        due &= jnp.all(jnp.isfinite(mean))
+        ready = due & jnp.all(jnp.isfinite(mean))
 
-        def decide() -> tuple[jax.Array, Any, jax.Array]:
+        def remove() -> tuple[jax.Array, Any, jax.Array]:
             # What is gone comes first, so that it counts towards the target.
             ranked = jnp.where(gone, -1, mean)
-            values = ranked
 
             def advance(_: Any, carry: Any) -> Any:
-                thresholds, inner = rule.update(carry[1], values, floors)
-                flat = {k: thresholds[k] for k in groups.sizes}
-                return flat.astype(ranked.dtype), inner
+                thresholds, inner = rule.update(carry[1], ranked, groups, floors)
+                return thresholds.astype(ranked.dtype), inner
 
             # The strength counts every update, and decides by the scores of this one.
             start = (jnp.zeros_like(ranked), state.strength)
-            flat, inner = jax.lax.fori_loop(state.advanced, count, advance, start)
-            return gone | (ranked < flat), inner, count
+            thresholds, inner = jax.lax.fori_loop(
+                state.advanced, step.count, advance, start
+            )
+            return gone | (ranked < thresholds), inner, step.count
 
         gone, strength_state, advanced = jax.lax.cond(
-            due, decide, lambda: (gone, state.strength, state.advanced)
+            ready, remove, lambda: (gone, state.strength, state.advanced)
         )
         if accumulate:
-            total = jnp.where(count % every == 0, 0, total)
-        factor = jnp.where(gone, 0.0, 1.0)
-        candidate = add_step(params, updates)
-        point = scale_channels(groups, candidate, factor)
+            total = jnp.where(due, 0, total)
         new_state = RemoveLowestState(
-            strength_state, count, PerChannel(gone), PerChannel(total), advanced
+            strength_state, PerChannel(gone), PerChannel(total), advanced
         )
-        return step_to(point, params), new_state
+        return jnp.where(gone, 0.0, 1.0), new_state
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return channel_host(groups, init, decide, name="remove_lowest")
 
 
 def set_scores(
-    opt_state: optax.OptState, groups: Groups, scores: Mapping[str, Any]
+    opt_state: optax.OptState, groups: Groups, scores: jax.Array | Mapping[str, Any]
 ) -> optax.OptState:
     """Gives :func:`remove_lowest` scores that are computed outside of the step.
 
     Args:
       opt_state: an optimizer state with a :class:`RemoveLowestState` in it.
       groups: the channel dimensions.
-      scores: for each dimension an array ``(size,)`` of non-negative numbers.
+      scores: non-negative numbers ``(num_channels,)``, or for each dimension name an
+        array ``(size,)``.
 
     Returns:
       The same state, with these scores.
@@ -211,10 +191,10 @@ def set_scores(
     flat = check_scores(groups, scores)
     known = not isinstance(flat, jax.core.Tracer)
     if known and not bool(jnp.all(jnp.isfinite(flat) & (flat >= 0))):
+        shown = {name: part.tolist() for name, part in groups.split(flat).items()}
         raise ValueError(
             "scores must be finite and not negative, the lowest goes first; got "
-            f"{ {k: np.asarray(v).tolist() for k, v in scores.items()} }. Subtract "
-            "their minimum"
+            f"{shown}. Subtract their minimum"
         )
 
     def is_ours(node: Any) -> bool:
@@ -230,28 +210,3 @@ def set_scores(
         leaf._replace(total=PerChannel(flat)) if is_ours(leaf) else leaf
         for leaf in leaves
     )
-
-
-def check_scores(groups: Groups, scores: Mapping[str, Any]) -> jax.Array:
-    """All scores as one float32 vector, after checking names and shapes.
-
-    Args:
-      groups: the channel dimensions.
-      scores: for each dimension an array ``(size,)``.
-
-    Returns:
-      A vector ``(num_channels,)``.
-
-    Raises:
-      ValueError: if a dimension is missing or unknown, or a shape is wrong.
-    """
-    shapes = {name: jnp.shape(value) for name, value in scores.items()}
-    expected = {name: (size,) for name, size in groups.sizes.items()}
-    if shapes != expected:
-        raise ValueError(
-            f"scores must have an array for each dimension, of the shapes {expected}; "
-            f"got {shapes}"
-        )
-    # Dictionaries that pass through jit come back in another order.
-    ordered = {name: jnp.asarray(scores[name]) for name in groups.sizes}
-    return ordered.astype(jnp.float32)

@@ -183,7 +183,8 @@ def top_eigenpairs(
       data: batches that can be gone through again, see
         :func:`sdp_jax.valley.curvature_product`.
       rank: how many pairs.
-      output_fn: for the Gauss–Newton matrix, see :func:`sdp_jax.valley.curvature_product`.
+      output_fn: for the Gauss–Newton matrix, see
+        :func:`sdp_jax.valley.curvature_product`.
       tol: relative accuracy of the eigenvalues that is asked for. In float32 a product
         is accurate to about 1e-6 of the largest.
       seed: of the first vector. Where several eigenvalues are alike, which of their
@@ -319,7 +320,8 @@ def spectral_density(
       params: where; real parameters.
       data: batches that can be gone through again, see
         :func:`sdp_jax.valley.curvature_product`.
-      output_fn: for the Gauss–Newton matrix, see :func:`sdp_jax.valley.curvature_product`.
+      output_fn: for the Gauss–Newton matrix, see
+        :func:`sdp_jax.valley.curvature_product`.
       steps: products for each probe; moments up to the power ``2 steps − 1`` are exact
         for that probe.
       probes: number of random vectors.

@@ -47,8 +47,8 @@ def reestimate_statistics(
       >>> import jax.numpy as jnp, sdp_jax
       >>> def update(params, mean, batch):
       ...     return 0.99 * mean + 0.01 * batch.mean(0)
-      >>> batches = [jnp.array([1., 2.]), jnp.array([3., 4.])]
-      >>> mean = sdp_jax.valley.reestimate_statistics(update, {}, jnp.zeros(()), batches)
+      >>> data = [jnp.array([1., 2.]), jnp.array([3., 4.])]
+      >>> mean = sdp_jax.valley.reestimate_statistics(update, {}, jnp.zeros(()), data)
       >>> print(f"{mean:.3f}")
       2.500
     """

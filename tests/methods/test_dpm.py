@@ -25,7 +25,7 @@ def params_of(seed=0, dtype=jnp.float32):
 
 
 def groups_of(params):
-    members = [sdp_jax.producer("w", 1), sdp_jax.producer("b", 0)]
+    members = [sdp_jax.Member("w", 1), sdp_jax.Member("b", 0)]
     return sdp_jax.groups_from_axes(params, {"hidden": members})
 
 
@@ -103,13 +103,13 @@ def test_equations(x64, steps, rate):
     table = jnp.asarray([[c in m for c in range(SIZE)] for m in marks])
 
     def update(updates, state, params=None, **extra_args):
-        factor = {"hidden": jnp.where(table[state], 0.0, 1.0)}
+        factor = jnp.where(table[state], 0.0, 1.0)
         point = sdp_jax.scale_channels(
             groups, optax.apply_updates(params, updates), factor
         )
         # What is zero stays so.
-        alive = sdp_jax.channels_alive(groups, params)["hidden"].astype(float)
-        point = sdp_jax.scale_channels(groups, point, {"hidden": alive})
+        alive = sdp_jax.channels_alive(groups, params).astype(float)
+        point = sdp_jax.scale_channels(groups, point, alive)
         return jax.tree.map(jnp.subtract, point, params), state + 1
 
     host = optax.GradientTransformationExtraArgs(lambda p: jnp.zeros((), int), update)
@@ -120,7 +120,7 @@ def test_equations(x64, steps, rate):
         steps=steps,
         rate=rate,
         length=0.9,
-        release_until=until,
+        release_end_step=until,
     )
     expected, releases = reference(
         params, grads, marks=marks, steps=steps, rate=rate, length=0.9, until=until
@@ -159,8 +159,7 @@ def test_one_step_is_the_host_itself():
             a = (optax.apply_updates(a[0], u), state)
             b = (optax.apply_updates(b[0], v), other)
             chex.assert_trees_all_equal(a[0], b[0]), name
-        alive = sdp_jax.channels_alive(groups, a[0])
-        assert not all(bool(v.all()) for v in alive.values()), name
+        assert not sdp_jax.channels_alive(groups, a[0]).all(), name
 
 
 def test_without_gradient_the_norm_falls_linearly_and_the_direction_stays():
@@ -196,7 +195,7 @@ def test_a_channel_that_the_gradient_wants_back_is_released_and_marked_again():
     # Marked in the fourth step, released in the fifth, marked again in the eighth.
     assert counts == [0, 0, 0, 1, 0, 0, 0, 1, 2]
     assert int(state.releases) == 1
-    assert not state.host.gone.per_channel.all()
+    assert not state.host.inner.gone.per_channel.all()
 
 
 def test_after_the_last_release_the_target_is_met():
@@ -212,31 +211,30 @@ def test_after_the_last_release_the_target_is_met():
         steps=3,
         rate=-5.0,
         length=0.0,
-        release_until=10,
+        release_end_step=10,
     )
     state, step = tx.init(params), jax.jit(tx.update)
     for i in range(15):
         updates, state = step(toy.mlp_grads(params, seed=i), state, params)
         params = optax.apply_updates(params, updates)
-    alive = sdp_jax.channels_alive(groups, params)
-    assert sum(int(v.sum()) for v in alive.values()) == 16
+    assert int(sdp_jax.channels_alive(groups, params).sum()) == 16
     assert int(state.releases) > 10
 
 
-@pytest.mark.parametrize("name", ["tick_tock", "hesso"])
+@pytest.mark.parametrize("name", ["gate_decorator", "hesso"])
 def test_hosts_that_stop_choosing_do_not_lose_what_was_released(name):
     params = {"w": jax.random.normal(jax.random.key(0), (3, 8))}
-    groups = sdp_jax.groups_from_axes(params, {"h": [sdp_jax.producer("w", 1)]})
-    if name == "tick_tock":
+    groups = sdp_jax.groups_from_axes(params, {"h": [sdp_jax.Member("w", 1)]})
+    if name == "gate_decorator":
         rule = sdp_jax.target_sparsity(0.5, 0, 10)
-        host = methods.tick_tock(
-            groups, rule, tick_steps=1, tock_steps=4, ticks=1, until=12
+        host = methods.gate_decorator(
+            groups, rule, tick_steps=1, tock_steps=4, ticks=1, end_step=12
         )
     else:
         rule = sdp_jax.target_sparsity(0.5, 0, 1)
-        host = methods.hesso_host(groups, rule, begin=0, steps=10, periods=1)
+        host = methods.hesso(groups, rule, begin_step=0, end_step=10, periods=1)
     tx = methods.decay_pruning(
-        optax.sgd(0.1), host, groups, rate=0.0, length=0.0, release_until=12
+        optax.sgd(0.1), host, groups, rate=0.0, length=0.0, release_end_step=12
     )
     state, step = tx.init(params), jax.jit(tx.update)
     for _ in range(30):
@@ -247,37 +245,14 @@ def test_hosts_that_stop_choosing_do_not_lose_what_was_released(name):
     assert name == "hesso" or int(state.releases) > 0
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
-def test_dtypes_zeros_and_one_compilation(dtype):
-    params = params_of(dtype=dtype)
-    tx, _ = make(params, steps=3, rate=0.5)
-    state, traces = tx.init(params), 0
-    abstract = jax.eval_shape(tx.init, params)
-
-    @jax.jit
-    def step(params, state, grads):
-        nonlocal traces
-        traces += 1
-        updates, state = tx.update(grads, state, params)
-        chex.assert_trees_all_equal_dtypes(updates, params)
-        return optax.apply_updates(params, updates), state
-
-    for grads in gradients(6, dtype=dtype):
-        small = jax.tree.map(lambda g: 0.1 * g, grads)
-        params, state = step(params, state, small)
-        chex.assert_trees_all_equal_shapes_and_dtypes(state, abstract)
-    assert traces == 1
-    assert (columns(params) == 0).all(1).sum() == 2
-
-
 def test_where_dimensions_share_entries_the_zeros_of_the_host_win():
     params = {"w": jnp.ones((4, 3)) + jnp.arange(12.0).reshape(4, 3) / 10}
     rows, cols = (
-        sdp_jax.groups_from_axes(params, {name: [sdp_jax.producer("w", axis)]})
+        sdp_jax.groups_from_axes(params, {name: [sdp_jax.Member("w", axis)]})
         for axis, name in enumerate(("rows", "cols"))
     )
     groups = sdp_jax.Groups((*rows, *cols), rows.leaves)
-    kept = {"rows": jnp.array([0.0, 1, 1, 1]), "cols": jnp.ones(3)}
+    kept = jnp.array([0.0, 1, 1, 1, 1, 1, 1])
     params = sdp_jax.scale_channels(groups, params, kept)
     host = methods.remove_lowest(groups, 1.0)
     tx = methods.decay_pruning(optax.sgd(0.1), host, groups, steps=4)

@@ -32,50 +32,46 @@ def problem(seed, dead=()):
     return params, candidate, toy.mlp_groups(params)
 
 
-def channel(params, layer, c):
-    """All producers of a channel as one float64 vector."""
-    layer = params[f"layer{layer}"]
-    kernel = np.asarray(layer["kernel"], np.float64)[:, c]
-    return np.append(kernel, np.float64(layer["bias"][c]))
+def vectors(params):
+    return toy.channel_vectors(params)[0]
 
 
 @pytest.mark.parametrize("epsilon", [0.0, 0.3, 0.95])
 def test_it_zeroes_what_leaves_its_half_space(epsilon):
     params, candidate, groups = problem(3, dead=(2,))
-    factors = half_space_factor(groups, candidate, params, epsilon=epsilon, floor=0)
+    factors = half_space_factor(
+        groups, candidate, params, epsilon=epsilon, min_channels=0
+    )
     seen = set()
-    for i in range(2):
-        for c in range(groups.sizes[f"hidden{i}"]):
-            x, y = channel(params, i, c), channel(candidate, i, c)
-            expected = float(x @ x > 0 and x @ y >= epsilon * (x @ x))
-            assert factors[f"hidden{i}"][c] == expected
-            seen.add(expected)
+    for factor, x, y in zip(factors, vectors(params), vectors(candidate), strict=True):
+        expected = float(x @ x > 0 and x @ y >= epsilon * (x @ x))
+        assert factor == expected
+        seen.add(expected)
     assert seen == {0.0, 1.0}
-    assert factors["hidden0"][2] == 0 and factors["hidden0"].dtype == jnp.float32
+    assert factors[2] == 0 and factors.dtype == jnp.float32
 
 
 def test_only_where_it_is_told():
     params, candidate, groups = problem(3, dead=(2,))
     opposite = {k: {n: -v for n, v in layer.items()} for k, layer in params.items()}
     where = jnp.array([1, 0, 0, 1, 1, 0, 1, 0, 0], bool)
-    factors = half_space_factor(groups, opposite, params, where=where, floor=0)
-    joined = np.concatenate([factors["hidden0"], factors["hidden1"]])
-    np.testing.assert_array_equal(joined, 1.0 - np.asarray(where))
+    factors = half_space_factor(groups, opposite, params, where=where, min_channels=0)
+    np.testing.assert_array_equal(factors, 1.0 - np.asarray(where))
 
 
-def test_the_floor_keeps_the_largest():
+def test_the_minimum_keeps_the_largest():
     params = {"w": jnp.array([[1.0, 4.0, 2.0, 3.0, 0.0]])}
-    groups = sdp_jax.groups_from_axes(params, {"d": [sdp_jax.producer("w", 1)]})
+    groups = sdp_jax.groups_from_axes(params, {"d": [sdp_jax.Member("w", 1)]})
 
     def kept(signs, floor):
         candidate = {"w": jnp.array([signs], jnp.float32)}
-        factors = half_space_factor(groups, candidate, params, floor=floor)
-        return factors["d"].astype(int).tolist()
+        factors = half_space_factor(groups, candidate, params, min_channels=floor)
+        return factors.astype(int).tolist()
 
     assert kept([-1, -1, -1, -1, 1], 0) == [0, 0, 0, 0, 0]
     assert kept([-1, -1, -1, -1, 1], 1) == [0, 1, 0, 0, 0]
     assert kept([-1, -1, -1, -1, 1], 3) == [0, 1, 1, 1, 0]
-    # Enough are left: the floor does nothing. The dead channel never counts.
+    # Enough are left: the minimum does nothing. The dead channel never counts.
     assert kept([1, -1, -1, -1, 1], 1) == [1, 0, 0, 0, 0]
     assert kept([1, -1, -1, -1, 1], {"d": 2}) == [1, 1, 0, 0, 0]
     assert kept([-1, -1, -1, -1, 1], jnp.asarray(2)) == [0, 1, 0, 1, 0]
@@ -90,19 +86,20 @@ def test_the_floor_keeps_the_largest():
 )
 def test_laws(seed, epsilon, floor, dead):
     params, candidate, groups = problem(seed, dead)
-    factors = half_space_factor(groups, candidate, params, epsilon=epsilon, floor=floor)
+    factors = half_space_factor(
+        groups, candidate, params, epsilon=epsilon, min_channels=floor
+    )
     point = scale_channels(groups, candidate, factors)
-    alive = channels_alive(groups, params)
-    after = channels_alive(groups, point)
-    for i, name in enumerate(groups.sizes):
-        kept = int(after[name].sum())
-        assert kept >= min(floor, int(alive[name].sum()))
-        assert not np.any(after[name] & ~alive[name])
-        for c in range(groups.sizes[name]):
-            x, y = channel(params, i, c), channel(point, i, c)
-            if kept > floor and y.any():
-                # Never on the far side.
-                assert x @ y >= epsilon * (x @ x) - 1e-6
+    alive, after = channels_alive(groups, params), channels_alive(groups, point)
+    assert not np.any(after & ~alive)
+    kept = {name: int(part.sum()) for name, part in groups.split(after).items()}
+    for name, part in groups.split(alive).items():
+        assert kept[name] >= min(floor, int(part.sum()))
+    free = np.repeat([n > floor for n in kept.values()], list(groups.sizes.values()))
+    for enough, x, y in zip(free, vectors(params), vectors(point), strict=True):
+        if enough and y.any():
+            # Never on the far side.
+            assert x @ y >= epsilon * (x @ x) - 1e-6
     assert jnp.array_equal(point["layer2"]["kernel"], candidate["layer2"]["kernel"])
 
 
@@ -112,7 +109,7 @@ def test_bad_input():
         half_space_factor(groups, candidate, params, epsilon=1.0)
     with pytest.raises(TypeError, match="epsilon must be a number"):
         half_space_factor(groups, candidate, params, epsilon="much")
-    with pytest.raises(ValueError, match="floor of dimension 'hidden0' is 9"):
-        half_space_factor(groups, candidate, params, floor=9)
+    with pytest.raises(ValueError, match="min_channels of dimension 'hidden0' is 9"):
+        half_space_factor(groups, candidate, params, min_channels=9)
     with pytest.raises(ValueError, match="hidden0"):
         half_space_factor(groups, {"layer0": candidate["layer0"]}, {})

@@ -6,6 +6,7 @@ import pytest
 
 import sdp_jax
 from sdp_jax import methods
+from sdp_jax.channels import PerChannel
 from tests import toy
 
 
@@ -54,8 +55,8 @@ def test_a_cut_takes_the_state_along():
         params = optax.apply_updates(params, updates)
     cut = sdp_jax.plan_cut(groups, params)
     small, small_state = cut.take(params), cut.take(state)
-    assert small_state.host.gone.per_channel.shape == (sum(cut.widths.values()),)
-    assert not small_state.host.gone.per_channel.any()
+    assert small_state.host.inner.gone.per_channel.shape == (sum(cut.widths.values()),)
+    assert not small_state.host.inner.gone.per_channel.any()
     again = methods.hosted(
         optax.sgd(0.1, 0.9),
         methods.remove_lowest(
@@ -84,3 +85,48 @@ def test_under_vmap_each_member_prunes_its_own(seed):
     for i, params in enumerate(many):
         one = jax.tree.map(lambda x, i=i: x[i], together)
         chex.assert_trees_all_close(one, once(params), rtol=1e-6)
+
+
+def test_a_rate_or_a_schedule_stands_for_sgd():
+    params = toy.mlp_params()
+    host = sdp_jax.group_soft_threshold(toy.mlp_groups(params), 0.05)
+    schedule = optax.linear_schedule(0.1, 0.0, 4)
+    for base, sgd in ((0.1, optax.sgd(0.1)), (schedule, optax.sgd(schedule))):
+        ours, plain = methods.hosted(base, host), methods.hosted(sgd, host)
+        a, _ = ours.update(toy.mlp_grads(params), ours.init(params), params)
+        b, _ = plain.update(toy.mlp_grads(params), plain.init(params), params)
+        chex.assert_trees_all_equal(a, b)
+    with pytest.raises(ValueError, match="base must be a non-negative learning rate"):
+        methods.hosted(-0.1, host)
+
+
+def test_a_host_of_ones_own():
+    params = toy.mlp_params()
+    groups = toy.mlp_groups(params)
+    seen = []
+
+    def decide(step):
+        seen.append(step)
+        share = jnp.where(step.released, 1.0, step.inner.per_channel)
+        return share, PerChannel(share / 2)
+
+    host = methods.channel_host(
+        groups, lambda g: PerChannel(jnp.ones(g.num_channels)), decide, name="mine"
+    )
+    state, steps = host.init(params), toy.mlp_grads(params)
+    released = jnp.arange(11) == 2
+    for n, given in enumerate([None, None, released]):
+        updates, state = host.update(
+            steps, state, params, gradients=params, released=given, other=1
+        )
+        factor = jnp.where(released, 1.0, 0.25) if n == 2 else jnp.full(11, 0.5**n)
+        candidate = optax.apply_updates(params, steps)
+        expected = sdp_jax.scale_channels(groups, candidate, factor)
+        found = optax.apply_updates(params, updates)
+        chex.assert_trees_all_close(found, expected, rtol=1e-6, atol=1e-7)
+    assert [int(step.count) for step in seen] == [1, 2, 3] and state.count == 3
+    assert seen[0].gradients is params and not seen[0].released.any()
+    with pytest.raises(ValueError, match="mine needs the current parameters"):
+        host.update(steps, state)
+    with pytest.raises(TypeError, match=r"groups must be sdp_jax\.Groups"):
+        methods.channel_host(None, tuple, decide)

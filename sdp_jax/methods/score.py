@@ -1,0 +1,122 @@
+"""What all scores have in common: their signature, checks, and a unit of length."""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sdp_jax.groups import Groups
+from sdp_jax.tree import PyTree
+
+
+class Score(Protocol):
+    """The one signature of all scores: the lowest is pruned first.
+
+    ``score(groups, params, grads=None, activations=None)`` returns a vector
+    ``(num_channels,)`` of non-negative numbers. A score raises ``ValueError`` if it
+    needs gradients or activations and gets none.
+    """
+
+    def __call__(
+        self,
+        groups: Groups,
+        params: PyTree,
+        grads: PyTree | None = None,
+        activations: Any = None,
+    ) -> jax.Array:
+        """The score of each channel."""
+        ...
+
+
+def need_gradients(grads: PyTree | None, name: str) -> PyTree:
+    """Returns the gradients, after checking that they are there.
+
+    Args:
+      grads: what the score was given.
+      name: name of the score, for the message.
+
+    Returns:
+      ``grads``.
+
+    Raises:
+      ValueError: if they are ``None``.
+    """
+    if grads is None:
+        raise ValueError(
+            f"{name} needs gradients: call score(groups, params, grads), or put the "
+            "host behind its base with sdp_jax.methods.hosted(base, host), which hands "
+            "them on"
+        )
+    return grads
+
+
+def check_score(score: Any) -> None:
+    """Refuses what cannot be a score.
+
+    Args:
+      score: what was given.
+
+    Raises:
+      TypeError: if it is not a function.
+    """
+    if not callable(score):
+        raise TypeError(
+            "score must be a function score(groups, params, grads=None, "
+            f"activations=None), for example methods.l2_norm(); got {score!r}"
+        )
+
+
+def check_scores(groups: Groups, scores: Any) -> jax.Array:
+    """All scores as one float32 vector, after checking names and shapes.
+
+    Args:
+      groups: the channel dimensions.
+      scores: a vector ``(num_channels,)``, or for each dimension name an array
+        ``(size,)``.
+
+    Returns:
+      A vector ``(num_channels,)``.
+
+    Raises:
+      ValueError: if a dimension is missing or unknown, or a shape is wrong.
+    """
+    if isinstance(scores, Mapping):
+        try:
+            scores = groups.join(scores)
+        except ValueError as error:
+            shapes = {name: jnp.shape(value) for name, value in scores.items()}
+            raise ValueError(f"scores: {error}; got {shapes}") from error
+    if jnp.shape(scores) != (groups.num_channels,):
+        raise ValueError(
+            "scores must be one number for each of the "
+            f"{groups.num_channels} channels, or an array for each dimension name; got "
+            f"an array of shape {jnp.shape(scores)}"
+        )
+    return jnp.asarray(scores, jnp.float32)
+
+
+def unit(values: jax.Array) -> jax.Array:
+    """A vector divided by its Euclidean norm, or itself where that is zero.
+
+    Args:
+      values: a vector.
+
+    Returns:
+      A vector of the same shape.
+    """
+    # By the largest magnitude first: squares of small numbers vanish.
+    # What is not finite stays so, and does not count.
+    finite = jnp.where(jnp.isfinite(values), values, 0)
+    largest = jnp.max(jnp.abs(finite))
+    scale = jnp.where(largest > 0, largest, 1)
+    scaled = values / scale
+    norm = jnp.sqrt(jnp.sum(jnp.square(finite / scale)))
+    return scaled / jnp.where(norm > 0, norm, 1)
+
+
+def producer_entries(groups: Groups) -> np.ndarray:
+    """The number of producer entries of each channel, float32."""
+    entries = [groups.entries(d, roles=("producer",)) for d in groups]
+    return np.repeat(entries, list(groups.sizes.values())).astype(np.float32)
