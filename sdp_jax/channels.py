@@ -414,7 +414,14 @@ def each_dimension(
 
 
 def magnitude(leaf: jax.Array) -> jax.Array:
-    """Magnitudes of the entries, at least float32."""
+    """Magnitudes of the entries.
+
+    Args:
+      leaf: an array, real or complex.
+
+    Returns:
+      Its magnitudes, at least float32.
+    """
     value = jnp.abs(leaf)
     return value.astype(jnp.promote_types(value.dtype, jnp.float32))
 
