@@ -121,9 +121,15 @@ def channel_norms(
       >>> print(sdp_jax.channel_norms(groups, params))
       [5. 1.]
     """
-    factor = channel_weights(groups, weights)
     norms = jnp.sqrt(reduce_channels(groups, tree, _square, jnp.sum, jnp.add))
-    return norms / jnp.asarray(factor, norms.dtype)
+    if weights == "plain":
+        return norms
+    # By a number for each dimension: XLA rounds the division by a vector differently.
+    factors = groups.split(channel_weights(groups, weights))
+    parts = groups.split(norms)
+    return groups.join(
+        {k: v / jnp.asarray(factors[k][0], v.dtype) for k, v in parts.items()}
+    )
 
 
 def channel_products(groups: Groups, first: PyTree, second: PyTree) -> jax.Array:
