@@ -5,13 +5,17 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test check benchmark clean
+.PHONY: demo test study check benchmark clean
 
 demo: $(VENV)/experiments
 	$(RUN) -m experiments.demo
 
 test: $(VENV)/test
 	$(RUN) -m pytest -n 2 --dist load
+
+# The long ones, for which nobody should wait.
+study: $(VENV)/test
+	$(RUN) -m pytest -n 2 --dist load -m study
 
 # What continuous integration adds to the tests.
 check: $(VENV)/test

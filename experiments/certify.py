@@ -23,7 +23,8 @@ import tyro
 import sdp_jax
 from experiments import data, models
 from experiments.config import Config
-from experiments.log import read_lines
+from experiments.files import write_whole
+from experiments.log import read_finished, read_lines
 from experiments.steps import make_loss, variables_of
 from experiments.train import Run, progress_bars, train
 
@@ -95,13 +96,7 @@ def load_run(path: pathlib.Path, data_dir: pathlib.Path | None = None) -> Run:
     Raises:
       ValueError: if there is no finished run.
     """
-    file = path / "metrics.jsonl"
-    lines = read_lines(file) if file.is_file() else []
-    if not lines or "test_accuracy" not in lines[-1]:
-        raise ValueError(
-            f"{path} holds no finished run of experiments.train; start it again with "
-            "the same configuration to go on"
-        )
+    read_finished(path)
     config = config_of(path, data_dir)
     return in_float32(train(config), config)
 
@@ -261,7 +256,7 @@ def main(options: Certify) -> sdp_jax.valley.Certificate:
             progress=report,
             **task.keywords,
         )
-    (options.run / "certificate.json").write_text(certificate.to_json() + "\n")
+    write_whole(options.run / "certificate.json", certificate.to_json() + "\n")
     certificate.plot(options.run / "certificate.png")
     console.print(str(certificate), soft_wrap=True, highlight=False)
     console.print(f"picture: {options.run / 'certificate.png'}", soft_wrap=True)

@@ -38,7 +38,7 @@ ENTRIES: Mapping[str, dict[str, Any]] = {
         "method": "altsdp",
         "dual": "radial",
         "power": 8.0,
-        "ranking": "per_dimension",
+        "ranking": "dimension",
     },
     "L2 at the end": {"method": "l2_last"},
     "random": {"method": "random"},

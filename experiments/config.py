@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from experiments import data, models
 from experiments.optimizers import Method
+from sdp_jax.groups import Ranking
 
 # They say where and how a run is made, not which one it is.
 OUTSIDE = ("data_dir", "out", "loop", "devices", "twin", "timed")
@@ -38,7 +39,8 @@ class Config:
       mu: altsdp: its exponent.
       sparsity: share of the target that goes; with altsdp instead of c and mu.
       target: what it is a share of: channels, params or flops.
-      ranking: altsdp with sparsity: all channels together, or within each dimension.
+      ranking: altsdp with sparsity: all channels together, within each dimension, or
+        within dimensions that are built alike.
       begin: with sparsity: share of the steps after which pruning begins.
       end: with sparsity: share of the steps after which it is done; what goes in one
         shot goes halfway between.
@@ -55,8 +57,8 @@ class Config:
       valley_rank: altsdp with valley: number of directions.
       valley_decay: altsdp with valley: what share of the past an estimate keeps.
       valley_every: altsdp with valley: steps from one estimate to the next.
-      norm: weighting of the channel norms.
-      floor: channels that stay in each dimension.
+      weights: weighting of the channel norms.
+      min_channels: channels that stay in each dimension.
       validation: training examples held out and evaluated every epoch.
       evaluate_every: epochs from one evaluation on the whole training set to the next;
         the last epoch has one in any case.
@@ -90,7 +92,7 @@ class Config:
     mu: float = 0.6
     sparsity: float | None = None
     target: Literal["channels", "params", "flops"] = "channels"
-    ranking: Literal["global", "per_dimension"] = "global"
+    ranking: Ranking = "global"
     begin: float = 0.1
     end: float = 0.6
     power: float = 1.0
@@ -104,8 +106,8 @@ class Config:
     valley_rank: int = 8
     valley_decay: float = 0.5
     valley_every: int = 1
-    norm: Literal["plain", "size", "cost"] = "plain"
-    floor: int = 1
+    weights: Literal["plain", "size", "cost"] = "plain"
+    min_channels: int = 1
     validation: int = 0
     evaluate_every: int = 1
     seed: int = 0
@@ -157,5 +159,6 @@ DEFAULT = Config()
 PRUNING = (
     *("c", "mu", "sparsity", "target", "ranking", "begin", "end", "power"),
     *("stop_rise", "penalty", "decay_steps", "release_rate", "release_length"),
-    *("dual", "valley", "valley_rank", "valley_decay", "valley_every", "norm", "floor"),
+    *("dual", "valley", "valley_rank", "valley_decay", "valley_every"),
+    *("weights", "min_channels"),
 )

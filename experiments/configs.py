@@ -70,7 +70,7 @@ ROWS: Mapping[str, dict[str, Any]] = {
 }
 _ALTSDP: dict[str, Any] = {
     **{"method": "altsdp", "dual": "radial", "power": 8.0},
-    **{"ranking": "per_dimension", "end": 0.5},
+    **{"ranking": "dimension", "end": 0.5},
 }
 VARIANTS: Mapping[str, dict[str, Any]] = {
     "altsdp": _ALTSDP,

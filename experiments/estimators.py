@@ -21,6 +21,7 @@ import tyro
 import sdp_jax
 from experiments import data, models
 from experiments.config import Config
+from experiments.files import write_whole
 from experiments.optimizers import make_optimizer
 from experiments.steps import State, make_loss, make_step
 from experiments.train import train
@@ -182,8 +183,7 @@ def main(options: Estimators) -> dict[str, Any]:
     raw = dataclasses.asdict(options)
     del raw["out"]
     figures = {"options": raw, "overlap": shares, "loss": found}
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(figures) + "\n")
+    write_whole(options.out, json.dumps(figures) + "\n")
     print("| estimate | overlap with the Hessian | training loss |\n|---|---|---|")
     names = dict.fromkeys([*found, *shares[0]])
     for name in names:

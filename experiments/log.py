@@ -94,6 +94,28 @@ def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
     return records
 
 
+def read_finished(run: pathlib.Path) -> list[dict[str, Any]]:
+    """The records of a finished run: configuration, epochs, result.
+
+    Args:
+      run: its directory.
+
+    Returns:
+      The records.
+
+    Raises:
+      ValueError: if there is no finished run.
+    """
+    path = pathlib.Path(run) / "metrics.jsonl"
+    lines = read_lines(path) if path.is_file() else []
+    if not lines or "test_accuracy" not in lines[-1]:
+        raise ValueError(
+            f"{run} holds no finished run of experiments.train; the command that began "
+            "it goes on where it was"
+        )
+    return lines
+
+
 def environment() -> dict[str, Any]:
     """Versions, device and commit of a run."""
     commit = subprocess.run(

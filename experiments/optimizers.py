@@ -15,6 +15,7 @@ import optax
 
 import sdp_jax
 from sdp_jax import methods
+from sdp_jax.groups import Ranking
 
 if TYPE_CHECKING:
     from experiments.config import Config
@@ -54,22 +55,6 @@ NEED_SCALES = {"slimming"}
 HOSTS = {"depgraph_steps", "dhspg", "gate_decorator"}
 
 
-class Counted(NamedTuple):
-    """What a target of parameters or FLOPs is counted on.
-
-    Attributes:
-      groups: the channel dimensions of all variables.
-      fn: the network, ``variables, images -> logits``.
-      variables: its variables.
-      inputs: its other arguments.
-    """
-
-    groups: sdp_jax.Groups
-    fn: Callable[..., Any]
-    variables: Any
-    inputs: tuple[Any, ...]
-
-
 class Plan(NamedTuple):
     """When a run of so many steps prunes, and how much.
 
@@ -78,21 +63,31 @@ class Plan(NamedTuple):
       steps: number of its updates.
       begin: number of updates after which pruning begins.
       end: number of updates after which it is done.
-      counted: what the target is counted on.
     """
 
     config: "Config"
     steps: int
     begin: int
     end: int
-    counted: Counted | None
 
     @property
     def middle(self) -> int:
         """When everything goes that goes in one shot."""
         return one_shot_step(self.config, self.steps)
 
-    def target(self, begin: int, end: int, *, per_dimension: bool) -> sdp_jax.Strength:
+    @property
+    def rate(self) -> Any:
+        """The learning rate, a number or a schedule."""
+        return learning_rate(self.config, self.steps)
+
+    @property
+    def base(self) -> optax.GradientTransformation:
+        """The SGD that all methods share."""
+        return optax.sgd(self.rate, self.config.momentum or None)
+
+    def target(
+        self, begin: int, end: int, ranking: Ranking = "global"
+    ) -> sdp_jax.Strength:
         """The target, reached between two steps."""
         config = self.config
         if config.sparsity is None:
@@ -100,46 +95,27 @@ class Plan(NamedTuple):
                 f"method {config.method} needs --sparsity, the share of "
                 f"{config.target} that goes"
             )
-        what: dict[str, Any] = {}
-        if config.target != "channels":
-            if self.counted is None:
-                raise ValueError(
-                    f"target={config.target!r} is counted on a network, and none was "
-                    "given to make_optimizer"
-                )
-            what = {"target": config.target, "groups": self.counted.groups}
-        if config.target == "flops":
-            assert self.counted is not None
-            what |= {
-                "fn": self.counted.fn,
-                "params": self.counted.variables,
-                "inputs": self.counted.inputs,
-            }
         return sdp_jax.target_sparsity(
             config.sparsity,
             begin,
             max(end, begin + 1),
-            per_dimension=per_dimension,
-            **what,
+            target=config.target,
+            ranking=ranking,
         )
 
-    def one_shot(self, step: int, *, per_dimension: bool = False) -> sdp_jax.Strength:
+    def one_shot(self, step: int, ranking: Ranking = "global") -> sdp_jax.Strength:
         """All of the target after ``step`` updates."""
-        return self.target(step - 1, step, per_dimension=per_dimension)
+        return self.target(step - 1, step, ranking)
 
-    def ramp(self, *, per_dimension: bool = False) -> sdp_jax.Strength:
-        """The target, step by step."""
-        return self.target(self.begin, self.end, per_dimension=per_dimension)
-
-    def layer_shares(self, groups: sdp_jax.Groups) -> dict[str, float]:
+    def layer_sparsity(self, groups: sdp_jax.Groups) -> dict[str, float]:
         """What every dimension loses where all lose the same share of channels."""
-        strength = self.one_shot(1, per_dimension=True)
-        floors: Any = {name: 1 for name in groups.sizes}
-        spread = {n: jnp.arange(1.0, s + 1) for n, s in groups.sizes.items()}
+        strength, floors = self.one_shot(1, "dimension"), [1] * len(groups)
+        spread = jnp.concatenate([jnp.arange(1.0, d.size + 1) for d in groups])
         thresholds, _ = strength.update(
-            strength.init(groups.sizes, floors), spread, floors
+            strength.init(groups, floors), spread, groups, floors
         )
-        return {name: float(jnp.isinf(t).mean()) for name, t in thresholds.items()}
+        parts = groups.split(thresholds)
+        return {name: float(jnp.isinf(t).mean()) for name, t in parts.items()}
 
 
 def has_scales(groups: sdp_jax.Groups) -> bool:
@@ -190,10 +166,7 @@ def one_shot_step(config: "Config", steps: int) -> int:
 
 
 def make_optimizer(
-    config: "Config",
-    groups: sdp_jax.Groups,
-    steps: int,
-    counted: Counted | None = None,
+    config: "Config", groups: sdp_jax.Groups, steps: int
 ) -> optax.GradientTransformationExtraArgs:
     """The optimizer of a run.
 
@@ -201,7 +174,6 @@ def make_optimizer(
       config: the run.
       groups: the channel dimensions of the parameters.
       steps: number of updates.
-      counted: what a target of parameters or FLOPs is counted on.
 
     Returns:
       An Optax transformation.
@@ -210,8 +182,7 @@ def make_optimizer(
       ValueError: if the method needs a target and has none, or a value is out of range.
     """
     begin, end = round(config.begin * steps), round(config.end * steps)
-    plan = Plan(config, steps, begin, end, counted)
-    tx = BUILDERS[config.method](plan, groups)
+    tx = BUILDERS[config.method](Plan(config, steps, begin, end), groups)
     if config.decay_steps > 1 and config.method not in HOSTS:
         raise ValueError(
             f"decay_steps is for the methods {sorted(HOSTS)}; got {config.method!r}"
@@ -221,50 +192,50 @@ def make_optimizer(
     return optax.with_extra_args_support(tx)
 
 
-def _sgd(plan: Plan) -> optax.GradientTransformation:
-    rate = learning_rate(plan.config, plan.steps)
-    return optax.sgd(rate, plan.config.momentum or None)
-
-
 def _altsdp(plan: Plan, groups: sdp_jax.Groups) -> optax.GradientTransformation:
     config = plan.config
-    strength = sdp_jax.valley_strength(config.c, config.mu)
-    if config.sparsity is not None:
-        strength = plan.ramp(per_dimension=config.ranking == "per_dimension")
+    momentum = config.momentum or None
+    if config.sparsity is None:
+        strength = sdp_jax.valley_strength(
+            config.c, config.mu, plan.rate, momentum=momentum
+        )
+    else:
+        strength = plan.target(plan.begin, plan.end, config.ranking)
     if config.power != 1:
         strength = sdp_jax.adaptive_strength(strength, config.power)
     if config.stop_rise is not None:
         strength = methods.until_compressed(strength, rise=config.stop_rise)
-    valley: Any = None
-    if config.valley == "hessian":
-        valley = {"rank": config.valley_rank, "estimator": None}
-    elif config.valley != "none":
-        valley = {
-            "rank": config.valley_rank,
+    common: Any = {"weights": config.weights, "min_channels": config.min_channels}
+    if config.valley == "none":
+        return sdp_jax.altsdp(
+            plan.base, groups, strength=strength, dual=config.dual, **common
+        )
+    estimate: Any = {"estimator": None}
+    if config.valley != "hessian":
+        estimate = {
             "estimator": config.valley,
             "decay": config.valley_decay,
             "every": config.valley_every,
         }
-    return sdp_jax.altsdp(
-        learning_rate(config, plan.steps),
-        groups,
-        strength=strength,
-        dual=config.dual,
-        valley=valley,
-        norm=config.norm,
-        floor=config.floor,
-        momentum=config.momentum or None,
+    radial = config.dual == "radial"
+    return optax.chain(
+        plan.base,
+        sdp_jax.radial_dual_averaging(groups) if radial else sdp_jax.dual_averaging(),
+        sdp_jax.valley.project_onto_valley(
+            groups, strength, rank=config.valley_rank, **estimate, **common
+        ),
+        sdp_jax.group_soft_threshold(groups, strength, **common),
     )
 
 
 def _prox_sgd(plan: Plan, groups: sdp_jax.Groups) -> optax.GradientTransformation:
     config = plan.config
     tx = sdp_jax.prox_sgd(
-        learning_rate(config, plan.steps),
+        plan.rate,
         groups,
         strength=config.penalty,
-        norm=config.norm,
-        floor=config.floor,
+        weights=config.weights,
+        min_channels=config.min_channels,
         momentum=config.momentum or None,
     )
     if config.sparsity is None:
@@ -273,8 +244,7 @@ def _prox_sgd(plan: Plan, groups: sdp_jax.Groups) -> optax.GradientTransformatio
 
 
 def _grda(plan: Plan, groups: sdp_jax.Groups) -> optax.GradientTransformation:
-    config = plan.config
-    return sdp_jax.grda(learning_rate(config, plan.steps), c=config.c, mu=config.mu)
+    return sdp_jax.grda(plan.rate, c=plan.config.c, mu=plan.config.mu)
 
 
 def _remove(
@@ -283,29 +253,28 @@ def _remove(
     score: methods.Score | None,
     *,
     at: int | None = None,
-    per_dimension: bool = False,
+    ranking: Ranking = "global",
     **options: Any,
 ) -> optax.GradientTransformation:
     """Removal in one shot."""
-    strength = plan.one_shot(
-        plan.middle if at is None else at, per_dimension=per_dimension
-    )
-    floor = plan.config.floor
-    return methods.remove_lowest(groups, strength, score, floor=floor, **options)
+    strength = plan.one_shot(plan.middle if at is None else at, ranking)
+    least = plan.config.min_channels
+    return methods.remove_lowest(groups, strength, score, min_channels=least, **options)
 
 
 def _by_score(
     make: Callable[[Plan], methods.Score | None],
+    ranking: Ranking = "global",
     in_front: Callable[[Plan, sdp_jax.Groups], Any] | None = None,
-    **options: Any,
-) -> Callable[[Plan, sdp_jax.Groups], optax.GradientTransformation]:
+) -> "Builder":
     """SGD, perhaps with a regulariser in front of it, and removal in one shot."""
 
     def build(plan: Plan, groups: sdp_jax.Groups) -> optax.GradientTransformation:
-        base = _sgd(plan)
+        base = plan.base
         if in_front is not None:
             base = optax.chain(in_front(plan, groups), base)
-        return methods.hosted(base, _remove(plan, groups, make(plan), **options))
+        host = _remove(plan, groups, make(plan), ranking=ranking)
+        return methods.hosted(base, host)
 
     return build
 
@@ -313,6 +282,11 @@ def _by_score(
 def _events(plan: Plan, count: int = 20) -> int:
     """Steps from one pruning event to the next, if there are so many of them."""
     return max(1, (plan.end - plan.begin) // count)
+
+
+def _l2_last(plan: Plan, groups: sdp_jax.Groups) -> optax.GradientTransformation:
+    host = _remove(plan, groups, methods.l2_norm(), at=plan.steps)
+    return methods.hosted(plan.base, host)
 
 
 def _taylor(plan: Plan, groups: sdp_jax.Groups) -> optax.GradientTransformation:
@@ -326,73 +300,66 @@ def _taylor(plan: Plan, groups: sdp_jax.Groups) -> optax.GradientTransformation:
         every=window,
         accumulate=True,
     )
-    return methods.hosted(_sgd(plan), host)
+    return methods.hosted(plan.base, host)
 
 
 def _hspg(plan: Plan, groups: sdp_jax.Groups) -> optax.GradientTransformation:
-    config = plan.config
-    return methods.hspg(
-        learning_rate(config, plan.steps),
+    host = methods.hspg(
         groups,
-        penalty=config.penalty,
-        begin=plan.middle,
-        momentum=config.momentum or None,
-        floor=config.floor,
+        learning_rate=plan.rate,
+        penalty=plan.config.penalty,
+        begin_step=plan.middle,
+        min_channels=plan.config.min_channels,
     )
+    return methods.hosted(plan.base, host)
 
 
 def _dhspg(plan: Plan, groups: sdp_jax.Groups) -> optax.GradientTransformation:
     # A norm of 2 vanishes between begin and end, however short the budget.
     penalty = 2 / (plan.config.learning_rate * max(plan.end - plan.begin, 1))
-    host = methods.dhspg_host(
+    host = methods.dhspg(
         groups,
         plan.one_shot(max(plan.begin, 1)),
-        learning_rate=learning_rate(plan.config, plan.steps),
+        learning_rate=plan.rate,
         penalty=max(penalty, plan.config.penalty),
-        begin=plan.begin,
-        floor=plan.config.floor,
+        begin_step=plan.begin,
+        min_channels=plan.config.min_channels,
     )
-    return _decayed(plan, _sgd(plan), host, groups)
+    return _decayed(plan, plan.base, host, groups)
 
 
 def _hesso(plan: Plan, groups: sdp_jax.Groups) -> optax.GradientTransformation:
-    config = plan.config
-    steps = max(plan.end - plan.begin, 10)
-    return methods.hesso(
-        learning_rate(config, plan.steps),
+    host = methods.hesso(
         groups,
         plan.one_shot(plan.begin + 1),
-        begin=plan.begin,
-        steps=steps,
-        momentum=config.momentum or None,
-        floor=config.floor,
+        begin_step=plan.begin,
+        end_step=plan.begin + max(plan.end - plan.begin, 10),
+        min_channels=plan.config.min_channels,
     )
+    return methods.hosted(plan.base, host)
 
 
 def _gate(plan: Plan, groups: sdp_jax.Groups) -> optax.GradientTransformation:
     # Ten rounds of one tick and one tock, in the paper's proportion of epochs 1 : 10
     # as nearly as the budget permits.
     tick = max(1, (plan.end - plan.begin) // 40)
-    host = methods.tick_tock(
+    host = methods.gate_decorator(
         groups,
         # Complete at the last tick, where the last channels go.
-        plan.target(
-            plan.begin, plan.end // (4 * tick) * (4 * tick), per_dimension=False
-        ),
+        plan.target(plan.begin, plan.end // (4 * tick) * (4 * tick)),
         tick_steps=tick,
         tock_steps=3 * tick,
         ticks=1,
-        until=plan.end,
-        floor=plan.config.floor,
+        end_step=plan.end,
+        min_channels=plan.config.min_channels,
     )
-    base, penalty = _sgd(plan), plan.config.penalty
+    base, penalty = plan.base, plan.config.penalty
     if has_scales(groups):
 
         def in_time(count: Any) -> Any:
             return jnp.where(count < plan.end, penalty, 0.0)
 
-        rule = methods.scale_penalty(groups, in_time)
-        base = optax.chain(rule, base)
+        base = optax.chain(methods.scale_penalty(groups, in_time), base)
     return _decayed(plan, base, host, groups)
 
 
@@ -400,12 +367,12 @@ def _depgraph_steps(plan: Plan, groups: sdp_jax.Groups) -> optax.GradientTransfo
     """DepGraph's progressive pruning: a few channels at a time."""
     host = methods.remove_lowest(
         groups,
-        plan.ramp(),
+        plan.target(plan.begin, plan.end),
         methods.group_importance(),
         every=_events(plan),
-        floor=plan.config.floor,
+        min_channels=plan.config.min_channels,
     )
-    return _decayed(plan, _sgd(plan), host, groups)
+    return _decayed(plan, plan.base, host, groups)
 
 
 def _decayed(
@@ -425,20 +392,19 @@ def _decayed(
         steps=config.decay_steps,
         rate=config.release_rate,
         length=config.release_length,
-        release_until=plan.end,
+        release_end_step=plan.end,
     )
 
 
 def _spp(plan: Plan, groups: sdp_jax.Groups) -> optax.GradientTransformation:
     return methods.spp(
-        learning_rate(plan.config, plan.steps),
+        plan.base,
         groups,
-        plan.layer_shares(groups),
+        plan.layer_sparsity(groups),
         jax.random.key(plan.config.seed),
         every=_events(plan, 100),
-        begin=plan.begin,
-        momentum=plan.config.momentum or None,
-        floor=plan.config.floor,
+        begin_step=plan.begin,
+        min_channels=plan.config.min_channels,
     )
 
 
@@ -449,66 +415,57 @@ def _increg(plan: Plan, groups: sdp_jax.Groups) -> optax.GradientTransformation:
     # what has not vanished by then is removed.
     amplitude = 2 * 14 / (rate * max(plan.end - plan.begin, 1) * updates)
     tx = methods.increg(
-        learning_rate(config, plan.steps),
+        plan.base,
         groups,
-        plan.layer_shares(groups),
+        plan.layer_sparsity(groups),
         every=_events(plan, updates),
         amplitude=amplitude,
-        begin=plan.begin,
-        momentum=config.momentum or None,
-        floor=config.floor,
+        begin_step=plan.begin,
+        min_channels=config.min_channels,
     )
     return optax.chain(tx, _remove(plan, groups, methods.l2_norm(), at=plan.end))
 
 
-def _regularizer(growing: bool) -> Callable[[Plan, sdp_jax.Groups], Any]:
-    def build(plan: Plan, groups: sdp_jax.Groups) -> optax.GradientTransformation:
-        penalty = plan.config.penalty
-        if not growing:
-            return methods.group_norm_regularizer(groups, penalty)
-        # The coefficient grows by the penalty ten times before the cut.
-        every = max(1, plan.middle // 10)
-        return methods.group_norm_regularizer(
-            groups, penalty, growing=penalty, every=every
-        )
+def _fixed(plan: Plan, groups: sdp_jax.Groups) -> optax.GradientTransformation:
+    return methods.group_norm_regularizer(groups, plan.config.penalty)
 
-    return build
+
+def _growing(plan: Plan, groups: sdp_jax.Groups) -> optax.GradientTransformation:
+    # The coefficient grows by the penalty ten times before the cut.
+    penalty, every = plan.config.penalty, max(1, plan.middle // 10)
+    return methods.group_norm_regularizer(groups, penalty, growing=penalty, every=every)
 
 
 Builder = Callable[[Plan, sdp_jax.Groups], optax.GradientTransformation]
 BUILDERS: Mapping[Method, Builder] = {
-    "sgd": lambda plan, groups: _sgd(plan),
+    "sgd": lambda plan, groups: plan.base,
     "altsdp": _altsdp,
     "prox_sgd": _prox_sgd,
     "grda": _grda,
-    "l1": _by_score(lambda plan: methods.l1_norm(), per_dimension=True),
-    "l2": _by_score(lambda plan: methods.l2_norm(), per_dimension=True),
-    "l2_last": lambda plan, groups: methods.hosted(
-        _sgd(plan), _remove(plan, groups, methods.l2_norm(), at=plan.steps)
-    ),
+    "l1": _by_score(lambda plan: methods.l1_norm(), "dimension"),
+    "l2": _by_score(lambda plan: methods.l2_norm(), "dimension"),
+    "l2_last": _l2_last,
     "taylor": _taylor,
     "random": _by_score(
         lambda plan: methods.random_score(jax.random.key(plan.config.seed)),
-        per_dimension=True,
+        "dimension",
     ),
-    "discriminant": _by_score(lambda plan: None, per_dimension=True),
+    "discriminant": _by_score(lambda plan: None, "dimension"),
     "depgraph": _by_score(lambda plan: methods.group_importance()),
     "depgraph_steps": _depgraph_steps,
-    "depgraph_reg": _by_score(
-        lambda plan: methods.group_importance(), _regularizer(False)
-    ),
+    "depgraph_reg": _by_score(lambda plan: methods.group_importance(), in_front=_fixed),
     "depgraph_growing": _by_score(
-        lambda plan: methods.group_importance(), _regularizer(True)
+        lambda plan: methods.group_importance(), in_front=_growing
     ),
     "slimming": _by_score(
         # Layers without a scale go by their entries, each layer by itself.
         lambda plan: methods.scale_score(missing="rms"),
+        "dimension",
         lambda plan, groups: methods.scale_penalty(groups, plan.config.penalty),
-        per_dimension=True,
     ),
     "perspective": _by_score(
         lambda plan: methods.l2_norm(),
-        lambda plan, groups: methods.perspective_regularizer(
+        in_front=lambda plan, groups: methods.perspective_regularizer(
             groups, plan.config.penalty, alpha=0.5, bound=1.0
         ),
     ),

@@ -20,9 +20,9 @@ def make_watch(groups: sdp_jax.Groups) -> Callable[[Any], dict[str, Any]]:
     @jax.jit
     def look(variables: Any) -> Any:
         alive = sdp_jax.channels_alive(groups, variables)
-        norms = jnp.concatenate(list(sdp_jax.channel_norms(groups, variables).values()))
+        norms = sdp_jax.channel_norms(groups, variables)
         return (
-            {name: jnp.sum(value) for name, value in alive.items()},
+            {name: jnp.sum(part) for name, part in groups.split(alive).items()},
             methods.pq_index(variables["params"]),
             methods.pq_index(norms, mask=norms > 0),
         )

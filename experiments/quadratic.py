@@ -18,6 +18,7 @@ import rich.table
 import tyro
 
 import sdp_jax
+from experiments.files import write_whole
 
 GROUP, GAMMA = 5, 0.01
 
@@ -82,14 +83,17 @@ def trajectory(
         options.dimension, options.sharp, seed
     )
     params = {"w": jnp.asarray(start.reshape(-1, GROUP))}
-    groups = sdp_jax.groups_from_axes(params, {"all": [sdp_jax.producer("w", 0)]})
+    groups = sdp_jax.groups_from_axes(params, {"all": [sdp_jax.Member("w", 0)]})
     directions = {"w": jnp.asarray(basis.T.reshape(options.sharp, -1, GROUP))}
-    tx = sdp_jax.altsdp(
-        GAMMA,
-        groups,
-        strength=sdp_jax.valley_strength(options.c, options.mu),
-        valley={"basis": directions} if explicit else None,
-    )
+    rule = sdp_jax.valley_strength(options.c, options.mu, GAMMA)
+    tx = sdp_jax.altsdp(GAMMA, groups, strength=rule)
+    if explicit:
+        tx = optax.chain(
+            optax.sgd(GAMMA),
+            sdp_jax.dual_averaging(),
+            sdp_jax.valley.project_onto_valley(groups, rule, basis=directions),
+            sdp_jax.group_soft_threshold(groups, rule),
+        )
 
     @jax.jit
     def run(carry: Any, steps: Any) -> Any:
@@ -109,7 +113,9 @@ def trajectory(
         carry = run(carry, steps - done)
         done = steps
         strength = options.c * GAMMA**0.5 * (steps * GAMMA) ** options.mu
-        exact = sdp_jax.valley.sdp(solution, groups, strength, directions, floor=0).params
+        exact = sdp_jax.valley.sdp(
+            solution, groups, strength, directions, min_channels=0
+        ).params
         w = np.asarray(carry[0]["w"])
         error = (w.reshape(-1) - centre) @ hessian @ (w.reshape(-1) - centre) / 2
         records.append(
@@ -153,8 +159,7 @@ def main(options: Quadratic) -> dict[str, Any]:
         method: _slope(figures["as training goes on"][method])
         for method in ("plain", "explicit")
     }
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "quadratic.json").write_text(json.dumps(figures) + "\n")
+    write_whole(options.out / "quadratic.json", json.dumps(figures) + "\n")
     _draw(figures, options)
     rich.console.Console().print(_table(figures))
     return figures

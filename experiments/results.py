@@ -24,7 +24,7 @@ import tyro
 from experiments.config import PRUNING, Config
 from experiments.configs import CONFIGS, ROWS, VARIANTS
 from experiments.files import write_whole
-from experiments.log import read_lines
+from experiments.log import read_finished
 
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "docs" / "results"
@@ -192,13 +192,7 @@ def record(run: pathlib.Path) -> dict[str, Any]:
     Raises:
       ValueError: if the run is not finished, or it cannot be told what it is.
     """
-    path = pathlib.Path(run) / "metrics.jsonl"
-    lines = read_lines(path) if path.is_file() else []
-    if not lines or "test_accuracy" not in lines[-1]:
-        raise ValueError(
-            f"{run} holds no finished run of experiments.train; the command that began "
-            "it goes on where it was"
-        )
+    lines = read_finished(run)
     header, result = lines[0], lines[-1]
     lacking = [k for k in ("config", *_ENVIRONMENT) if k not in header]
     if lacking:

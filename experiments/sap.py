@@ -8,6 +8,7 @@ result is the same.
 """
 
 import dataclasses
+import io
 import json
 import pathlib
 import sys
@@ -61,7 +62,7 @@ class Config:
       gamma: SAP: scale of what is removed.
       beta: SAP: largest share that a round removes.
       scope: SAP of weights: what index and removal are taken over.
-      share: lottery ticket and one-shot: share that a round removes.
+      sparsity: lottery ticket and one-shot: share that a round removes.
       seed: of initialisation and data order.
       data_dir: directory with the data set's file; default: tensorflow-datasets.
       out: directory of results; what it takes to go on lies in ``state`` below it.
@@ -84,7 +85,7 @@ class Config:
     gamma: float = 1.0
     beta: float = 0.9
     scope: Literal["global", "tensor", "row"] = "global"
-    share: float = 0.2
+    sparsity: float = 0.2
     seed: int = 0
     data_dir: pathlib.Path | None = None
     out: pathlib.Path = pathlib.Path("sap")
@@ -232,23 +233,24 @@ def _rounds(
     groups: sdp_jax.Groups | None,
     saved: "State",
 ) -> Iterator[methods.PruningRound]:
-    common: Any = {
-        "rounds": config.rounds,
-        "p": config.p,
-        "q": config.q,
-        "begin": len(saved.records),
-        "mask": saved.mask,
-    }
     if method == "lottery_ticket":
-        return methods.lottery_ticket(run, params, share=config.share, **common)
-    if method == "one_shot":
-        return methods.one_shot(
-            run, params, share=config.share, dense=saved.dense, **common
-        )
-    common |= {"eta": config.eta, "gamma": config.gamma, "beta": config.beta}
-    if method == "sap_channels":
-        return methods.sap(run, params, groups=groups, **common)
-    return methods.sap(run, params, scope=config.scope, **common)
+        rule = methods.lottery_ticket(config.sparsity)
+    elif method == "one_shot":
+        rule = methods.one_shot(config.sparsity, saved.dense)
+    else:
+        rule = methods.sap(config.eta, config.gamma, config.beta)
+    return methods.pruning_rounds(
+        run,
+        params,
+        rule,
+        rounds=config.rounds,
+        p=config.p,
+        q=config.q,
+        scope=config.scope if method == "sap" else "global",
+        groups=groups,
+        begin_round=len(saved.records),
+        mask=saved.mask,
+    )
 
 
 class State:
@@ -302,11 +304,9 @@ class State:
             tree = getattr(self, name)
             flat = {} if tree is None else traverse_util.flatten_dict(tree)
             arrays |= {"/".join((name, *k)): np.asarray(x) for k, x in flat.items()}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_suffix(".tmp")
-        with temporary.open("wb") as file:
-            np.savez_compressed(file, **arrays)
-        temporary.replace(self.path)
+        file = io.BytesIO()
+        np.savez_compressed(file, **arrays)
+        write_whole(self.path, file.getvalue())
 
 
 def main(

@@ -12,7 +12,7 @@ import numpy as np
 import tyro
 
 from experiments.config import Config
-from experiments.log import read_lines
+from experiments.log import read_finished
 
 DEFAULT = Config().key()
 
@@ -43,10 +43,7 @@ def rows(runs: tuple[pathlib.Path, ...]) -> list[dict[str, Any]]:
     """
     found: dict[str, list[dict[str, Any]]] = {}
     for run in runs:
-        path = pathlib.Path(run) / "metrics.jsonl"
-        lines = read_lines(path) if path.is_file() else []
-        if not lines or "test_accuracy" not in lines[-1]:
-            raise ValueError(f"{run} holds no finished run of experiments.train")
+        lines = read_finished(run)
         config = {k: v for k, v in lines[0]["config"].items() if k != "seed"}
         epochs = [line for line in lines if "epoch" in line]
         record = lines[-1] | {"train_loss": epochs[-1]["train_loss"], "config": config}
@@ -116,11 +113,11 @@ def _settings(config: dict[str, Any]) -> str:
             "valley_rank",
             "valley_every",
             "ranking",
-            "norm",
+            "weights",
             "widths",
             "momentum",
             "schedule",
-            "floor",
+            "min_channels",
         )
         if config[k] != DEFAULT[k]
     ]

@@ -33,7 +33,7 @@ from experiments.config import Config
 from experiments.configs import CONFIGS
 from experiments.interrupt import Interrupt, Interrupted
 from experiments.log import Log
-from experiments.optimizers import Counted, make_optimizer
+from experiments.optimizers import make_optimizer
 from experiments.outcome import make_watch, outcome
 from experiments.refresh import make_from_outside
 from experiments.steps import (
@@ -100,8 +100,7 @@ def make_setup(config: Config, dataset: data.Dataset, steps: int) -> Setup:
     # Under jit, because a deep network has thousands of small arrays to draw.
     variables: Any = jax.jit(model.init)(jax.random.key(config.seed), example)
     groups = sdp_jax.find_groups(model.apply, variables, example)
-    counted = Counted(groups, model.apply, variables, (example,))
-    tx = make_optimizer(config, groups.at("params"), steps, counted)
+    tx = make_optimizer(config, groups.at("params"), steps)
     params = variables["params"]
     state = State(params, variables.get("batch_stats", {}), tx.init(params))
     return Setup(model, groups, tx, state)

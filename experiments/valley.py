@@ -87,13 +87,13 @@ def prune_to(groups: sdp_jax.Groups, params: Any, sparsity: float) -> Any:
         d.name: jnp.zeros(d.size).at[jnp.asarray(kept)].set(1)
         for d, kept in zip(groups, cut.kept, strict=True)
     }
-    return sdp_jax.scale_channels(groups, params, keep)
+    return sdp_jax.scale_channels(groups, params, groups.join(keep))
 
 
 def sparsity_of(groups: sdp_jax.Groups, params: Any) -> float:
     """Share of the channels that are zero."""
-    alive = sdp_jax.channels_alive(groups, params).values()
-    return 1 - sum(int(a.sum()) for a in alive) / groups.num_channels
+    alive = int(sdp_jax.channels_alive(groups, params).sum())
+    return 1 - alive / groups.num_channels
 
 
 def solutions(
@@ -196,7 +196,6 @@ def main(options: Valley) -> dict[str, sdp_jax.valley.Certificate]:
         curvature_examples=options.curvature_examples,
     )
     groups, dense = reference.groups.at("params"), reference.state.params
-    options.out.mkdir(parents=True, exist_ok=True)
     _check_options(options)
     certificates: dict[str, sdp_jax.valley.Certificate] = {}
     with progress_bars(console) as progress:
@@ -252,7 +251,7 @@ def _check_options(options: Valley) -> None:
             f"{options.out} holds certificates that were made with other options; give "
             "another --out, or delete it"
         )
-    file.write_text(json.dumps(raw) + "\n")
+    write_whole(file, json.dumps(raw) + "\n")
 
 
 def markdown(certificates: dict[str, sdp_jax.valley.Certificate]) -> str:

@@ -12,6 +12,7 @@ a score or a host, :mod:`sdp_jax.channels`, :mod:`sdp_jax.prox` and :mod:`sdp_ja
 from sdp_jax import base, channels, methods, prox, valley
 from sdp_jax._altsdp import altsdp, grda, prox_sgd
 from sdp_jax._narrow import narrow
+from sdp_jax._prune import Pruned, load, prune
 from sdp_jax.axes import groups_from_axes
 from sdp_jax.channels import (
     channel_norms,
@@ -22,7 +23,6 @@ from sdp_jax.channels import (
 )
 from sdp_jax.cut import Cut
 from sdp_jax.export import export_stablehlo
-from sdp_jax.files import load, save
 from sdp_jax.groups import Dimension, Groups, Member
 from sdp_jax.measure import cost, latency
 from sdp_jax.plan import plan_cut
@@ -34,6 +34,7 @@ from sdp_jax.strength import (
 )
 from sdp_jax.target import target_sparsity
 from sdp_jax.tracing.find import find_groups
+from sdp_jax.tracing.flops import count_flops
 from sdp_jax.transforms import (
     check_zeros,
     dual_averaging,
@@ -49,6 +50,7 @@ __all__ = [
     "Dimension",
     "Groups",
     "Member",
+    "Pruned",
     "Strength",
     "adaptive_strength",
     "altsdp",
@@ -60,6 +62,7 @@ __all__ = [
     "channels_alive",
     "check_zeros",
     "cost",
+    "count_flops",
     "dual_averaging",
     "export_stablehlo",
     "find_groups",
@@ -73,9 +76,9 @@ __all__ = [
     "plan_cut",
     "prox",
     "prox_sgd",
+    "prune",
     "radial_dual_averaging",
     "ramp_strength",
-    "save",
     "scale_channels",
     "soft_threshold",
     "target_sparsity",

@@ -81,8 +81,8 @@ def altsdp(
 
     Raises:
       ValueError: if ``strength``, ``min_channels`` or ``weights`` does not fit the
-        groups, ``valley_strength`` has no learning rate and ``base`` is none, momentum is given
-        beside a transformation, or the learning rate is negative.
+        groups, ``valley_strength`` has no learning rate and ``base`` is none, momentum
+        is given beside a transformation, or the learning rate is negative.
       TypeError: if ``base`` or ``groups`` is of another kind.
 
     References:

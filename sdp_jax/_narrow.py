@@ -8,9 +8,9 @@ import jax
 import numpy as np
 
 from sdp_jax.cut import Cut
-from sdp_jax.tracing.analyse import Analysis, analyse
+from sdp_jax.tracing.analyse import Analysis, analyse_with
 from sdp_jax.tracing.evaluate import Evaluator
-from sdp_jax.tracing.rules import REBUILD
+from sdp_jax.tracing.rules import RULES
 from sdp_jax.tracing.static import separate
 from sdp_jax.tree import PyTree, leaf_dtype, leaf_table
 
@@ -57,7 +57,6 @@ def narrow(fn: Callable[..., Any], cut: Cut) -> Callable[..., Any]:
             f"narrow takes a Cut, as sdp_jax.plan_cut makes it; got "
             f"{type(cut).__name__}"
         )
-    state = {m.path for d in cut.dense for m in d.members if m.role == "state"}
 
     @functools.wraps(fn)
     def small_fn(params: PyTree, /, *args: Any, **kwargs: Any) -> Any:
@@ -70,20 +69,14 @@ def narrow(fn: Callable[..., Any], cut: Cut) -> Callable[..., Any]:
                 for path, leaf in table.items()
             ],
         )
-        found = analyse(
+        found = analyse_with(
+            cut.dense,
             lambda p, rest: fn(p, *rest[0], **rest[1]),
             dense,
             ((args, kwargs),),
-            is_state=lambda path: path in state,
-            prune_inputs=cut.dense.prune_inputs,
-            prune_outputs=cut.dense.prune_outputs,
         )
         _check_producers(found, cut)
-        evaluator = Evaluator(
-            found.solution,
-            _kept_classes(found, cut),
-            REBUILD,
-        )
+        evaluator = Evaluator(found.solution, _kept_classes(found, cut), RULES)
         moving, _ = separate((args, kwargs))
         inputs = found.body.ins[len(table) :]
         moving = map(evaluator.take, moving, inputs)

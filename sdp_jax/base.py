@@ -202,12 +202,27 @@ def check_kind(groups: Any) -> None:
 
 
 def wide_copy(leaf: jax.Array) -> jax.Array:
-    """A copy, at least float32: it must not share a buffer that may be donated."""
+    """A copy, at least float32: it must not share a buffer that may be donated.
+
+    Args:
+      leaf: an array of the parameters.
+
+    Returns:
+      The copy, in the dtype of the leaf or float32, whichever is wider.
+    """
     return jnp.array(leaf, jnp.promote_types(leaf.dtype, jnp.float32), copy=True)
 
 
 def add_step(params: optax.Params, updates: optax.Updates) -> optax.Params:
-    """The point that updates lead to, in the wider dtype and at least float32."""
+    """The point that updates lead to, in the wider dtype and at least float32.
+
+    Args:
+      params: the parameters.
+      updates: a step from there.
+
+    Returns:
+      The candidate ``params + updates``.
+    """
 
     def add(p: jax.Array, u: jax.Array) -> jax.Array:
         dtype = jnp.promote_types(jnp.promote_types(p.dtype, u.dtype), jnp.float32)

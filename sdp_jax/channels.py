@@ -121,9 +121,15 @@ def channel_norms(
       >>> print(sdp_jax.channel_norms(groups, params))
       [5. 1.]
     """
-    factor = channel_weights(groups, weights)
-    norms = jnp.sqrt(_reduce_channels(groups, tree, _square, jnp.sum, jnp.add))
-    return norms / jnp.asarray(factor, norms.dtype)
+    norms = jnp.sqrt(reduce_channels(groups, tree, _square, jnp.sum, jnp.add))
+    if weights == "plain":
+        return norms
+    # By a number for each dimension: XLA rounds the division by a vector differently.
+    factors = groups.split(channel_weights(groups, weights))
+    parts = groups.split(norms)
+    return groups.join(
+        {k: v / jnp.asarray(factors[k][0], v.dtype) for k, v in parts.items()}
+    )
 
 
 def channel_products(groups: Groups, first: PyTree, second: PyTree) -> jax.Array:
@@ -155,7 +161,7 @@ def channel_products(groups: Groups, first: PyTree, second: PyTree) -> jax.Array
         return value.real if jnp.iscomplexobj(value) else value
 
     products = jax.tree.map(product, first, second)
-    return _reduce_channels(groups, products, lambda x: x, jnp.sum, jnp.add)
+    return reduce_channels(groups, products, lambda x: x, jnp.sum, jnp.add)
 
 
 def member_sums(
@@ -226,7 +232,7 @@ def channels_alive(groups: Groups, tree: PyTree) -> jax.Array:
       >>> print(sdp_jax.channels_alive(groups, params))
       [ True False]
     """
-    return _reduce_channels(groups, tree, lambda x: x != 0, jnp.any, jnp.logical_or)
+    return reduce_channels(groups, tree, lambda x: x != 0, jnp.any, jnp.logical_or)
 
 
 def scale_channels(groups: Groups, tree: PyTree, factors: jax.Array) -> PyTree:
@@ -336,25 +342,36 @@ def probe_channels(groups: Groups, tree: PyTree) -> jax.Array:
     return groups.join(probes)
 
 
-def _square(x: jax.Array) -> jax.Array:
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    if jnp.iscomplexobj(x):
-        return jnp.square(x.real) + jnp.square(x.imag)
-    return jnp.square(x)
-
-
-def _real_dtype(dtype: Any) -> Any:
-    return jnp.finfo(dtype).dtype
-
-
-def _reduce_channels(
+def reduce_channels(
     groups: Groups,
     tree: PyTree,
     entry: Callable[[jax.Array], jax.Array],
     reduce: Callable[..., jax.Array],
     combine: Callable[[jax.Array, jax.Array], jax.Array],
 ) -> jax.Array:
-    """Reduces ``entry(leaf)`` to one number per channel, one pass per leaf."""
+    """Reduces ``entry(leaf)`` to one number per channel, one pass per leaf.
+
+    Args:
+      groups: the channel dimensions.
+      tree: a tree that has the producers of ``groups`` as leaves.
+      entry: a function of one leaf, in the leaf's shape.
+      reduce: a reduction with ``axis`` and ``keepdims``, for example ``jnp.sum``.
+      combine: what joins the numbers of two producers, for example ``jnp.add``.
+
+    Returns:
+      A vector ``(num_channels,)``.
+
+    Raises:
+      ValueError: if a producer is missing or has another shape.
+
+    Example:
+      >>> import jax.numpy as jnp, sdp_jax
+      >>> params = {"w": jnp.array([[3., 0.], [-4., 1.]])}
+      >>> groups = sdp_jax.groups_from_axes(
+      ...     params, {"hidden": [sdp_jax.Member("w", 1)]})
+      >>> print(reduce_channels(groups, params, magnitude, jnp.sum, jnp.add))
+      [7. 1.]
+    """
     table = producer_leaves(groups, tree)
     lines: dict[tuple[str, int], jax.Array] = {}
     out: dict[str, jax.Array] = {}
@@ -366,6 +383,59 @@ def _reduce_channels(
         value = reduce(_blocks(lines[key], member, size), axis=(0, 2))
         out[name] = combine(out[name], value) if name in out else value
     return groups.join(out)
+
+
+def each_dimension(
+    groups: Groups, function: Callable[..., jax.Array], *vectors: jax.Array | np.ndarray
+) -> jax.Array:
+    """Applies a function to the channels of each dimension.
+
+    Args:
+      groups: the channel dimensions.
+      function: a function of vectors ``(size,)``; a scalar that it returns stands for
+        all channels of the dimension.
+      *vectors: its arguments, for all channels, ``(num_channels,)``.
+
+    Returns:
+      A vector ``(num_channels,)``.
+
+    Example:
+      >>> import jax.numpy as jnp, sdp_jax
+      >>> params = {"w": jnp.ones((2, 3))}
+      >>> groups = sdp_jax.groups_from_axes(
+      ...     params, {"hidden": [sdp_jax.Member("w", 1)]})
+      >>> print(each_dimension(groups, jnp.max, jnp.array([1., 4., 2.])))
+      [4. 4. 4.]
+    """
+    parts = [groups.split(vector) for vector in vectors]
+    found = {name: function(*(p[name] for p in parts)) for name in groups.sizes}
+    return groups.join(
+        {k: jnp.broadcast_to(v, (groups.sizes[k],)) for k, v in found.items()}
+    )
+
+
+def magnitude(leaf: jax.Array) -> jax.Array:
+    """Magnitudes of the entries.
+
+    Args:
+      leaf: any array.
+
+    Returns:
+      Real numbers of the same shape, at least float32.
+    """
+    value = jnp.abs(leaf)
+    return value.astype(jnp.promote_types(value.dtype, jnp.float32))
+
+
+def _square(x: jax.Array) -> jax.Array:
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    if jnp.iscomplexobj(x):
+        return jnp.square(x.real) + jnp.square(x.imag)
+    return jnp.square(x)
+
+
+def _real_dtype(dtype: Any) -> Any:
+    return jnp.finfo(dtype).dtype
 
 
 def _reduce_to_axis(

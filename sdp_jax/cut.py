@@ -45,6 +45,13 @@ class Cut:
     dense: Groups
     kept: tuple[tuple[int, ...], ...]
 
+    def __hash__(self) -> int:
+        return self._hash
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash((self.dense, self.kept))
+
     def __post_init__(self) -> None:
         """Checks that the indices fit the groups."""
         if not isinstance(self.dense, Groups):
@@ -163,7 +170,7 @@ class Cut:
             )
         small = jax.tree.unflatten(jax.tree.structure(tree, is_leaf=is_hidden), leaves)
         if like is not None:
-            _check_like(small, like)
+            check_like(small, like)
         return small
 
     def fill(self, tree: PyTree) -> PyTree:
@@ -309,7 +316,7 @@ class Cut:
             raise ValueError(f"not a cut in JSON: {error}") from error
 
     def summary(self) -> str:
-        """A table of what there was before and is after the cut: widths, entries, FLOPs."""
+        """A table of before and after the cut: widths, entries, FLOPs."""
         rows: list[tuple[str, float, float]] = [
             (d.name, d.size, len(kept))
             for d, kept in zip(self.dense.dimensions, self.kept, strict=True)
@@ -318,8 +325,9 @@ class Cut:
         after = sum(math.prod(s) for s in self.small_shapes.values())
         rows.append(("entries", before, after))
         if self.dense.flops is not None:
-            widths = [list(w.values()) for w in (self.dense.sizes, self.widths)]
-            rows.append(("FLOPs", *map(self.dense.flops.at, widths)))
+            flops = self.dense.flops.at
+            full, left = (list(w.values()) for w in (self.dense.sizes, self.widths))
+            rows.append(("FLOPs", flops(full), flops(left)))
         first = max([len(row[0]) for row in rows] + [9])
         second = max([len(f"{row[1]:,.0f}") for row in rows] + [6])
         lines = [f"{'dimension':<{first}}  {'before':>{second}}  {'after':>{second}}"]
@@ -444,7 +452,8 @@ def _take(leaf: Any, index: np.ndarray, axis: int) -> Any:
     return jnp.take(leaf, index, axis=axis)
 
 
-def _check_like(small: PyTree, like: PyTree) -> None:
+def check_like(small: PyTree, like: PyTree) -> None:
+    """Refuses a cut tree that does not look like another one."""
     have, want = jax.tree.structure(small), jax.tree.structure(like)
     if have != want:
         raise ValueError(

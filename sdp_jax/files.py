@@ -25,6 +25,15 @@ def save(directory: str | os.PathLike[str], params: PyTree, cut: Cut) -> None:
       FileExistsError: if the directory exists.
       ValueError: if the parameters are not those of the cut.
       ImportError: if orbax-checkpoint is not installed.
+
+    Example:
+      >>> import tempfile, jax.numpy as jnp, sdp_jax
+      >>> params = {"w": jnp.array([[1., 0.], [2., 0.]])}
+      >>> groups = sdp_jax.groups_from_axes(
+      ...     params, {"hidden": [sdp_jax.Member("w", 1)]})
+      >>> cut = sdp_jax.plan_cut(groups, params)
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     sdp_jax.save(f"{folder}/small", cut.take(params), cut)
     """
     cut.check_small(params)
     checkpointing = _orbax()
@@ -66,7 +75,7 @@ def load(
       >>> import tempfile, jax.numpy as jnp, sdp_jax
       >>> params = {"w": jnp.array([[1., 0.], [2., 0.]])}
       >>> groups = sdp_jax.groups_from_axes(
-      ...     params, {"hidden": [sdp_jax.producer("w", 1)]})
+      ...     params, {"hidden": [sdp_jax.Member("w", 1)]})
       >>> cut = sdp_jax.plan_cut(groups, params)
       >>> with tempfile.TemporaryDirectory() as folder:
       ...     sdp_jax.save(folder + "/pruned", cut.take(params), cut)

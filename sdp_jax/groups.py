@@ -160,6 +160,14 @@ class Groups:
     prune_outputs: bool = False
     flops: Polynomial | None = None
 
+    def __hash__(self) -> int:
+        return self._hash
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        fields = dataclasses.fields(self)
+        return hash(tuple(getattr(self, field.name) for field in fields))
+
     def __len__(self) -> int:
         return len(self.dimensions)
 
@@ -398,18 +406,38 @@ class Groups:
             for f in self.frozen
             if f.path.startswith(start)
         )
-        flops = self.flops
-        if flops is not None:
-            places = {d.name: k for k, d in enumerate(dimensions)}
-            numbers = {k: places.get(d.name) for k, d in enumerate(self.dimensions)}
-            flops = flops.substitute(numbers, list(self.sizes.values()))
         return dataclasses.replace(
             self,
             dimensions=tuple(dimensions),
             leaves=leaves,
             frozen=frozen,
-            flops=flops,
+            flops=self._flops_of(dimensions),
         )
+
+    def without(self, *names: str) -> "Groups":
+        """The same groups less some dimensions, which stay at their full width.
+
+        Args:
+          *names: names of dimensions.
+
+        Returns:
+          Groups of the same leaves.
+
+        Raises:
+          KeyError: if there is no dimension of that name.
+        """
+        gone = {self[name].name for name in names}
+        dimensions = tuple(d for d in self.dimensions if d.name not in gone)
+        flops = self._flops_of(dimensions)
+        return dataclasses.replace(self, dimensions=dimensions, flops=flops)
+
+    def _flops_of(self, dimensions: Sequence[Dimension]) -> Polynomial | None:
+        """The FLOPs in the widths of some of the dimensions."""
+        if self.flops is None:
+            return None
+        places = {d.name: k for k, d in enumerate(dimensions)}
+        numbers = {k: places.get(d.name) for k, d in enumerate(self.dimensions)}
+        return self.flops.substitute(numbers, list(self.sizes.values()))
 
     def to_json(self) -> str:
         """The groups as a JSON string."""

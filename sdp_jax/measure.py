@@ -10,17 +10,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from sdp_jax.tracing.rules import RULES
 from sdp_jax.tracing.source import user_line
 from sdp_jax.tracing.static import separate
+from sdp_jax.tracing.trace import NO_RULE
 from sdp_jax.tree import PyTree, leaf_dtype
-
-# Primitives that only move or view entries.
-_FREE = frozenset(
-    "broadcast_in_dim reshape transpose squeeze slice split rev concatenate pad copy "
-    "dynamic_slice dynamic_update_slice gather iota convert_element_type select_n name "
-    "bitcast_convert_type stop_gradient copy_p random_seed random_wrap random_unwrap "
-    "optimization_barrier device_put dim_as_value".split()
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,20 +161,17 @@ def _walk(jaxpr: Any, repeats: int) -> list[EquationCost]:
     out: list[EquationCost] = []
     for eqn in jaxpr.eqns:
         name = eqn.primitive.name
-        inner = _bodies(eqn)
-        if name == "cond":
-            branches = [_walk(body, repeats) for body in inner]
-            out += max(branches, key=lambda b: sum(e.flops * e.repeats for e in b))
-        elif inner:
-            times = repeats * (eqn.params["length"] if name == "scan" else 1)
-            for body in inner:
-                out += _walk(body, times)
+        rule = RULES.get(name, NO_RULE)
+        if inner := bodies(eqn):
+            times, choices = rule.runs(eqn, inner)
+            walks = [[e for b in c for e in _walk(b, repeats * times)] for c in choices]
+            out += max(walks, key=lambda w: sum(e.flops * e.repeats for e in w))
         else:
             out.append(
                 EquationCost(
                     name,
                     user_line(eqn.source_info),
-                    int(flops(eqn, _shapes(eqn.invars), _shapes(eqn.outvars))),
+                    int(rule.flops(eqn, _shapes(eqn.invars), _shapes(eqn.outvars))),
                     _bytes(eqn.outvars),
                     repeats,
                 )
@@ -188,7 +179,7 @@ def _walk(jaxpr: Any, repeats: int) -> list[EquationCost]:
     return out
 
 
-def _bodies(eqn: Any) -> list[Any]:
+def bodies(eqn: Any) -> list[Any]:
     """The jaxprs that an equation runs."""
     keys = ("jaxpr", "call_jaxpr", "body_jaxpr", "cond_jaxpr", "branches")
     found = []
@@ -211,34 +202,3 @@ def _bytes(variables: Sequence[Any]) -> int:
 
 def _shapes(variables: Sequence[Any]) -> list[tuple[int, ...]]:
     return [tuple(getattr(v.aval, "shape", ())) for v in variables]
-
-
-def flops(eqn: Any, shapes: Sequence[Any], outs: Sequence[Any]) -> Any:
-    """Operations of an equation that calls no other.
-
-    Args:
-      eqn: the equation.
-      shapes: shapes of its operands, of numbers or of polynomials in the widths.
-      outs: shapes of its results, likewise.
-
-    Returns:
-      A number, or a polynomial.
-    """
-    name = eqn.primitive.name
-    size = math.prod(outs[0]) if outs else 0
-    if name == "dot_general":
-        (left, _), _ = eqn.params["dimension_numbers"]
-        return 2 * size * math.prod(shapes[0][i] for i in left)
-    if name == "conv_general_dilated":
-        spec = eqn.params["dimension_numbers"].rhs_spec
-        window = math.prod(shapes[1][d] for d in spec[1:])
-        # Zeros that only spread a transposed convolution's input do not count.
-        spread = math.prod(eqn.params["lhs_dilation"])
-        return 2 * size * window * (1 / (eqn.params["batch_group_count"] * spread))
-    if name in _FREE:
-        return 0
-    if name.startswith(("reduce_window", "select_and_")):
-        return size * math.prod(eqn.params["window_dimensions"])
-    if name.startswith(("reduce_", "arg")):
-        return math.prod(shapes[0])
-    return size

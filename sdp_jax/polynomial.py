@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -109,7 +110,7 @@ class Polynomial:
 
     def to_list(self) -> list[Any]:
         """Its terms as plain lists and numbers: ``[[dimensions], coefficient]``."""
-        return [[list(key), value] for key, value in self.terms]
+        return [[list(key), float(value)] for key, value in self.terms]
 
     @staticmethod
     def from_list(data: Any, dimensions: int) -> "Polynomial":
@@ -141,7 +142,7 @@ class Polynomial:
                 )
             if type(value) not in (int, float):
                 raise TypeError(f"a coefficient is a number; got {value!r}")
-            if not math.isfinite(value):
+            if not abs(value) <= sys.float_info.max:
                 raise ValueError(f"a coefficient is finite; got {value!r}")
             key = tuple(sorted(key))
             if key in found:

@@ -143,7 +143,16 @@ def largest_each(groups: Groups, values: jax.Array, floors: Floors) -> jax.Array
 def keep_alive(
     norms: jax.Array, thresholds: jax.Array, share: float = MIN_FACTOR
 ) -> jax.Array:
-    """Thresholds just low enough that every channel keeps a share of itself."""
+    """Thresholds just low enough that every channel keeps a share of itself.
+
+    Args:
+      norms: weighted norms.
+      thresholds: thresholds, broadcastable to ``norms``, in the same units.
+      share: what the factor of a channel does not fall below.
+
+    Returns:
+      Thresholds in the shape of ``norms``.
+    """
     return jnp.minimum(thresholds, (1 - share) * norms)
 
 

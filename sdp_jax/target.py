@@ -162,8 +162,8 @@ def _check_channels(
         kept = sum(int(f) for f in held)
         if len(block) - wanted >= kept:
             continue
-        names = [groups.dimensions[k].name for k in members]
-        what = "the model" if ranking == "global" else f"dimension {names[0]!r}"
+        names = " and ".join(repr(groups.dimensions[k].name) for k in members)
+        what = "the model" if ranking == "global" else f"dimension {names}"
         raise ValueError(
             f"target_sparsity({sparsity}) wants {wanted} of the {len(block)} channels "
             f"of {what} to be zero, but min_channels keeps {kept}; lower the sparsity "

@@ -56,13 +56,19 @@ def train_on_quadratics(problems, c, mu, time, size, explicit, gamma=0.01):
     """Trains on all problems at once, each from its own start in its own valley."""
     params = {"w": jnp.stack([start.reshape(-1, size) for *_, start, _ in problems])}
     one = jax.tree.map(lambda x: x[0], params)
-    groups = sdp_jax.groups_from_axes(one, {"all": [sdp_jax.producer("w", 0)]})
-    valley = None
+    groups = sdp_jax.groups_from_axes(one, {"all": [sdp_jax.Member("w", 0)]})
+    tx = sdp_jax.altsdp(gamma, groups, strength=sdp_jax.valley_strength(c, mu))
     if explicit:
-        valley = {"rank": problems[0][1].shape[1], "estimator": None}
-    tx = sdp_jax.altsdp(
-        gamma, groups, strength=sdp_jax.valley_strength(c, mu), valley=valley
-    )
+        strength = sdp_jax.valley_strength(c, mu, gamma)
+        rank = problems[0][1].shape[1]
+        tx = optax.chain(
+            optax.sgd(gamma),
+            sdp_jax.dual_averaging(),
+            sdp_jax.valley.project_onto_valley(
+                groups, strength, rank=rank, estimator=None
+            ),
+            sdp_jax.group_soft_threshold(groups, strength),
+        )
 
     def run(params, state, hessian, centre):
         def step(carry, _):
@@ -244,12 +250,12 @@ def test_groups_of_one_entry_are_grda(rate, form, x64):
     if form == "grda":
         tx = sdp_jax.grda(rate, c=0.4, mu=0.6)
     else:
-        groups = sdp_jax.groups_from_axes(params, {"w": [sdp_jax.producer("w", 0)]})
+        groups = sdp_jax.groups_from_axes(params, {"w": [sdp_jax.Member("w", 0)]})
         tx = sdp_jax.altsdp(
             rate,
             groups,
             strength=sdp_jax.valley_strength(0.4, 0.6),
-            floor=0,
+            min_channels=0,
             dual=form,
         )
     state = tx.init(params)
@@ -278,21 +284,21 @@ def numpy_altsdp(start, gradients, c, mu, rate, momentum, weight):
     return w
 
 
-@pytest.mark.parametrize(("norm", "weight"), [("plain", 1.0), ("size", 3**0.5)])
+@pytest.mark.parametrize(("weights", "weight"), [("plain", 1.0), ("size", 3**0.5)])
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_every_step_of_the_algorithm(norm, weight, momentum, x64):
+def test_every_step_of_the_algorithm(weights, weight, momentum, x64):
     rng = np.random.default_rng(1)
     start = rng.normal(size=(3, 6))
     gradients = rng.normal(size=(25, 3, 6))
     params = {"w": jnp.asarray(start)}
-    groups = sdp_jax.groups_from_axes(params, {"d": [sdp_jax.producer("w", 1)]})
+    groups = sdp_jax.groups_from_axes(params, {"d": [sdp_jax.Member("w", 1)]})
     tx = sdp_jax.altsdp(
         0.02,
         groups,
         strength=sdp_jax.valley_strength(1.0, 0.7),
         momentum=momentum,
-        norm=norm,
-        floor=0,
+        weights=weights,
+        min_channels=0,
     )
     state = tx.init(params)
     for n in range(25):
@@ -315,9 +321,9 @@ def test_prox_sgd_solves_the_group_lasso(x64):
         norms = np.linalg.norm(v, axis=1, keepdims=True)
         w = (np.maximum(0, 1 - 0.05 * strength / norms) * v).reshape(-1)
     params = {"w": jnp.asarray(rng.normal(size=(4, 3)))}
-    groups = sdp_jax.groups_from_axes(params, {"d": [sdp_jax.producer("w", 0)]})
+    groups = sdp_jax.groups_from_axes(params, {"d": [sdp_jax.Member("w", 0)]})
     rate = optax.constant_schedule(0.1)
-    tx = sdp_jax.prox_sgd(rate, groups, strength=strength, floor=0)
+    tx = sdp_jax.prox_sgd(rate, groups, strength=strength, min_channels=0)
 
     def step(carry, _):
         params, state = carry
@@ -356,7 +362,7 @@ def test_target_is_exact_while_training_and_stays_fixed():
     for i in range(60):
         params, state = step(params, state, toy.batch(seed=i))
         alive = sdp_jax.channels_alive(groups, params)
-        sets.append(np.concatenate([np.asarray(alive[k]) for k in groups.sizes]))
+        sets.append(np.asarray(alive))
     assert sets[4].all()
     assert (~sets[24]).sum() == 40
     for later in sets[24:]:
@@ -368,13 +374,17 @@ def test_layer_collapse_is_stopped_by_the_floor():
     params = toy.mlp_params(widths=(4, 40, 24, 3))
     groups = toy.mlp_groups(params)
     tx = sdp_jax.altsdp(
-        0.1, groups, strength=optax.linear_schedule(0, 100, 20), floor={"hidden1": 3}
+        0.1,
+        groups,
+        strength=optax.linear_schedule(0, 100, 20),
+        min_channels={"hidden1": 3},
     )
     state, update = tx.init(params), jax.jit(tx.update)
     for i in range(30):
         grads = jax.grad(toy.loss)(params, toy.batch(seed=i))
         updates, state = update(grads, state, params)
         params = optax.apply_updates(params, updates)
-    left = {k: int(v.sum()) for k, v in sdp_jax.channels_alive(groups, params).items()}
+    alive = groups.split(sdp_jax.channels_alive(groups, params))
+    left = {k: int(v.sum()) for k, v in alive.items()}
     assert left == {"hidden0": 1, "hidden1": 3}
     chex.assert_tree_all_finite(params)

@@ -35,7 +35,7 @@ def run(tx, params, steps=6):
 
 def assert_pruned(groups, params):
     alive = sdp_jax.channels_alive(groups, params)
-    flat = np.concatenate([np.asarray(a) for a in alive.values()])
+    flat = np.asarray(alive)
     assert 0 < flat.sum() < flat.size
     return flat
 
@@ -106,16 +106,19 @@ def test_inject_hyperparams_changes_rate_and_strength_while_training():
 def test_inject_hyperparams_around_altsdp_itself():
     params = toy.mlp_params()
     groups = toy.mlp_groups(params)
-    tx = optax.inject_hyperparams(sdp_jax.altsdp, static_args=("groups", "norm"))(
-        optax.cosine_decay_schedule(RATE, 10), groups=groups, strength=0.3, floor=2
+    tx = optax.inject_hyperparams(sdp_jax.altsdp, static_args=("groups", "weights"))(
+        optax.cosine_decay_schedule(RATE, 10),
+        groups=groups,
+        strength=0.3,
+        min_channels=2,
     )
     new, state = run(tx, params)
     plain = sdp_jax.altsdp(
-        optax.cosine_decay_schedule(RATE, 10), groups, strength=0.3, floor=2
+        optax.cosine_decay_schedule(RATE, 10), groups, strength=0.3, min_channels=2
     )
     expected, _ = run(plain, params)
     chex.assert_trees_all_close(new, expected, rtol=1e-5, atol=1e-6)
-    assert {"base", "strength", "floor"} <= set(state.hyperparams)
+    assert {"base", "strength", "min_channels"} <= set(state.hyperparams)
 
 
 def test_masked_leaves_the_rest_alone():
@@ -209,8 +212,8 @@ def test_schedules_for_rate_and_threshold():
     )
     new, state = run(tx, params, steps=7)
     assert_pruned(groups, new)
-    norms = sdp_jax.channel_norms(groups, state[1].dual)
-    alive = sdp_jax.channels_alive(groups, new)
+    norms = groups.split(sdp_jax.channel_norms(groups, state[1].dual))
+    alive = groups.split(sdp_jax.channels_alive(groups, new))
     for name, value in norms.items():
         # The seventh update is at schedule(6) = 1; the largest is kept by the floor.
         expected = np.asarray(value) > 1.0

@@ -21,7 +21,7 @@ X = jnp.asarray(np.random.default_rng(0).normal(size=(5, 4)), jnp.float32)
 def half(fn, params, *inputs, **kwargs):
     groups = sdp_jax.find_groups(fn, params, *inputs, **kwargs)
     cut = promise.random_cut(groups, 0.5, 0)
-    return cut, sdp_jax.narrow(fn, cut), promise.zeroed(cut, params)
+    return cut, sdp_jax.narrow(fn, cut), cut.zero(params)
 
 
 @pytest.fixture
@@ -263,7 +263,7 @@ def test_a_cut_along_a_symbolic_axis_is_refused():
     cut = promise.random_cut(groups, 0.5, 0)
     small = sdp_jax.narrow(fn, cut)
     x = jnp.arange(6.0)
-    expected = fn(promise.zeroed(cut, params), x)
+    expected = fn(cut.zero(params), x)
     np.testing.assert_allclose(small(cut.take(params), x), expected)
     shape = jax.ShapeDtypeStruct(export.symbolic_shape("b"), jnp.float32)
     with pytest.raises((ValueError, TypeError)):

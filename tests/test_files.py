@@ -5,10 +5,10 @@ import sys
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 import sdp_jax
+from sdp_jax import files
 from tests import toy
 
 PARAMS = toy.mlp_params()
@@ -23,9 +23,9 @@ def half():
 def test_round_trip(tmp_path):
     cut = half()
     small = cut.take(PARAMS)
-    sdp_jax.save(tmp_path / "deep" / "model", small, cut)
+    files.save(tmp_path / "deep" / "model", small, cut)
     for like in (None, PARAMS, jax.eval_shape(lambda: small)):
-        params, again = sdp_jax.load(tmp_path / "deep" / "model", like)
+        params, again = files.load(tmp_path / "deep" / "model", like)
         assert again == cut
         chex.assert_trees_all_equal(params, small)
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["model"]
@@ -34,32 +34,25 @@ def test_round_trip(tmp_path):
 def test_nothing_is_half_written(tmp_path, monkeypatch):
     cut = half()
     with pytest.raises(ValueError, match="not the parameters of the cut"):
-        sdp_jax.save(tmp_path / "model", PARAMS, cut)
+        files.save(tmp_path / "model", PARAMS, cut)
     monkeypatch.setattr(sdp_jax.Cut, "to_json", lambda self: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        sdp_jax.save(tmp_path / "model", cut.take(PARAMS), cut)
+        files.save(tmp_path / "model", cut.take(PARAMS), cut)
     assert not list(tmp_path.iterdir())
 
 
 def test_bad_directories(tmp_path):
     cut = half()
     with pytest.raises(FileNotFoundError, match="holds no saved cut"):
-        sdp_jax.load(tmp_path)
+        files.load(tmp_path)
     with pytest.raises(FileExistsError, match="choose another"):
-        sdp_jax.save(tmp_path, cut.take(PARAMS), cut)
-    sdp_jax.save(tmp_path / "model", cut.take(PARAMS), cut)
+        files.save(tmp_path, cut.take(PARAMS), cut)
+    files.save(tmp_path / "model", cut.take(PARAMS), cut)
     with pytest.raises(ValueError, match="neither the dense nor the small"):
-        sdp_jax.load(tmp_path / "model", {"w": jnp.ones(3)})
+        files.load(tmp_path / "model", {"w": jnp.ones(3)})
 
 
 def test_without_orbax(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "orbax.checkpoint", None)
     with pytest.raises(ImportError, match="pip install orbax-checkpoint"):
-        sdp_jax.load(tmp_path)
-
-
-def test_pictures_name_layers_and_couplings():
-    picture = GROUPS.draw()
-    assert picture.startswith("digraph")
-    assert '"layer0" -> "hidden0"' in picture and '"hidden0" -> "layer1"' in picture
-    assert np.all([name in picture for name in GROUPS.sizes])
+        files.load(tmp_path)

@@ -46,7 +46,7 @@ def test_training_mode_returns_small_statistics(x64):
     groups = sdp_jax.find_groups(train, variables, x)
     assert list(groups.sizes.values()) == [8]
     cut = promise.random_cut(groups, 0.5, 0)
-    dense = promise.zeroed(cut, variables)
+    dense = cut.zero(variables)
     expected, stats = train(dense, x)
     found, small_stats = sdp_jax.narrow(train, cut)(cut.take(dense), x)
     promise.close(found, expected, 1e-12)
@@ -72,7 +72,7 @@ def test_narrow_composes_with_transformations(x64):
     params = promise.randomise(shapes(**sizes))
     x = jnp.asarray(X)
     cut = promise.random_cut(sdp_jax.find_groups(fn, params, x), 0.5, 0)
-    dense = promise.zeroed(cut, params)
+    dense = cut.zero(params)
     small, narrowed = cut.take(dense), sdp_jax.narrow(fn, cut)
     over = jax.vmap(narrowed, (None, 0))(small, x)
     promise.close(over, jax.vmap(fn, (None, 0))(dense, x), 1e-12)
@@ -89,12 +89,12 @@ def test_a_cut_of_a_cut(x64):
     params = promise.randomise(shapes(**sizes))
     x = jnp.asarray(X)
     first = promise.random_cut(sdp_jax.find_groups(fn, params, x), 0.5, 0)
-    small = first.take(promise.zeroed(first, params))
+    small = first.take(first.zero(params))
     narrowed = sdp_jax.narrow(fn, first)
     groups = sdp_jax.find_groups(narrowed, small, x)
     assert groups.sizes == first.widths
     second = promise.random_cut(groups, 0.5, 1)
-    dense = promise.zeroed(second, small)
+    dense = second.zero(small)
     promise.close(
         sdp_jax.narrow(narrowed, second)(second.take(dense), x),
         narrowed(dense, x),

@@ -56,25 +56,30 @@ def test_shares_of_parameters_are_met_to_a_channel(sparsity, ranking):
     assert left > (1 - sparsity) * dense - 16
 
 
+def plan_flops(sparsity, params=PARAMS):
+    groups = sdp_jax.find_groups(toy.mlp_apply, params, X)
+    assert list(groups.sizes.values()) == list(GROUPS.sizes.values())
+    scores = GROUPS.join(SCORES)
+    return sdp_jax.plan_cut(
+        groups, params, scores=scores, sparsity=sparsity, target="flops"
+    )
+
+
 @pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.7])
 def test_shares_of_flops_are_met_to_a_channel(sparsity):
-    cut = plan(sparsity=sparsity, target="flops", fn=toy.mlp_apply, inputs=(X,))
+    cut = plan_flops(sparsity)
     dense = sdp_jax.cost(toy.mlp_apply, PARAMS, X).flops
     narrowed = sdp_jax.narrow(toy.mlp_apply, cut)
     left = sdp_jax.cost(narrowed, cut.take(PARAMS), X).flops
     assert left <= (1 - sparsity) * dense
     assert left > (1 - sparsity) * dense - 2 * 16 * 17 - 64
-    shapes = jax.eval_shape(lambda: PARAMS)
-    again = sdp_jax.plan_cut(
-        GROUPS,
-        shapes,
-        scores=SCORES,
-        sparsity=sparsity,
-        target="flops",
-        fn=toy.mlp_apply,
-        inputs=(X,),
-    )
-    assert again == cut
+    assert plan_flops(sparsity, jax.eval_shape(lambda: PARAMS)) == cut
+
+
+def test_scores_are_a_vector_or_arrays_by_name():
+    vector = GROUPS.join(SCORES)
+    for scores in (vector, np.asarray(vector), dict(reversed(SCORES.items()))):
+        assert plan(scores=scores, sparsity=0.5) == plan(sparsity=0.5)
 
 
 def test_latency_is_a_target_too():
@@ -99,7 +104,7 @@ def test_latency_is_searched_in_the_ratio_of_two_timings(monkeypatch):
 
     monkeypatch.setattr("sdp_jax.plan.latency", timed)
     inputs = dict(sparsity=0.5, fn=toy.mlp_apply, inputs=(X,))
-    assert plan(target="latency", **inputs) == plan(target="flops", **inputs)
+    assert plan(target="latency", **inputs).kept == plan_flops(0.5).kept
     assert len(sizes) <= 6
 
 
@@ -112,7 +117,7 @@ def test_a_latency_met_once_is_taken(monkeypatch):
 
 
 def test_floors_limits_and_rounding():
-    assert min(plan(sparsity=0.7, floor=3).widths.values()) == 3
+    assert min(plan(sparsity=0.7, min_channels=3).widths.values()) == 3
     limited = plan(sparsity=0.5, limits={"hidden1": 0.25})
     assert limited.widths["hidden1"] >= 6
     assert sum(limited.widths.values()) == 10
@@ -129,8 +134,8 @@ def test_floors_limits_and_rounding():
 
 
 def test_zeros_round_up_as_well():
-    factors = {"hidden0": jnp.arange(12) > 4, "hidden1": jnp.ones(8)}
-    factors = {k: v.astype(jnp.float32) for k, v in factors.items()}
+    factors = {"hidden0": jnp.arange(12) > 4, "hidden1": jnp.ones(8, bool)}
+    factors = GROUPS.join(factors).astype(jnp.float32)
     params = sdp_jax.scale_channels(GROUPS, PARAMS, factors)
     assert sdp_jax.plan_cut(GROUPS, params).widths == {"hidden0": 7, "hidden1": 8}
     cut = sdp_jax.plan_cut(GROUPS, params, round_to=4)
@@ -163,27 +168,46 @@ BAD = {
     "sparsity of one": (lambda: plan(sparsity=1.0), r"\[0, 1\); got 1.0"),
     "another target": (lambda: plan(sparsity=0.5, target="size"), "'size'"),
     "another ranking": (lambda: plan(sparsity=0.5, ranking="layer"), "'layer'"),
-    "flops of nothing": (lambda: plan(sparsity=0.5, target="flops"), "needs fn="),
+    "flops of groups made by hand": (
+        lambda: plan(sparsity=0.5, target="flops"),
+        r"know no FLOPs.*find_groups counts them, and so does .*count_flops\(groups",
+    ),
+    "latency of nothing": (lambda: plan(sparsity=0.5, target="latency"), "needs fn="),
+    "a function for FLOPs": (
+        lambda: plan(sparsity=0.5, target="flops", fn=toy.mlp_apply, inputs=(X,)),
+        "target='flops' has no use for fn=",
+    ),
     "a function for nothing": (
         lambda: plan(sparsity=0.5, fn=toy.mlp_apply),
         "has no use for fn=",
     ),
     "scores that lack a dimension": (
         lambda: sdp_jax.plan_cut(GROUPS, PARAMS, scores={"hidden0": [0]}, sparsity=0.5),
-        r"lacks \['hidden1'\]",
+        r"scores: .* lacking are \['hidden1'\]",
     ),
     "scores of another size": (
         lambda: plan(scores=SCORES | {"hidden1": np.ones(7)}, sparsity=0.5),
-        r"shape \(7,\); expected \(8,\)",
+        r"scores: dimension 'hidden1' has 8 channels, but an array of shape \(7,\)",
+    ),
+    "scores of too many channels": (
+        lambda: plan(scores=np.ones(21), sparsity=0.5),
+        r"scores have shape \(21,\); expected one number for each of the 20 channels",
+    ),
+    "scores in a table": (
+        lambda: plan(scores=np.ones((2, 20)), sparsity=0.5),
+        r"scores have shape \(2, 20\); expected one number",
     ),
     "scores that are not numbers": (
         lambda: plan(scores=SCORES | {"hidden1": np.full(8, np.nan)}, sparsity=0.5),
         "contain NaN",
     ),
-    "floors in the way": (lambda: plan(sparsity=0.8, floor=4), "let only 12 go"),
+    "floors in the way": (
+        lambda: plan(sparsity=0.8, min_channels=4),
+        "min_channels and limits let only 12 go",
+    ),
     "floors in the way of parameters": (
-        lambda: plan(sparsity=0.9, target="params", floor=6),
-        "cannot be met: with floors, limits and rounding",
+        lambda: plan(sparsity=0.9, target="params", min_channels=6),
+        "cannot be met: with min_channels, limits and rounding",
     ),
     "limits of nothing": (
         lambda: plan(sparsity=0.5, limits={"x*": 0.5}),

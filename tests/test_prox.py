@@ -9,6 +9,7 @@ from hypothesis.extra import numpy as hnp
 
 import sdp_jax
 from sdp_jax import prox
+from tests import toy
 
 floats = st.floats(-4, 4, allow_subnormal=False)
 
@@ -105,8 +106,8 @@ def test_floor_is_held_and_otherwise_untouched(norms, threshold, floor):
 @pytest.mark.parametrize("floor", [1, 2])
 def test_protected_channels_keep_a_tenth_under_any_threshold(floor):
     params = {"w": jnp.array([[3.0, 0.3, 1.0], [4.0, 0.4, 0.0]])}
-    groups = sdp_jax.groups_from_axes(params, {"d": [sdp_jax.producer("w", 1)]})
-    tx = sdp_jax.group_soft_threshold(groups, 1e6, floor=floor)
+    groups = sdp_jax.groups_from_axes(params, {"d": [sdp_jax.Member("w", 1)]})
+    tx = sdp_jax.group_soft_threshold(groups, 1e6, min_channels=floor)
     zero = {"w": jnp.zeros((2, 3))}
     updates, _ = tx.update(zero, tx.init(params), params)
     expected = 0.1 * np.asarray(params["w"]) * ([1, 0, 0] if floor == 1 else [1, 0, 1])
@@ -124,11 +125,36 @@ def test_largest_counts_exactly_under_ties(norms, count):
         assert norms[marked].min() >= norms[~marked].max()
 
 
+def test_each_dimension_has_its_own_floor():
+    groups = toy.mlp_groups()
+    rng = np.random.default_rng(0)
+    norms = jnp.asarray(rng.uniform(1, 2, size=11), jnp.float32)
+    floors = prox.resolve_floors(groups, {"hidden1": 3})
+    assert floors == (1, 3)
+    thresholds = prox.hold_floors(groups, norms, 5.0, floors)
+    parts, held = groups.split(norms), groups.split(thresholds)
+    for (name, part), floor in zip(parts.items(), floors, strict=True):
+        want = prox.hold_floor(part, jnp.asarray(5.0), floor)
+        np.testing.assert_array_equal(held[name], want)
+    marked = prox.largest_each(groups, norms, floors)
+    np.testing.assert_array_equal(marked, thresholds < norms)
+    assert [int(m.sum()) for m in groups.split(marked).values()] == [1, 3]
+    # A threshold for each channel passes where the floor does not hold.
+    each = prox.hold_floors(groups, norms, norms / 2, floors)
+    np.testing.assert_array_equal(each, norms / 2)
+
+
+@given(hnp.arrays(np.float32, (6,), elements=st.integers(0, 3).map(float)))
+def test_ranks_are_places_in_ascending_order(values):
+    places = np.asarray(prox.ranks(jnp.asarray(values)))
+    np.testing.assert_array_equal(np.argsort(places), np.argsort(values, kind="stable"))
+
+
 def test_public_transformation_is_the_proximal_map():
     params = {"w": jnp.array([[3.0, 0.3, 1.0], [4.0, 0.4, 0.0]])}
-    groups = sdp_jax.groups_from_axes(params, {"d": [sdp_jax.producer("w", 1)]})
-    for norm, weight in (("plain", 1.0), ("size", 2**0.5), ({"d": 0.5}, 0.5)):
-        tx = sdp_jax.group_soft_threshold(groups, 0.75, norm=norm, floor=0)
+    groups = sdp_jax.groups_from_axes(params, {"d": [sdp_jax.Member("w", 1)]})
+    for weights, weight in (("plain", 1.0), ("size", 2**0.5), ({"d": 0.5}, 0.5)):
+        tx = sdp_jax.group_soft_threshold(groups, 0.75, weights=weights, min_channels=0)
         zero = {"w": jnp.zeros((2, 3))}
         updates, _ = tx.update(zero, tx.init(params), params)
         norms = np.linalg.norm(params["w"], axis=0)
@@ -141,6 +167,6 @@ def test_public_transformation_is_the_proximal_map():
 @pytest.mark.parametrize("floor", [7, -1])
 def test_floor_out_of_range(floor):
     params = {"w": jnp.ones((2, 3))}
-    groups = sdp_jax.groups_from_axes(params, {"d": [sdp_jax.producer("w", 1)]})
+    groups = sdp_jax.groups_from_axes(params, {"d": [sdp_jax.Member("w", 1)]})
     with pytest.raises(ValueError, match="it has 3 channels"):
         prox.resolve_floors(groups, floor)

@@ -1,6 +1,5 @@
 """Groups found in functions, and functions narrowed by them."""
 
-import os
 import re
 
 import jax
@@ -9,11 +8,8 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import sdp_jax
-from sdp_jax.tracing.atoms import Atoms, Reason, common_sizes
 from tests import promise, toy
 
 X = np.random.default_rng(0).normal(size=(3, 4, 5))
@@ -447,7 +443,7 @@ def test_what_is_no_array_is_passed_as_it_is(x64):
     groups = sdp_jax.find_groups(fn, params, x, *more)
     cut = promise.random_cut(groups, 0.5, 0)
     small = jax.jit(sdp_jax.narrow(fn, cut), static_argnums=(2, 3, 4))
-    zeroed = promise.zeroed(cut, params)
+    zeroed = cut.zero(params)
     found = small(cut.take(zeroed), x, *more)
     promise.close(found, fn(zeroed, x, *more), 1e-12)
     again = sdp_jax.plan_cut(
@@ -456,8 +452,6 @@ def test_what_is_no_array_is_passed_as_it_is(x64):
         scores=sdp_jax.channel_norms(groups, params),
         sparsity=0.5,
         target="flops",
-        fn=fn,
-        inputs=(x, *more),
     )
     assert again.widths["a"] <= 4
 
@@ -475,7 +469,7 @@ def test_what_is_not_used_is_no_channel(x64):
     assert told["never", 0][1] == ("is not used by the function at these input shapes",)
     assert told["e", 0][0] == 16
     cut = promise.random_cut(groups, 0.5, 0)
-    dense = promise.zeroed(cut, promise.randomise(params))
+    dense = cut.zero(promise.randomise(params))
     longer = jnp.asarray(np.random.default_rng(1).normal(size=(2, 9, 5)))
     small = sdp_jax.narrow(fn, cut)(cut.take(dense), longer)
     promise.close(small, fn(dense, longer), 1e-12)
@@ -518,7 +512,7 @@ def test_inputs_and_outputs_can_be_pruned_on_demand(x64):
     groups = sdp_jax.find_groups(fn, params, X, prune_inputs=True, prune_outputs=True)
     assert groups.sizes == {"a": 5, "a[1]": 8, "b": 3}
     cut = sdp_jax.Cut(groups, ((0, 2), (1, 2, 7), (0, 2)))
-    dense = promise.zeroed(cut, params)
+    dense = cut.zero(params)
     small = sdp_jax.narrow(fn, cut)(cut.take(dense), X)
     promise.close(small, fn(dense, X)[..., [0, 2]], 1e-12)
 
@@ -598,189 +592,6 @@ def test_bad_input_is_refused(case, x64):
         act()
     told = " ".join([str(caught.value), *getattr(caught.value, "__notes__", [])])
     assert re.search(message, told)
-
-
-# --- random programs ----------------------------------------------------------
-
-OPS = st.sampled_from(
-    "tanh relu sigmoid scale add concat slice reshape transpose pad mean where flip "
-    "matmul heads broadcast conv depthwise grouped gather window layernorm groupnorm "
-    "softmax largest cumsum split scan jit norms".split()
-)
-KERNELS = {
-    "matmul": (12, 12),
-    "scan": (12, 12),
-    "scale": (12,),
-    "add": (12,),
-    "layernorm": (12,),
-    "conv": (3, 12, 12),
-    "depthwise": (3, 1, 12),
-    "grouped": (3, 4, 12),
-}
-
-
-def recurrent(x, w):
-    def step(h, y):
-        h = jnp.tanh(y + h @ w)
-        return h, h
-
-    return jax.lax.scan(step, x[0], x)[1]
-
-
-def convolved(x, kernel):
-    return jax.lax.conv_general_dilated(
-        x,
-        kernel,
-        (1,),
-        "SAME",
-        dimension_numbers=("NHC", "HIO", "NHC"),
-        feature_group_count=12 // kernel.shape[1],
-    )
-
-
-@settings(max_examples=int(os.environ.get("SDP_JAX_PROGRAMS", "25")), deadline=None)
-@given(ops=st.lists(OPS, min_size=1, max_size=6), seed=st.integers(0, 5))
-def test_random_programs_keep_the_promise(ops, seed):
-    sizes = {"first": (5, 12)}
-    for i, op in enumerate(ops):
-        if op in KERNELS:
-            sizes[f"w{i}"] = KERNELS[op]
-    sizes["last"] = (12, 3)
-
-    def fn(p, x):
-        x = x @ p["first"]
-        for i, op in enumerate(ops):
-            w = p.get(f"w{i}")
-            if op in ("tanh", "relu", "sigmoid"):
-                x = {"tanh": jnp.tanh, "relu": jax.nn.relu, "sigmoid": jax.nn.sigmoid}[
-                    op
-                ](x)
-            elif op in ("scale", "add"):
-                x = x * w if op == "scale" else x + w
-            elif op == "matmul":
-                x = x + jnp.tanh(x @ w)
-            elif op == "concat":
-                x = jnp.concatenate([x[..., 6:], x[..., :6]], -1)
-            elif op == "slice":
-                x = x[..., ::2].repeat(2, axis=-1)
-            elif op == "reshape":
-                x = x.reshape(3, 4, 3, 4).swapaxes(2, 3).reshape(3, 4, 12)
-            elif op == "transpose":
-                x = x.swapaxes(0, 1)[:, ::-1].swapaxes(0, 1)
-            elif op == "pad":
-                x = jnp.pad(x[..., 2:], ((0, 0), (0, 0), (1, 1)))
-            elif op == "mean":
-                x = x - x.mean(1, keepdims=True)
-            elif op == "where":
-                x = jnp.where(x > 0, x, 0.1 * x)
-            elif op == "flip":
-                x = x + x[..., ::-1]
-            elif op == "heads":
-                h = x.reshape(3, 4, 2, 6)
-                a = jax.nn.softmax(jnp.einsum("bnhd,bmhd->bhnm", h, h))
-                x = jnp.einsum("bhnm,bmhd->bnhd", a, h).reshape(3, 4, 12)
-            elif op == "broadcast":
-                x = x * jnp.arange(12.0) + jnp.ones((3, 4, 1))
-            elif op in ("conv", "depthwise", "grouped"):
-                x = convolved(x, w)
-            elif op == "gather":
-                x = x[..., np.array([4, 5, 6, 7, 0, 1, 2, 3, 8, 9, 10, 11])]
-            elif op == "window":
-                y = jax.lax.dynamic_slice_in_dim(x, jnp.int32(3) + 1, 4, -1)
-                x = jnp.concatenate([y, x[..., 4:]], -1)
-            elif op == "layernorm":
-                x = (x - x.mean(-1, keepdims=True)) * w / (1 + x.var(-1)[..., None])
-            elif op == "groupnorm":
-                y = x.reshape(3, 4, 2, 6)
-                y = y - y.mean((1, 3), keepdims=True)
-                y = y / jnp.sqrt(1e-3 + jnp.var(y, (1, 3), keepdims=True))
-                x = y.reshape(3, 4, 12)
-            elif op == "softmax":
-                x = jax.nn.softmax(x)
-            elif op == "largest":
-                x = x - x.max(-1, keepdims=True) - jnp.sort(x, 1)
-            elif op == "cumsum":
-                x = x * jnp.cumsum(x, 1)
-            elif op == "split":
-                a, b, c = jnp.split(x, 3, -1)
-                x = jnp.concatenate([c, a * jax.nn.silu(b), b], -1)
-            elif op == "scan":
-                x = recurrent(x, w)
-            elif op == "jit":
-                x = jax.jit(lambda x: x - x.var(-1, keepdims=True))(x + 1)
-            elif op == "norms":
-                x = x / (1e-3 + jnp.linalg.norm(x, axis=-1, keepdims=True))
-        return x @ p["last"]
-
-    with jax.enable_x64(True):
-        check(fn, sizes, shares=(0.5,), seeds=(seed,), grads=False)
-
-
-# --- atoms --------------------------------------------------------------------
-
-
-def classes(atoms, *groups):
-    label = atoms.solve().label
-    return [label[g].tolist() for g in groups]
-
-
-def test_two_factorisations_are_refined():
-    atoms = Atoms()
-    z = atoms.fresh(24)
-    a, b = atoms.fresh(2), atoms.fresh(12)
-    c, d = atoms.fresh(6), atoms.fresh(4)
-    atoms.conjoin(z, [a, b])
-    atoms.conjoin(z, [c, d])
-    solution = atoms.solve()
-    # 24 = 2 · 3 · 4: the last factor of both is one of 4, the first one of 2.
-    base = {int(x) for x in np.unique(solution.operands[solution.label[z]]) if x}
-    assert len(base) == 2 + 3 + 4
-    assert len(set(solution.label[d].tolist())) == 4
-
-
-def test_factorisations_that_do_not_fit_become_one_channel():
-    atoms = Atoms()
-    z = atoms.fresh(12)
-    atoms.conjoin(z, [atoms.fresh(3), atoms.fresh(4)])
-    atoms.conjoin(z, [atoms.fresh(4), atoms.fresh(3)])
-    assert len(set(classes(atoms, z)[0])) == 1
-
-
-def test_a_frozen_grid_freezes_its_factors():
-    atoms = Atoms()
-    z, a, b = atoms.fresh(6), atoms.fresh(2), atoms.fresh(3)
-    atoms.conjoin(z, [a, b])
-    atoms.freeze(z[:3], Reason("test", "asked to"))
-    assert classes(atoms, a[:1], b) == [[0], [0, 0, 0]]
-    label = atoms.solve().label
-    assert label[a[1]] != 0 and label[a[1]] == label[z[3]]
-
-
-def test_a_class_defined_through_itself_is_one():
-    atoms = Atoms()
-    z, x, y = atoms.fresh(4), atoms.fresh(2), atoms.fresh(2)
-    atoms.conjoin(z, [x, y])
-    atoms.equate(x, z[:2])
-    # x[0] = x[0] ∧ y[0] holds only for y[0] = x[0] or coarser.
-    solution = atoms.solve()
-    assert (solution.operands[solution.label[x], 0] == solution.label[x]).all()
-    assert solution.label[x[0]] == solution.label[y[0]]
-
-
-@given(
-    a=st.lists(st.integers(2, 5), min_size=1, max_size=3),
-    b=st.lists(st.integers(2, 5), min_size=1, max_size=3),
-)
-def test_common_sizes_refine_both(a, b):
-    if np.prod(a) != np.prod(b):
-        a = b
-    common = common_sizes(a, b)
-    if common is None:
-        return
-    assert np.prod(common) == np.prod(a)
-    ends = set(np.cumprod(common[::-1]).tolist())
-    assert set(np.cumprod(a[::-1]).tolist()) <= ends
-    assert set(np.cumprod(b[::-1]).tolist()) <= ends
 
 
 def test_toy_groups_found_are_those_written_by_hand():

@@ -10,6 +10,7 @@ import optax
 import pytest
 
 import sdp_jax
+from sdp_jax.transforms import DualAveragingState
 from sdp_jax.tree import leaf_table
 from tests import toy
 
@@ -30,8 +31,8 @@ FINAL = {
         strength=sdp_jax.valley_strength(c=0.7, mu=0.6),
         momentum=0.9,
         nesterov=True,
-        norm="cost",
-        floor=2,
+        weights="cost",
+        min_channels=2,
     ),
     "altsdp_target": lambda g: sdp_jax.altsdp(0.1, g, strength=TARGET),
     "altsdp_adamw": lambda g: sdp_jax.altsdp(
@@ -39,8 +40,11 @@ FINAL = {
     ),
     "altsdp_lion": lambda g: sdp_jax.altsdp(optax.lion(0.01), g, strength=VALLEY),
     "altsdp_radial": lambda g: sdp_jax.altsdp(0.1, g, strength=VALLEY, dual="radial"),
-    "altsdp_valley": lambda g: sdp_jax.altsdp(
-        0.1, g, strength=VALLEY, valley={"rank": 2, "decay": 0.9}
+    "projected": lambda g: optax.chain(
+        optax.sgd(0.1),
+        sdp_jax.dual_averaging(),
+        sdp_jax.valley.project_onto_valley(g, VALLEY, rank=2, decay=0.9),
+        sdp_jax.group_soft_threshold(g, VALLEY),
     ),
     "prox_sgd": lambda g: sdp_jax.prox_sgd(0.1, g, strength=2.0),
     "grda": lambda g: sdp_jax.grda(0.1, c=1.0, mu=0.6),
@@ -121,9 +125,9 @@ def test_no_dtype_is_promoted(name, dtype):
     )
     chex.assert_trees_all_equal_dtypes(updates, params)
     for node in jax.tree.leaves(
-        state, is_leaf=lambda x: isinstance(x, sdp_jax.DualAveragingState)
+        state, is_leaf=lambda x: isinstance(x, DualAveragingState)
     ):
-        if isinstance(node, sdp_jax.DualAveragingState):
+        if isinstance(node, DualAveragingState):
             chex.assert_trees_all_equal_dtypes(
                 node.dual, jax.tree.map(lambda p: p.astype(jnp.float32), params)
             )
@@ -146,7 +150,7 @@ def test_zero_channels_are_exactly_zero(name, dtype):
     params, state = train(made(name), params)
     alive = sdp_jax.channels_alive(groups, params)
     told = np.asarray(state[-1].alive.per_channel)
-    flat = np.concatenate([np.asarray(a) for a in alive.values()])
+    flat, alive = np.asarray(alive), groups.split(alive)
     np.testing.assert_array_equal(flat, told)
     assert 0 < flat.sum() < flat.size
     for i in range(2):
@@ -279,9 +283,9 @@ def test_radial_dual_averaging_follows_its_formula(x64):
     # The last step reverses its channel, the first three do not.
     u = np.stack([*(0.1 * rng.normal(size=(3, 3))), -1.2 * w[:, 3]], axis=1)
     params = {"w": jnp.asarray(w), "free": jnp.ones(2)}
-    groups = sdp_jax.groups_from_axes(params, {"d": [sdp_jax.producer("w", 1)]})
+    groups = sdp_jax.groups_from_axes(params, {"d": [sdp_jax.Member("w", 1)]})
     tx = sdp_jax.radial_dual_averaging(groups)
-    state = sdp_jax.DualAveragingState({"w": jnp.asarray(v), "free": jnp.ones(2)})
+    state = DualAveragingState({"w": jnp.asarray(v), "free": jnp.ones(2)})
     steps = {"w": jnp.asarray(u), "free": jnp.array([0.5, -0.5])}
     updates, state = tx.update(steps, state, params)
     expected = np.stack(
@@ -302,7 +306,7 @@ def test_radial_dual_averaging_follows_its_formula(x64):
 def test_radial_channels_turn_at_the_full_rate(x64):
     # A channel shrunk to 3 of 10, and a step of 0.01 across it.
     params = {"w": jnp.array([[3.0], [0.0]])}
-    groups = sdp_jax.groups_from_axes(params, {"d": [sdp_jax.producer("w", 1)]})
+    groups = sdp_jax.groups_from_axes(params, {"d": [sdp_jax.Member("w", 1)]})
     step = {"w": jnp.array([[0.0], [0.01]])}
     angles = {}
     for dual in ("full", "radial"):
@@ -321,28 +325,24 @@ def test_radial_channels_turn_at_the_full_rate(x64):
 def test_altsdp_is_the_chain_of_its_pieces(x64):
     params = toy.mlp_params(dtype=jnp.float64)
     groups = toy.mlp_groups(params)
-    keywords = {"floor": 2, "norm": "size"}
-    for valley in (None, {"rank": 3}):
-        pieces = [optax.sgd(0.1, momentum=0.9), sdp_jax.dual_averaging()]
-        strength = sdp_jax.valley_strength(4.0, 0.6, 0.1, momentum=0.9)
-        if valley:
-            pieces.append(
-                sdp_jax.valley.project_onto_valley(groups, strength, **valley, **keywords)
-            )
-        pieces.append(sdp_jax.group_soft_threshold(groups, strength, **keywords))
-        whole = sdp_jax.altsdp(
-            0.1, groups, strength=VALLEY, momentum=0.9, valley=valley, **keywords
-        )
-        a, state_a = train(optax.chain(*pieces), params)
-        b, state_b = train(whole, params)
-        chex.assert_trees_all_close((a, state_a), (b, state_b), rtol=1e-9, atol=1e-12)
-        alive_a, alive_b = state_a[-1].alive.per_channel, state_b[-1].alive.per_channel
-        np.testing.assert_array_equal(alive_a, alive_b)
+    keywords = {"min_channels": 2, "weights": "size"}
+    strength = sdp_jax.valley_strength(4.0, 0.6, 0.1, momentum=0.9)
+    pieces = optax.chain(
+        optax.sgd(0.1, momentum=0.9),
+        sdp_jax.dual_averaging(),
+        sdp_jax.group_soft_threshold(groups, strength, **keywords),
+    )
+    whole = sdp_jax.altsdp(0.1, groups, strength=VALLEY, momentum=0.9, **keywords)
+    a, state_a = train(pieces, params)
+    b, state_b = train(whole, params)
+    chex.assert_trees_all_close((a, state_a), (b, state_b), rtol=1e-9, atol=1e-12)
+    alive_a, alive_b = state_a[-1].alive.per_channel, state_b[-1].alive.per_channel
+    np.testing.assert_array_equal(alive_a, alive_b)
 
 
 def test_half_precision_dual_remembers_small_steps():
     params = {"w": jnp.ones((2, 2), jnp.bfloat16)}
-    groups = sdp_jax.groups_from_axes(params, {"d": [sdp_jax.producer("w", 1)]})
+    groups = sdp_jax.groups_from_axes(params, {"d": [sdp_jax.Member("w", 1)]})
     tx = sdp_jax.altsdp(1e-4, groups, strength=0.0)
     state = tx.init(params)
     grads = {"w": jnp.ones((2, 2), jnp.bfloat16)}
@@ -392,11 +392,11 @@ def test_nan_gradients_with_and_without_apply_if_finite():
     [0.5, 100.0, sdp_jax.target_sparsity(0.3, 0, 1)],
     ids=["weak", "strong", "target"],
 )
-@pytest.mark.parametrize("floor", [1, 2])
-def test_one_nan_channel_does_not_spread(strength, floor):
+@pytest.mark.parametrize("min_channels", [1, 2])
+def test_one_nan_channel_does_not_spread(strength, min_channels):
     params = toy.mlp_params()
     groups = toy.mlp_groups(params)
-    tx = sdp_jax.altsdp(0.1, groups, strength=strength, floor=floor)
+    tx = sdp_jax.altsdp(0.1, groups, strength=strength, min_channels=min_channels)
     grads = jax.tree.map(jnp.zeros_like, params)
     grads["layer0"]["kernel"] = grads["layer0"]["kernel"].at[0, 2].set(jnp.nan)
     updates, state = tx.update(grads, tx.init(params), params)
@@ -404,8 +404,8 @@ def test_one_nan_channel_does_not_spread(strength, floor):
     assert bad.tolist() == [False, False, True, False, False, False]
     assert np.isfinite(updates["layer1"]["kernel"]).all()
     params = optax.apply_updates(params, updates)
-    alive = np.asarray(sdp_jax.channels_alive(groups, params)["hidden0"])
-    assert alive[[0, 1, 3, 4, 5]].sum() >= floor
+    alive = groups.split(np.asarray(sdp_jax.channels_alive(groups, params)))
+    assert alive["hidden0"][[0, 1, 3, 4, 5]].sum() >= min_channels
     # Nobody destroyed the zeros: the NaN is not taken for that.
     zero = jax.tree.map(jnp.zeros_like, params)
     _, state = tx.update(zero, state, params)
@@ -414,7 +414,7 @@ def test_one_nan_channel_does_not_spread(strength, floor):
 
 def test_channels_whose_squares_underflow_are_no_violation():
     params = {"w": jnp.full((2, 3), 1e-25).at[:, 0].set(1.0)}
-    groups = sdp_jax.groups_from_axes(params, {"d": [sdp_jax.producer("w", 1)]})
+    groups = sdp_jax.groups_from_axes(params, {"d": [sdp_jax.Member("w", 1)]})
     for strength in (0.0, sdp_jax.target_sparsity(0.34, 0, 1)):
         tx = sdp_jax.altsdp(0.1, groups, strength=strength)
         state = tx.init(params)

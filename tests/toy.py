@@ -1,5 +1,7 @@
 """Small parameter trees with groups, for the tests."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,6 +35,35 @@ def mlp_axes(hidden=2, prefix=""):
 def mlp_groups(params=None, hidden=2):
     params = mlp_params() if params is None else params
     return sdp_jax.groups_from_axes(params, mlp_axes(hidden))
+
+
+def line_groups(**sizes):
+    """Groups whose dimensions are vectors of these sizes."""
+    params = {name: jnp.ones(size) for name, size in sizes.items()}
+    axes = {name: [sdp_jax.Member(name, 0)] for name in sizes}
+    return sdp_jax.groups_from_axes(params, axes)
+
+
+def run_strength(strength, steps, norms, floors=None, groups=None):
+    """Thresholds by dimension name of so many updates, and the last state."""
+    if groups is None:
+        groups = line_groups(**{name: len(v) for name, v in norms.items()})
+    floors = [(floors or {}).get(name, 0) for name in groups.sizes]
+    vector, state = groups.join(norms), strength.init(groups, floors)
+    update = jax.jit(lambda s, n: strength.update(s, n, groups, floors))
+    out = []
+    for _ in range(steps):
+        thresholds, state = update(state, vector)
+        out.append(groups.split(np.asarray(thresholds)))
+    return out, state
+
+
+def kill(groups, params, dead):
+    """Sets whole channels to zero: numbers by dimension name."""
+    alive = {name: np.ones(size) for name, size in groups.sizes.items()}
+    for name, numbers in dead.items():
+        alive[name][list(numbers)] = 0
+    return sdp_jax.scale_channels(groups, params, groups.join(alive))
 
 
 def mlp_apply(params, x):
@@ -81,3 +112,50 @@ def batch(seed=2, size=16, inputs=4, outputs=3, dtype=jnp.float32):
     x = jnp.asarray(rng.normal(size=(size, inputs)), dtype)
     y = jnp.asarray(rng.normal(size=(size, outputs)), dtype)
     return x, y
+
+
+def wide(tree):
+    """A copy of a tree by NumPy, in float64."""
+    return jax.tree.map(lambda x: np.array(x, np.float64), tree)
+
+
+def channel_entries(tree):
+    """For each channel of the two hidden layers its kernel column and its bias."""
+    for i in (0, 1):
+        layer = tree[f"layer{i}"]
+        for c in range(layer["bias"].shape[0]):
+            yield i, c, [layer["kernel"][:, c], layer["bias"][c : c + 1]]
+
+
+def channel_l1(tree):
+    """For the two hidden layers the L1 norms of their channels."""
+    norms = [[], []]
+    for i, _, parts in channel_entries(tree):
+        norms[i].append(sum(np.abs(x).sum() for x in parts))
+    return norms
+
+
+def increment(r, n, a=0.05, u=0.25):
+    """The ranking increment as the paper of SPP writes it."""
+    alpha = math.log(2 / u) / n
+    n1 = -math.log(u) / alpha
+    if r < n1:
+        return a * math.exp(-alpha * r)
+    return 2 * u * a - a * math.exp(-alpha * (2 * n1 - r))
+
+
+def assert_close(a, b, **tolerance):
+    """Two trees agree, leaf by leaf."""
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **tolerance), a, b)
+
+
+def pq_reference(w, p, q):
+    """The PQ Index by its definition, number by number."""
+    w = [abs(float(x)) for x in np.ravel(w)]
+    d = len(w)
+    if d == 0 or max(w) == 0:
+        return 0.0
+    w = [x / max(w) for x in w]
+    first = sum(x**p for x in w) ** (1 / p)
+    second = sum(x**q for x in w) ** (1 / q)
+    return 1 - d ** (1 / q - 1 / p) * first / second

@@ -31,13 +31,13 @@ class Config:
       repeats: timed rounds; every optimizer takes one step a round.
       dtype: dtype of the parameters.
       narrower: by what to divide the widths of the network.
-      fraction: share of the channels for the run with a target.
+      sparsity: share of the channels for the run with a target.
     """
 
     repeats: int = 60
     dtype: str = "float32"
     narrower: int = 1
-    fraction: float = 0.5
+    sparsity: float = 0.5
 
 
 def vgg16_shapes(narrower: int = 1) -> dict[str, dict[str, tuple[int, ...]]]:
@@ -60,16 +60,16 @@ def vgg16_groups(params: Any) -> sdp_jax.Groups:
     for i in range(len(WIDTHS)):
         above = f"conv{i + 1}/kernel" if i + 1 < len(WIDTHS) else "dense0/kernel"
         axes[f"conv{i}"] = [
-            sdp_jax.producer(f"conv{i}/kernel", -1),
-            sdp_jax.producer(f"conv{i}/bias", 0),
-            sdp_jax.producer(f"norm{i}/scale", 0),
-            sdp_jax.producer(f"norm{i}/bias", 0),
-            sdp_jax.consumer(above, -2),
+            sdp_jax.Member(f"conv{i}/kernel", -1),
+            sdp_jax.Member(f"conv{i}/bias", 0),
+            sdp_jax.Member(f"norm{i}/scale", 0),
+            sdp_jax.Member(f"norm{i}/bias", 0),
+            sdp_jax.Member(above, -2, "consumer"),
         ]
     axes["dense0"] = [
-        sdp_jax.producer("dense0/kernel", -1),
-        sdp_jax.producer("dense0/bias", 0),
-        sdp_jax.consumer("dense1/kernel", -2),
+        sdp_jax.Member("dense0/kernel", -1),
+        sdp_jax.Member("dense0/bias", 0),
+        sdp_jax.Member("dense1/kernel", -2, "consumer"),
     ]
     return sdp_jax.groups_from_axes(params, axes)
 
@@ -84,10 +84,10 @@ def random_params(seed: int, dtype: str, narrower: int = 1) -> Any:
     )
 
 
-def optimizers(groups: sdp_jax.Groups, fraction: float) -> dict[str, Any]:
+def optimizers(groups: sdp_jax.Groups, sparsity: float) -> dict[str, Any]:
     """The optimizers to compare, the reference first."""
     valley = sdp_jax.valley_strength(c=0.01, mu=0.6)
-    target = sdp_jax.target_sparsity(fraction, 0, 1000)
+    target = sdp_jax.target_sparsity(sparsity, 0, 1000)
     return {
         "sgd, momentum 0.9": optax.sgd(0.1, momentum=0.9),
         "sgd": optax.sgd(0.1),
@@ -119,7 +119,7 @@ def main(config: Config) -> dict[str, float]:
     groups = vgg16_groups(gradients)
     size = sum(x.nbytes for x in jax.tree.leaves(gradients))
     steps, states, memory = {}, {}, {}
-    for name, tx in optimizers(groups, config.fraction).items():
+    for name, tx in optimizers(groups, config.sparsity).items():
 
         def step(params: Any, state: Any, grads: Any, tx: Any = tx) -> Any:
             updates, state = tx.update(grads, state, params)

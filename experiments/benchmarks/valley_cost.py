@@ -46,11 +46,14 @@ def chains(
     groups: sdp_jax.Groups, rank: int
 ) -> dict[str, optax.GradientTransformation]:
     """AltSDP with and without sketches, the plain chain first."""
-    strength = sdp_jax.valley_strength(c=0.01, mu=0.6)
+    strength = sdp_jax.valley_strength(c=0.01, mu=0.6, learning_rate=0.1)
 
-    def chain(**valley: Any) -> optax.GradientTransformation:
-        return sdp_jax.altsdp(
-            0.1, groups, strength=strength, valley={"rank": rank, **valley}
+    def chain(**estimate: Any) -> optax.GradientTransformation:
+        return optax.chain(
+            optax.sgd(0.1),
+            sdp_jax.dual_averaging(),
+            sdp_jax.valley.project_onto_valley(groups, strength, rank=rank, **estimate),
+            sdp_jax.group_soft_threshold(groups, strength),
         )
 
     return {
@@ -155,7 +158,9 @@ def curvature_cost(config: Config) -> dict[str, float]:
             if i >= 0:
                 times[name].append(time.perf_counter() - start)
     products = [
-        sdp_jax.valley.top_eigenpairs(mean_loss, params, batches, rank, tol=0.01).products
+        sdp_jax.valley.top_eigenpairs(
+            mean_loss, params, batches, rank, tol=0.01
+        ).products
         for rank in (config.rank, 2 * config.rank)
     ]
     base = np.asarray(times["once"])

@@ -17,7 +17,8 @@ Only Train Once: the hosts :func:`hspg`, :func:`dhspg`, :func:`hesso`, their sco
 :func:`dhspg_score`, :func:`hesso_score`, and :func:`half_space_factor`.
 
 Sparsity: :func:`pq_index`, and :func:`until_compressed`, a strength that stops by it.
-Iterative pruning: :func:`sap`, :func:`lottery_ticket`, :func:`one_shot`.
+Iterative pruning: :func:`pruning_rounds` by the rule :func:`sap`,
+:func:`lottery_ticket` or :func:`one_shot`.
 
 Scales of normalisations (:data:`DEFAULT_SCALES` names them): network slimming with
 :func:`scale_score` and :func:`scale_penalty`; the host :func:`gate_decorator`, its
@@ -42,7 +43,6 @@ from sdp_jax.methods._hosted import (
 from sdp_jax.methods._hspg import DHSPGState, dhspg, dhspg_score, hspg
 from sdp_jax.methods._increg import IncRegState, increg
 from sdp_jax.methods._perspective import (
-    PerspectiveState,
     perspective,
     perspective_penalty,
     perspective_regularizer,
@@ -51,14 +51,20 @@ from sdp_jax.methods._random_score import random_score
 from sdp_jax.methods._sap import (
     KeepMaskState,
     PruningRound,
+    PruningRule,
     apply_mask,
     keep_mask,
     lottery_ticket,
     one_shot,
+    pruning_rounds,
     sap,
 )
-from sdp_jax.methods._spp import SPPState, ranking_increment, spp, spp_params
+from sdp_jax.methods._spp import SPPState, spp, spp_params
 from sdp_jax.methods._taylor import taylor
+from sdp_jax.methods._until_compressed import (
+    UntilCompressedState,
+    until_compressed,
+)
 from sdp_jax.methods.depgraph import (
     GroupNormRegularizerState,
     group_importance,
@@ -72,17 +78,12 @@ from sdp_jax.methods.dpm import DecayPruningState, decay_pruning
 from sdp_jax.methods.filter_norm import l1_norm, l2_norm
 from sdp_jax.methods.half_space import half_space_factor
 from sdp_jax.methods.network_slimming import (
-    ScalePenaltyState,
     scale_penalty,
     scale_score,
 )
-from sdp_jax.methods.pqi import (
-    UntilCompressedState,
-    pq_bound,
-    pq_index,
-    prune_count,
-    until_compressed,
-)
+from sdp_jax.methods.penalty import PenaltyState
+from sdp_jax.methods.pqi import pq_bound, pq_index, prune_count
+from sdp_jax.methods.ranking import ranking_increment
 from sdp_jax.methods.remove import RemoveLowestState, remove_lowest, set_scores
 from sdp_jax.methods.scales import DEFAULT_SCALES
 from sdp_jax.methods.score import Score
@@ -99,11 +100,11 @@ __all__ = [
     "HostedState",
     "IncRegState",
     "KeepMaskState",
-    "PerspectiveState",
+    "PenaltyState",
     "PruningRound",
+    "PruningRule",
     "RemoveLowestState",
     "SPPState",
-    "ScalePenaltyState",
     "Score",
     "UntilCompressedState",
     "apply_gates",
@@ -136,6 +137,7 @@ __all__ = [
     "pq_bound",
     "pq_index",
     "prune_count",
+    "pruning_rounds",
     "random_score",
     "ranking_increment",
     "remove_lowest",

@@ -1,6 +1,6 @@
 """Incremental Regularization: weight decay that grows channel by channel."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import chex
@@ -17,18 +17,16 @@ from sdp_jax.base import (
     need_params,
     step_to,
 )
-from sdp_jax.channels import PerChannel, member_sums
-from sdp_jax.checks import check_number
-from sdp_jax.groups import Groups
-from sdp_jax.methods._spp import (
-    check_interval,
-    check_ranking,
+from sdp_jax.channels import PerChannel, each_dimension, magnitude, reduce_channels
+from sdp_jax.checks import check_number, check_whole
+from sdp_jax.groups import Dimension, Groups, Member
+from sdp_jax.methods.entries import add_decay, keep_channels
+from sdp_jax.methods.ranking import (
+    check_increment,
     is_due,
-    keep_channels,
     pruned_numbers,
-    ranking_increment,
+    rank_changes,
 )
-from sdp_jax.methods.filter_norm import l1_norm, magnitude, sum_of
 from sdp_jax.tree import PyTree
 
 
@@ -60,9 +58,7 @@ def increg(
     ratio: chex.Numeric = 0.25,
     threshold: chex.Numeric = 1e-3,
     limit: chex.Numeric | None = None,
-    momentum: chex.Numeric | None = None,
-    nesterov: bool = False,
-    begin: int = 0,
+    begin_step: int = 0,
     min_channels: int | jax.Array | Mapping[str, int] = 1,
 ) -> optax.GradientTransformationExtraArgs:
     """Trains as ``base`` does, with L2 regularization that rises on weak channels.
@@ -99,18 +95,17 @@ def increg(
       threshold: share of its initial norm at which a channel is pruned.
       limit: coefficient at which a channel is pruned; ``None`` for ``1e4 · amplitude``,
         as in the authors' code. A large number leaves it to the threshold.
-      momentum: momentum of the SGD, if ``base`` is a learning rate.
-      nesterov: Nesterov momentum, likewise.
-      begin: number of updates before the regularization begins.
-      min_channels: channels that stay in each dimension; a number, or one for each name.
+      begin_step: number of updates before the regularization begins.
+      min_channels: channels that stay in each dimension; a number, or one for each
+        name.
 
     Returns:
       An Optax transformation, which must be the last piece of a chain; its ``update``
       needs ``params``.
 
     Raises:
-      ValueError: if an argument is out of range, the floor forbids the sparsity, or the
-        parameters do not fit.
+      ValueError: if an argument is out of range, ``min_channels`` forbids the sparsity,
+        or the parameters do not fit.
       TypeError: if an argument is of another kind.
 
     References:
@@ -133,16 +128,22 @@ def increg(
       [4.    0.375] [0. 1.]
       [4. 0.] [0. 0.]
     """
-    numbers = pruned_numbers(groups, sparsity, floor)
-    check_ranking(amplitude, ratio)
-    check_interval(every, begin)
+    numbers = pruned_numbers(groups, sparsity, min_channels)
+    check_increment(amplitude, ratio)
+    check_whole("every", every, low=1)
+    check_whole("begin_step", begin_step)
     rule = "a number in [0, 1]"
     check_number("threshold", threshold, low=0, high=1, rule=rule)
     if limit is not None:
         check_number("limit", limit, low=0, rule="a non-negative number or None")
     highest = 1e4 * amplitude if limit is None else limit
-    optimizer = optax.with_extra_args_support(as_base(base, momentum, nesterov))
-    score = l1_norm()
+    optimizer = optax.with_extra_args_support(as_base(base))
+
+    def l1(tree: PyTree) -> jax.Array:
+        return reduce_channels(groups, tree, magnitude, jnp.sum, jnp.add)
+
+    def is_producer(dimension: Dimension, member: Member) -> bool:
+        return member.role == "producer"
 
     def init_fn(params: optax.Params) -> IncRegState:
         check_inexact(params)
@@ -166,41 +167,28 @@ def increg(
         params = need_params(params, updates, "increg")
         count = jnp.asarray(optax.safe_increment(state.count))
         old = state.coefficients.per_channel
-        before = state.gone.per_channel
+        gone = state.gone.per_channel
 
-        norms = score(groups, params)
-        begun = state.count > begin
-        flat = norms.astype(old.dtype)
-        start = jnp.where(begun, state.start.per_channel, flat)
-        due = is_due(count, every, begin)
-        raised = {}
-        for name, value in old.items():
-            gone = before[name]
-            left = numbers[name] - jnp.sum(gone)
-            rank = prox.ranks(jnp.where(gone, jnp.inf, norms[name]))
-            change = ranking_increment(rank, left, amplitude, ratio)
-            new = jnp.maximum(value + change.astype(value.dtype), 0)
-            raised[name] = jnp.where(due & ~gone & (left > 0), new, value)
+        norms = l1(params)
+        begun = state.count > begin_step
+        start = jnp.where(begun, state.start.per_channel, norms.astype(old.dtype))
+        left, change = rank_changes(groups, numbers, norms, gone, amplitude, ratio)
+        raised = jnp.maximum(old + change.astype(old.dtype), 0)
+        due = is_due(count, every, begin_step) & ~gone & (left > 0)
+        raised = jnp.where(due, raised, old)
 
-        grads = add_gradient(updates, _l2(groups, raised), params)
-        grads = keep_channels(groups, grads, ~state.gone.per_channel)
+        grads = add_decay(groups, updates, params, raised, is_producer)
+        grads = keep_channels(groups, grads, ~gone)
         steps, base_state = optimizer.update(grads, state.base, params, **extra_args)
         candidate = add_step(params, steps)
 
-        after = score(groups, candidate)
-        starts = start
-        pruned, coefficients = {}, {}
-        for name, value in raised.items():
-            gone = before[name]
-            left = numbers[name] - jnp.sum(gone)
-            small = after[name] <= jnp.asarray(threshold, start.dtype) * starts[name]
-            ripe = (small | (value >= highest)) & ~gone & (count > begin)
-            place = prox.ranks(jnp.where(ripe, after[name], jnp.inf))
-            gone = gone | (ripe & (place < left))
-            complete = jnp.sum(gone) >= numbers[name]
-            pruned[name] = gone
-            coefficients[name] = jnp.where(gone | complete, 0, value)
-        gone = pruned
+        after = l1(candidate)
+        small = after <= jnp.asarray(threshold, start.dtype) * start
+        ripe = (small | (raised >= highest)) & ~gone & (count > begin_step)
+        weakest = jnp.where(ripe, after, jnp.inf)
+        gone |= ripe & (each_dimension(groups, prox.ranks, weakest) < left)
+        complete = each_dimension(groups, jnp.sum, gone) >= numbers
+        coefficients = jnp.where(gone | complete, 0, raised)
         point = keep_channels(groups, candidate, ~gone)
         new_state = IncRegState(
             base_state,
@@ -212,43 +200,3 @@ def increg(
         return step_to(point, params), new_state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def add_gradient(
-    updates: optax.Updates,
-    penalty: Callable[[PyTree], jax.Array],
-    params: optax.Params,
-    factor: chex.Numeric = 1.0,
-) -> optax.Updates:
-    """Adds the gradient of a penalty to gradients, in their dtypes.
-
-    Args:
-      updates: the gradients of the loss.
-      penalty: a function of the parameters, real and scalar.
-      params: where to take its gradient; it is computed at least in float32.
-      factor: what the gradient of the penalty is multiplied by.
-
-    Returns:
-      The sum; complex leaves get the direction of steepest ascent.
-    """
-    wide = jax.tree.map(
-        lambda p: jnp.asarray(p, jnp.promote_types(p.dtype, jnp.float32)), params
-    )
-    slopes = jax.grad(penalty)(wide)
-
-    def add(g: jax.Array, slope: jax.Array) -> jax.Array:
-        slope = jnp.conj(slope) * jnp.asarray(factor, slope.real.dtype)
-        return (g.astype(slope.dtype) + slope).astype(g.dtype)
-
-    return jax.tree.map(add, updates, slopes)
-
-
-def _l2(groups: Groups, coefficients: Mapping[str, jax.Array]) -> Any:
-    """The penalty ``½ Σ λ ‖w‖²`` of channels with these coefficients."""
-
-    def penalty(params: PyTree) -> jax.Array:
-        sums = member_sums(groups, params, lambda leaf: jnp.square(magnitude(leaf)))
-        parts = [jnp.sum(coefficients[k] * sum_of(v)) / 2 for k, v in sums.items()]
-        return sum(parts[1:], parts[0])
-
-    return penalty

@@ -1,31 +1,21 @@
 """Structured Perspective Regularization: a tight convex price for a channel."""
 
+import functools
 import math
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import chex
 import jax
 import jax.numpy as jnp
 import optax
 
-from sdp_jax.base import check_kind, check_params, need_params
-from sdp_jax.channels import member_sums, producer_leaves
+from sdp_jax.base import check_kind
+from sdp_jax.channels import magnitude, reduce_channels
 from sdp_jax.checks import check_number
 from sdp_jax.groups import Groups
-from sdp_jax.methods._increg import add_gradient
-from sdp_jax.methods.filter_norm import magnitude, sum_of
+from sdp_jax.methods.penalty import penalty_in_front
 from sdp_jax.tree import PyTree
-
-
-class PerspectiveState(NamedTuple):
-    """State of :func:`perspective_regularizer`.
-
-    Attributes:
-      count: number of updates so far, int32 scalar.
-    """
-
-    count: jax.Array
 
 
 def perspective(
@@ -75,7 +65,7 @@ def perspective(
       >>> print(methods.perspective(norms, norms, alpha=0.5, bound=1.0))
       [0.  0.5 2.5]
     """
-    check_perspective(alpha, bound)
+    _check_perspective(alpha, bound)
     dtype = jnp.promote_types(jnp.result_type(norm2, norm_inf), jnp.float32)
     n2, top = jnp.asarray(norm2, dtype), jnp.asarray(norm_inf, dtype)
     alpha, bound = jnp.asarray(alpha, dtype), jnp.asarray(bound, dtype)
@@ -138,15 +128,19 @@ def perspective_penalty(
       >>> print(methods.perspective_penalty(groups, params, alpha=0.5, bound=1.0))
       0.25
     """
-    bounds, factors = check_penalty(groups, alpha, bound, weights)
-    squares = member_sums(groups, params, lambda leaf: jnp.square(magnitude(leaf)))
+    bounds, factors = _check_penalty(groups, alpha, bound, weights)
+    square = reduce_channels(
+        groups, params, lambda leaf: jnp.square(magnitude(leaf)), jnp.sum, jnp.add
+    )
+    largest = functools.partial(jnp.max, initial=0)
+    top = reduce_channels(groups, params, magnitude, largest, jnp.maximum)
+    # The square root has no slope at zero.
+    positive = square > 0
+    norm = jnp.where(positive, jnp.sqrt(jnp.where(positive, square, 1)), 0)
+    limits = groups.join({d.name: jnp.full(d.size, bounds[d.name]) for d in groups})
+    prices = groups.split(perspective(norm, top, alpha, limits))
     total: Any = 0
-    for name, top in channel_maxima(groups, params).items():
-        square = sum_of(squares[name])
-        # The square root has no slope at zero.
-        positive = square > 0
-        norm = jnp.where(positive, jnp.sqrt(jnp.where(positive, square, 1)), 0)
-        price = perspective(norm, top, alpha, bounds[name])
+    for name, price in prices.items():
         total = total + factors[name] * jnp.sum(price)
     return total
 
@@ -199,101 +193,44 @@ def perspective_regularizer(
       [[-0.3 -0. ]
        [-0.4 -0. ]]
     """
-    check_penalty(groups, alpha, bound, weights)
-    if not callable(penalty):
-        rule = "a non-negative number or a schedule"
-        check_number("penalty", penalty, low=0, rule=rule)
+    _check_penalty(groups, alpha, bound, weights)
 
-    def init_fn(params: optax.Params) -> PerspectiveState:
-        check_params(groups, params)
-        return PerspectiveState(jnp.zeros((), jnp.int32))
+    def price(tree: PyTree) -> jax.Array:
+        return perspective_penalty(
+            groups, tree, alpha=alpha, bound=bound, weights=weights
+        )
 
-    def update_fn(
-        updates: optax.Updates,
-        state: Any,
-        params: optax.Params | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, PerspectiveState]:
-        del extra_args
-        params = need_params(params, updates, "perspective_regularizer")
-        factor: Any = penalty(state.count) if callable(penalty) else penalty
+    def add(updates: optax.Updates, params: optax.Params, factor: Any) -> optax.Updates:
+        wide = jax.tree.map(
+            lambda p: jnp.asarray(p, jnp.promote_types(p.dtype, jnp.float32)), params
+        )
 
-        def price(tree: PyTree) -> jax.Array:
-            return perspective_penalty(
-                groups, tree, alpha=alpha, bound=bound, weights=weights
-            )
+        def add_slope(g: jax.Array, slope: jax.Array) -> jax.Array:
+            # Of a complex leaf the direction of steepest ascent.
+            slope = jnp.conj(slope) * jnp.asarray(factor, slope.real.dtype)
+            return (g.astype(slope.dtype) + slope).astype(g.dtype)
 
-        grads = add_gradient(updates, price, params, factor)
-        count = jnp.asarray(optax.safe_increment(state.count))
-        return grads, PerspectiveState(count)
+        return jax.tree.map(add_slope, updates, jax.grad(price)(wide))
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return penalty_in_front("perspective_regularizer", groups, penalty, add)
 
 
-def channel_maxima(groups: Groups, params: PyTree) -> dict[str, jax.Array]:
-    """The largest magnitude among all producer entries of each channel.
-
-    Args:
-      groups: the channel dimensions.
-      params: the parameters.
-
-    Returns:
-      For each dimension an array ``(size,)``, at least float32.
-
-    Raises:
-      ValueError: if a producer is missing or has another shape.
-    """
-    table = producer_leaves(groups, params)
-    out: dict[str, jax.Array] = {}
-    for d in groups:
-        for m in d.producers:
-            leaf = magnitude(jnp.asarray(table[m.path]))
-            rest = [a for a in range(leaf.ndim) if a != m.axis]
-            line = jnp.max(leaf, axis=rest, initial=0)
-            value = jnp.max(line[m.positions(d.size)], axis=(0, 2))
-            out[d.name] = jnp.maximum(out[d.name], value) if d.name in out else value
-    return out
-
-
-def check_perspective(alpha: Any, bound: Any) -> None:
-    """Refuses parameters of :func:`perspective` that are out of range.
-
-    Args:
-      alpha: ``α``.
-      bound: ``M``.
-
-    Raises:
-      ValueError: if ``alpha`` is outside (0, 1) or ``bound`` not positive.
-      TypeError: if one is not a number.
-    """
+def _check_perspective(alpha: Any, bound: Any) -> None:
+    """Refuses parameters of :func:`perspective` that are out of range."""
     least = math.nextafter(0, 1)
     high = math.nextafter(1, 0)
     check_number("alpha", alpha, low=least, high=high, rule="a number in (0, 1)")
     check_number("bound", bound, low=least, rule="a positive number")
 
 
-def check_penalty(
+def _check_penalty(
     groups: Groups, alpha: Any, bound: Any, weights: Any
 ) -> tuple[dict[str, Any], dict[str, float]]:
-    """Checks what :func:`perspective_penalty` is made of.
-
-    Args:
-      groups: the channel dimensions.
-      alpha: ``α``.
-      bound: ``M``, a number or one for each dimension.
-      weights: the weights of the channels.
-
-    Returns:
-      A bound and a weight for each dimension.
-
-    Raises:
-      ValueError: if they do not fit the groups.
-      TypeError: if one is of another kind.
-    """
+    """A bound and a weight for each dimension, after checking them."""
     check_kind(groups)
     bounds = _by_name(groups, "bound", bound)
     for value in bounds.values():
-        check_perspective(alpha, value)
+        _check_perspective(alpha, value)
     if isinstance(weights, Mapping):
         factors = _by_name(groups, "weights", weights)
         for value in factors.values():

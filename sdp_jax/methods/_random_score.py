@@ -35,8 +35,7 @@ def random_score(key: jax.Array) -> Score:
       >>> params = {"w": jnp.ones((2, 3))}
       >>> groups = sdp_jax.groups_from_axes(
       ...     params, {"hidden": [sdp_jax.Member("w", 1)]})
-      >>> scores = methods.random_score(jax.random.key(0))(groups, params)
-      >>> scores["hidden"].shape
+      >>> methods.random_score(jax.random.key(0))(groups, params).shape
       (3,)
     """
     typed = isinstance(key, jax.Array) and jnp.issubdtype(
@@ -51,9 +50,8 @@ def random_score(key: jax.Array) -> Score:
         params: PyTree,
         grads: PyTree | None = None,
         activations: Any = None,
-    ) -> dict[str, jax.Array]:
+    ) -> jax.Array:
         del params, grads, activations
-        draws = jax.random.uniform(key, (groups.num_channels,), jnp.float32)
-        return draws
+        return jax.random.uniform(key, (groups.num_channels,), jnp.float32)
 
     return score

@@ -1,10 +1,12 @@
-"""Sparsity-informed adaptive pruning, and the loop of iterative pruning.
+"""Iterative pruning: train, remove, rewind, train again.
 
-Train, remove, rewind, train again: the loops differ in how much goes in a round and in
-which weights are ranked, and are written once.
+The published loops differ in how much goes in a round and in which weights are ranked:
+:func:`sap`, :func:`lottery_ticket` and :func:`one_shot` tell that, and
+:func:`pruning_rounds` is the loop.
 """
 
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
@@ -19,20 +21,35 @@ from sdp_jax.channels import (
     channel_norms,
     channel_weights,
     channels_alive,
-    scale_channels,
 )
 from sdp_jax.checks import check_number
 from sdp_jax.groups import Groups
+from sdp_jax.methods.entries import keep_channels
 from sdp_jax.methods.pqi import pq_index, prune_count
+from sdp_jax.methods.scales import replace_leaves
 from sdp_jax.tree import PyTree, leaf_table
 
 # ``train(params, mask) -> params``
 Train: TypeAlias = Callable[[PyTree, PyTree], PyTree]
 # ``prunable(path, leaf) -> whether entries of this leaf may go``
 Prunable: TypeAlias = Callable[[str, Any], bool]
-# How many of the living entries go: ``count(index, number)``.
-Count: TypeAlias = Callable[[np.ndarray, np.ndarray], np.ndarray]
-SapScope = Literal["global", "tensor", "row", "dimension"]
+RoundScope = Literal["global", "tensor", "row", "dimension"]
+# Values of what may go and which of them are left, one row for each budget.
+Block: TypeAlias = tuple[np.ndarray, np.ndarray]
+
+
+class PruningRule(NamedTuple):
+    """What goes in a round of :func:`pruning_rounds`.
+
+    Attributes:
+      count: ``count(index, d, p, q)``, how many of the ``d`` entries go that are left
+        with this PQ Index; arrays of both.
+      ranked_by: the weights whose smallest go: ``None`` for those that the round has
+        trained, ``"first"`` for those of the first round, or a tree of weights.
+    """
+
+    count: Callable[[np.ndarray, np.ndarray, float, float], np.ndarray]
+    ranked_by: Any = None
 
 
 class PruningRound(NamedTuple):
@@ -136,52 +153,146 @@ def keep_mask(mask: PyTree) -> optax.GradientTransformationExtraArgs:
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def sap(
-    train: Train,
-    params: PyTree,
-    *,
-    rounds: int,
-    p: float = 0.5,
-    q: float = 1.0,
-    eta: float = 0.0,
-    gamma: float = 1.0,
-    beta: float = 0.9,
-    scope: SapScope = "global",
-    groups: Groups | None = None,
-    rewind: bool = True,
-    prunable: Prunable | None = None,
-    axis: int = -1,
-    weights: Weighting = "plain",
-    min_channels: int = 1,
-    begin: int = 0,
-    mask: PyTree | None = None,
-) -> Iterator[PruningRound]:
+def sap(eta: float = 0.0, gamma: float = 1.0, beta: float = 0.9) -> PruningRule:
     """Sparsity-informed adaptive pruning: the PQ Index tells how much goes.
 
-    In each round ``train`` gets the initial parameters under the mask; of the ``d``
-    weights that are left with a PQ Index ``I`` it then removes those of smallest
-    magnitude, ``c`` of them::
+    Of the ``d`` entries that are left with a PQ Index ``I``, ``c`` go::
 
         r = ⌈d (1 + η)^(−q / (q − p)) (1 − I)^(q p / (q − p))⌉
         c = ⌊d · clip(γ (1 − r / d), 0, β)⌋
 
-    that is, all whose magnitude is below the ``(c + 1)``-th smallest. There are
-    ``rounds + 1`` trainings and nothing is removed after the last.
+    Args:
+      eta: ``η``; larger removes more.
+      gamma: ``γ``; larger removes more.
+      beta: ``β``, the largest share that one round removes.
+
+    Returns:
+      A rule for :func:`pruning_rounds`.
+
+    Raises:
+      ValueError: if a number is out of range.
+      TypeError: if an argument is of another kind.
+
+    References:
+      Diao, Wang, Zhang, Yang, Ding, Tarokh, "Pruning Deep Neural Networks from a
+      Sparsity Perspective", ICLR 2023, arXiv 2302.05601, Algorithm 1.
+
+    Example:
+      >>> import numpy as np
+      >>> from sdp_jax import methods
+      >>> rule = methods.sap(beta=0.2)
+      >>> print(rule.count(np.array([0.153]), np.array([1000]), 0.5, 1))
+      [153]
+    """
+    count = functools.partial(prune_count, eta=eta, gamma=gamma, beta=beta)
+    count(0.0, 1)  # Checks the numbers.
+    return PruningRule(count)
+
+
+def lottery_ticket(sparsity: float = 0.2) -> PruningRule:
+    """The same share of what is left goes in each round, ``⌊sparsity · d⌋`` of ``d``.
+
+    Args:
+      sparsity: the share.
+
+    Returns:
+      A rule for :func:`pruning_rounds`.
+
+    Raises:
+      ValueError: if ``sparsity`` is outside [0, 1).
+      TypeError: if it is not a number.
+
+    References:
+      Frankle and Carbin, "The Lottery Ticket Hypothesis", ICLR 2019, arXiv 1803.03635;
+      in this form the baseline of Diao et al., arXiv 2302.05601.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from sdp_jax import methods
+      >>> params = {"w": jnp.array([[4., 1.], [3., 0.1]])}
+      >>> rule = methods.lottery_ticket(0.5)
+      >>> rounds = methods.pruning_rounds(lambda w, mask: w, params, rule, rounds=2)
+      >>> [done.kept for done in rounds]
+      [1.0, 0.5, 0.25]
+    """
+    high = np.nextafter(1, 0)
+    check_number("sparsity", sparsity, low=0, high=high, rule="a number in [0, 1)")
+    return PruningRule(lambda index, d, p, q: np.floor(sparsity * d).astype(np.int64))
+
+
+def one_shot(sparsity: float = 0.2, dense: PyTree | None = None) -> PruningRule:
+    """The same with one ranking: that of the first, dense, trained weights.
+
+    Args:
+      sparsity: see :func:`lottery_ticket`.
+      dense: the weights to rank by; by default the result of the first training. A run
+        that goes on after an interruption needs them.
+
+    Returns:
+      A rule for :func:`pruning_rounds`.
+
+    Raises:
+      ValueError: if ``sparsity`` is outside [0, 1).
+      TypeError: if it is not a number.
+
+    References:
+      Baseline of Diao et al., arXiv 2302.05601.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from sdp_jax import methods
+      >>> params = {"w": jnp.array([[4., 1.], [3., 0.1]])}
+      >>> rule = methods.one_shot(0.5)
+      >>> rounds = methods.pruning_rounds(lambda w, mask: w, params, rule, rounds=1)
+      >>> print([*rounds][-1].mask["w"])
+      [[ True False]
+       [ True False]]
+    """
+    return PruningRule(
+        lottery_ticket(sparsity).count, "first" if dense is None else dense
+    )
+
+
+def pruning_rounds(
+    train: Train,
+    params: PyTree,
+    rule: PruningRule,
+    *,
+    rounds: int,
+    p: float = 0.5,
+    q: float = 1.0,
+    scope: RoundScope = "global",
+    groups: Groups | None = None,
+    rewind: bool = True,
+    prunable: Prunable | None = None,
+    axis: int = -1,
+    weights: Weighting | Mapping[str, float] = "plain",
+    min_channels: int | Mapping[str, int] = 1,
+    begin_round: int = 0,
+    mask: PyTree | None = None,
+) -> Iterator[PruningRound]:
+    """Iterative pruning: in each round the smallest weights go, and the rest trains.
+
+    In each round ``train`` gets the initial parameters under the mask; of the weights
+    that are left it then removes those of smallest magnitude, as many as the rule
+    tells: all whose magnitude is below the ``(c + 1)``-th smallest. There are ``rounds
+    + 1`` trainings and nothing is removed after the last.
 
     With ``groups`` the same is done with the norms of channels, and all producers of a
-    channel go at once (our own extension: the paper removes weights). Index and ``c``
-    are those of all living channels; of each dimension the ``floor`` largest stay.
+    channel go at once (our own extension: the papers remove weights). Index and ``c``
+    are those of all living channels; of each dimension the ``min_channels`` largest
+    stay.
 
     Args:
       train: ``train(params, mask) -> params``, trains anew and leaves masked entries at
         zero, for example by :func:`keep_mask`. The mask holds NumPy arrays.
       params: the initial parameters.
+      rule: how many go, and which weights are ranked: :func:`sap`,
+        :func:`lottery_ticket`, :func:`one_shot`, or a :class:`PruningRule` of one's
+        own.
       rounds: number of removals ``T``.
-      p: the smaller exponent of the index.
+      p: the smaller exponent of the PQ Index that rule and rounds get.
       q: the larger one.
-      eta: ``η``; larger removes more.
-      gamma: ``γ``; larger removes more.
-      beta: ``β``, the largest share that one round removes.
       scope: what index and removal are taken over: ``"global"``; ``"tensor"``, each
         leaf (the paper's layer); ``"row"``, each output of a leaf (its neuron); with
         groups ``"global"`` or ``"dimension"``.
@@ -190,9 +301,11 @@ def sap(
       prunable: ``prunable(path, leaf)`` tells whether entries of a leaf may go; by
         default those of leaves with two axes or more. Not with groups.
       axis: the output axis for ``"row"``; the last in kernels of Flax.
-      norm: with groups, weighting of the norms, see :func:`sdp_jax.channel_weights`.
-      min_channels: with groups, channels that stay in each dimension.
-      begin: number of the first round, to go on with an interrupted run; with
+      weights: with groups, the weighting of the norms, see
+        :func:`sdp_jax.channel_weights`.
+      min_channels: with groups, channels that stay in each dimension; a number, or one
+        for each name.
+      begin_round: number of the first round, to go on with an interrupted run; with
         ``rewind=False``, ``params`` are then its last result.
       mask: mask of the first round: the ``next_mask`` of the round before it. ``None``
         for no mask.
@@ -218,206 +331,83 @@ def sap(
       >>> params = {"w": jnp.array([[4., 1.], [3., 0.1]]), "b": jnp.zeros(2)}
       >>> def train(params, mask):  # Nothing to learn.
       ...     return params
-      >>> for done in methods.sap(train, params, rounds=1, p=1., q=2.):
+      >>> rule = methods.sap()
+      >>> for done in methods.pruning_rounds(train, params, rule, rounds=1, p=1., q=2.):
       ...     print(done.round, done.kept, round(done.index, 3))
       0 1.0 0.206
       1 0.75 0.094
     """
-
-    def count(index: np.ndarray, number: np.ndarray) -> np.ndarray:
-        return prune_count(index, number, p, q, eta, gamma, beta)
-
-    count(np.zeros(1), np.ones(1))  # Checks the numbers.
-    units = _units(params, p, q, scope, groups, prunable, axis, norm, floor)
-    return _rounds(train, params, rounds, units, count, rewind, begin, mask, None)
-
-
-def lottery_ticket(
-    train: Train,
-    params: PyTree,
-    *,
-    rounds: int,
-    share: float = 0.2,
-    p: float = 0.5,
-    q: float = 1.0,
-    scope: SapScope = "global",
-    groups: Groups | None = None,
-    rewind: bool = True,
-    prunable: Prunable | None = None,
-    axis: int = -1,
-    weights: Weighting = "plain",
-    min_channels: int = 1,
-    begin: int = 0,
-    mask: PyTree | None = None,
-) -> Iterator[PruningRound]:
-    """The same loop with a fixed share: each round removes so much of what is left.
-
-    Args:
-      train: as for :func:`sap`.
-      params: as for :func:`sap`.
-      rounds: as for :func:`sap`.
-      share: of the ``d`` entries that are left, ``⌊share · d⌋`` go in each round.
-      p: exponent of the index, which is only reported.
-      q: the larger exponent.
-      scope: as for :func:`sap`.
-      groups: as for :func:`sap`.
-      rewind: as for :func:`sap`.
-      prunable: as for :func:`sap`.
-      axis: as for :func:`sap`.
-      norm: as for :func:`sap`.
-      min_channels: as for :func:`sap`.
-      begin: as for :func:`sap`.
-      mask: as for :func:`sap`.
-
-    Returns:
-      As :func:`sap`.
-
-    Raises:
-      ValueError: as :func:`sap`.
-      TypeError: as :func:`sap`.
-
-    References:
-      Frankle and Carbin, "The Lottery Ticket Hypothesis", ICLR 2019, arXiv 1803.03635;
-      in this form the baseline of Diao et al., arXiv 2302.05601.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from sdp_jax import methods
-      >>> params = {"w": jnp.array([[4., 1.], [3., 0.1]])}
-      >>> rounds = methods.lottery_ticket(
-      ...     lambda params, mask: params, params, rounds=2, share=0.5)
-      >>> [done.kept for done in rounds]
-      [1.0, 0.5, 0.25]
-    """
-    count = _fixed(share)
-    units = _units(params, p, q, scope, groups, prunable, axis, norm, floor)
-    return _rounds(train, params, rounds, units, count, rewind, begin, mask, None)
-
-
-def one_shot(
-    train: Train,
-    params: PyTree,
-    *,
-    rounds: int,
-    share: float = 0.2,
-    p: float = 0.5,
-    q: float = 1.0,
-    scope: SapScope = "global",
-    groups: Groups | None = None,
-    rewind: bool = True,
-    prunable: Prunable | None = None,
-    axis: int = -1,
-    weights: Weighting = "plain",
-    min_channels: int = 1,
-    begin: int = 0,
-    mask: PyTree | None = None,
-    dense: PyTree | None = None,
-) -> Iterator[PruningRound]:
-    """The same loop with one ranking: that of the first, dense, trained weights.
-
-    Args:
-      train: as for :func:`sap`.
-      params: as for :func:`sap`.
-      rounds: as for :func:`sap`.
-      share: as for :func:`lottery_ticket`.
-      p: exponent of the index, which is only reported.
-      q: the larger exponent.
-      scope: as for :func:`sap`.
-      groups: as for :func:`sap`.
-      rewind: as for :func:`sap`.
-      prunable: as for :func:`sap`.
-      axis: as for :func:`sap`.
-      norm: as for :func:`sap`.
-      min_channels: as for :func:`sap`.
-      begin: as for :func:`sap`.
-      mask: as for :func:`sap`.
-      dense: the weights to rank by; by default the result of the first training. A run
-        that goes on after an interruption needs them.
-
-    Returns:
-      As :func:`sap`.
-
-    Raises:
-      ValueError: as :func:`sap`, and if ``begin`` is above 0 without ``dense``.
-      TypeError: as :func:`sap`.
-
-    References:
-      Baseline of Diao et al., arXiv 2302.05601.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from sdp_jax import methods
-      >>> params = {"w": jnp.array([[4., 1.], [3., 0.1]])}
-      >>> rounds = methods.one_shot(
-      ...     lambda params, mask: params, params, rounds=1, share=0.5)
-      >>> print([*rounds][-1].mask["w"])
-      [[ True False]
-       [ True False]]
-    """
-    count = _fixed(share)
-    units = _units(params, p, q, scope, groups, prunable, axis, norm, floor)
-    if dense is None and begin > 0:
-        raise ValueError(
-            "one_shot ranks by the first trained weights: give them as dense= to go on "
-            f"at round {begin}"
-        )
-    by: Any = "first" if dense is None else dense
-    return _rounds(train, params, rounds, units, count, rewind, begin, mask, by)
-
-
-def _rounds(
-    train: Train,
-    params: PyTree,
-    rounds: int,
-    units: "_Weights | _Channels",
-    count: Count,
-    rewind: bool,
-    begin: int,
-    mask: PyTree | None,
-    ranked_by: Any,
-) -> Iterator[PruningRound]:
-    """The loop; checks what it was given at once.
-
-    ``ranked_by`` is ``None`` for the latest weights, ``"first"`` for those of the first
-    training, or weights.
-    """
-    for name, value in (("rounds", rounds), ("begin", begin)):
-        if isinstance(value, bool) or not isinstance(value, int | np.integer):
-            raise TypeError(f"{name} must be an integer; got {value!r}")
-    if not 0 <= begin <= rounds:
-        raise ValueError(
-            f"rounds must be at least 0 and begin between 0 and rounds; got begin="
-            f"{begin}, rounds={rounds}"
-        )
     if not callable(train):
         raise TypeError(f"train must be train(params, mask) -> params; got {train!r}")
+    if not isinstance(rule, PruningRule):
+        raise TypeError(
+            f"rule must be a PruningRule, for example methods.sap(); got {rule!r}"
+        )
+    for name, value in (("rounds", rounds), ("begin_round", begin_round)):
+        if isinstance(value, bool) or not isinstance(value, int | np.integer):
+            raise TypeError(f"{name} must be an integer; got {value!r}")
+    if not 0 <= begin_round <= rounds:
+        raise ValueError(
+            "rounds must be at least 0 and begin_round between 0 and rounds; got "
+            f"begin_round={begin_round}, rounds={rounds}"
+        )
+    if isinstance(rule.ranked_by, str) and begin_round > 0:
+        raise ValueError(
+            "one_shot ranks by the first trained weights: give them as dense= to go on "
+            f"at round {begin_round}"
+        )
+    check_inexact(params)
+    pq_index((), p, q)
+    allowed = ("global", "tensor", "row") if groups is None else ("global", "dimension")
+    if scope not in allowed:
+        raise ValueError(
+            f"scope must be one of {allowed} {'without' if groups is None else 'with'} "
+            f"groups; got {scope!r}"
+        )
+    if groups is None:
+        units = _Weights(params, p, q, scope, prunable, axis)
+    elif prunable is not None:
+        raise ValueError("prunable is for single weights; groups tell what may go")
+    else:
+        units = _Channels(params, p, q, scope, groups, weights, min_channels)
     if mask is None:
         mask = jax.tree.map(lambda x: np.ones(np.shape(x), bool), params)
     else:
         _check_mask(params, mask)
     first = jax.tree.map(lambda m: np.asarray(m, bool), mask)
 
+    def lowest_out(values: np.ndarray, alive: np.ndarray, index: Any) -> np.ndarray:
+        """Which entries of a matrix stay, where each row loses its smallest ones."""
+        if not values.size:
+            return alive
+        number = alive.sum(axis=1)
+        index = np.broadcast_to(np.asarray(index, np.float64), number.shape)
+        ascending = np.sort(np.where(alive, values, np.inf), axis=1)
+        place = np.minimum(rule.count(index, number, p, q), values.shape[1] - 1)
+        threshold = np.take_along_axis(ascending, place[:, None], axis=1)
+        # Entries that are zero already go as well, or they would hold up every round.
+        dead = (threshold == 0) & (values == 0)
+        return alive & ~((values < threshold) | dead)
+
     def run() -> Iterator[PruningRound]:
-        mask, start, reference = first, params, ranked_by
-        for number in range(begin, rounds + 1):
+        mask, start, ranked_by = first, params, rule.ranked_by
+        for number in range(begin_round, rounds + 1):
             trained = train(apply_mask(start, mask), mask)
             _check_trained(params, trained, mask)
-            index = units.index(trained, mask)
-            if isinstance(reference, str):
-                reference = trained
+            if isinstance(ranked_by, str):
+                ranked_by = trained
+            index = jax.device_get(units.index(trained, mask))
+            blocks = units.blocks(trained if ranked_by is None else ranked_by, mask)
+            living = [alive for _, alive in blocks.values()]
+            kept = sum(int(a.sum()) for a in living) / sum(a.size for a in living)
             following = None
             if number < rounds:
-                rank = trained if reference is None else reference
-                following = units.remove(rank, mask, index, count)
-            kept = units.left(mask) / units.total
-            yield PruningRound(
-                number, trained, mask, units.report(index), kept, following
-            )
-            if following is None:
-                return
+                left = {k: lowest_out(*b, index[k]) for k, b in blocks.items()}
+                following = units.put(mask, left)
+            seen = float(index[""]) if scope == "global" else dict(index)
+            yield PruningRound(number, trained, mask, seen, kept, following)
             mask = following
-            if not rewind:
-                start = trained
+            start = start if rewind else trained
 
     return run()
 
@@ -430,70 +420,55 @@ class _Weights:
     ):
         table = leaf_table(params)
         chosen = prunable or (lambda path, leaf: np.ndim(leaf) > 1)
-        self.paths = [path for path, leaf in table.items() if chosen(path, leaf)]
-        if not self.paths:
+        self.shapes = {k: np.shape(x) for k, x in table.items() if chosen(k, x)}
+        if not self.shapes:
             raise ValueError(
                 "no leaf is prunable; by default those with two axes or more are"
             )
-        self.total = sum(np.size(table[path]) for path in self.paths)
-        self._pqs, self._scope, self._axis = (p, q), scope, axis
-        self._structure = jax.tree.structure(params)
-        self._index = jax.jit(self._measure)
+        self.scope, self.axis = scope, axis
 
-    def _measure(self, tree: PyTree, mask: PyTree) -> dict[str, jax.Array]:
-        part, alive = (_pick(t, self.paths) for t in (tree, mask))
-        found: Any = pq_index(
-            part, *self._pqs, scope=self._scope, mask=alive, axis=self._axis
-        )
-        return {"": found} if self._scope == "global" else found
+        @jax.jit
+        def index(tree: PyTree, mask: PyTree) -> dict[str, jax.Array]:
+            part, alive = self.pick(tree), self.pick(mask)
+            found: Any = pq_index(part, p, q, scope=scope, mask=alive, axis=axis)
+            return {"": found} if scope == "global" else found
 
-    def left(self, mask: PyTree) -> int:
-        """How many are alive."""
-        return sum(int(m.sum()) for m in _pick(mask, self.paths).values())
+        self.index = index
 
-    def index(self, tree: PyTree, mask: PyTree) -> dict[str, np.ndarray]:
-        """The index of each block."""
-        return jax.device_get(self._index(tree, mask))
+    def pick(self, tree: PyTree) -> dict[str, Any]:
+        """The leaves that may go."""
+        table = leaf_table(tree)
+        return {path: table[path] for path in self.shapes}
 
-    def report(self, index: dict[str, np.ndarray]) -> Any:
-        """The index as the user gets it."""
-        if self._scope != "global":
-            return dict(index)
-        return float(index[""])
+    def blocks(self, tree: PyTree, mask: PyTree) -> dict[str, Block]:
+        """The weights and which are alive, as matrices with one row for each budget."""
+        values = {k: self.matrix(_magnitude(x)) for k, x in self.pick(tree).items()}
+        alive = {k: self.matrix(np.asarray(x)) for k, x in self.pick(mask).items()}
+        if self.scope != "global":
+            return {k: (values[k], alive[k]) for k in values}
+        joined = [np.concatenate([*x.values()], axis=1) for x in (values, alive)]
+        return {"": (joined[0], joined[1])}
 
-    def remove(
-        self,
-        tree: PyTree,
-        mask: PyTree,
-        index: dict[str, np.ndarray],
-        count: Count,
-    ) -> PyTree:
-        """The next mask."""
-        leaves = {k: _magnitude(v) for k, v in _pick(tree, self.paths).items()}
-        masks = _pick(mask, self.paths)
-        if self._scope == "global":
-            joined, living = (
-                np.concatenate([np.ravel(part[k]) for k in self.paths])[None]
-                for part in (leaves, masks)
-            )
-            left = _lowest_out(joined, living, index[""], count)[0]
-            cuts = np.cumsum([np.size(leaves[k]) for k in self.paths])[:-1]
-            parts = zip(self.paths, np.split(left, cuts), strict=True)
-            out = {k: part.reshape(leaves[k].shape) for k, part in parts}
-        else:
-            out = {}
-            for k, leaf in leaves.items():
-                axis = self._axis if leaf.ndim else 0
-                shape = np.moveaxis(np.atleast_1d(leaf), axis, 0).shape
-                rows = shape[0] if self._scope == "row" else 1
-                matrix, living = (
-                    np.moveaxis(np.atleast_1d(x), axis, 0).reshape(rows, -1)
-                    for x in (leaf, masks[k])
-                )
-                left = _lowest_out(matrix, living, index[k], count).reshape(shape)
-                out[k] = np.moveaxis(left, 0, axis).reshape(leaf.shape)
-        table = leaf_table(mask) | out
-        return jax.tree.unflatten(self._structure, list(table.values()))
+    def matrix(self, leaf: np.ndarray) -> np.ndarray:
+        """A leaf as one row, or as one for each output."""
+        if self.scope != "row" or not leaf.ndim:
+            return leaf.reshape(1, -1)
+        rows = np.moveaxis(leaf, self.axis, 0)
+        return rows.reshape(len(rows), -1)
+
+    def put(self, mask: PyTree, left: dict[str, np.ndarray]) -> PyTree:
+        """The mask with these entries."""
+        if self.scope == "global":
+            ends = np.cumsum([int(np.prod(s)) for s in self.shapes.values()])[:-1]
+            left = dict(zip(self.shapes, np.split(left[""][0], ends), strict=True))
+        out = {}
+        for path, shape in self.shapes.items():
+            if self.scope == "row" and shape:
+                moved = np.moveaxis(np.empty(shape, bool), self.axis, 0).shape
+                out[path] = np.moveaxis(left[path].reshape(moved), 0, self.axis)
+            else:
+                out[path] = left[path].reshape(shape)
+        return replace_leaves(mask, out)
 
 
 class _Channels:
@@ -506,138 +481,39 @@ class _Channels:
         q: float,
         scope: str,
         groups: Groups,
-        norm: Any,
-        min_channels: int,
+        weights: Any,
+        min_channels: Any,
     ):
         check_kind(groups)
         check_params(groups, params)
-        channel_weights(groups, norm)
-        self.total = groups.num_channels
-        self._floors = prox.resolve_floors(groups, floor)
-        self._groups, self._scope, self._norm = groups, scope, norm
-        self._pqs = (p, q)
-        self._norms = jax.jit(lambda tree: channel_norms(groups, tree, weights=weights))
+        channel_weights(groups, weights)
+        self.floors = prox.resolve_floors(groups, min_channels)
+        self.groups, self.scope, self.pqs = groups, scope, (p, q)
+        self.norms = jax.jit(lambda tree: channel_norms(groups, tree, weights=weights))
 
-    def left(self, mask: PyTree) -> int:
-        """How many are alive."""
-        return sum(int(alive.sum()) for alive in self._alive(mask).values())
-
-    def index(self, tree: PyTree, mask: PyTree) -> dict[str, np.ndarray]:
+    def index(self, tree: PyTree, mask: PyTree) -> dict[str, jax.Array]:
         """The index of each block."""
-        whole = self._scope == "global"
-        found: Any = pq_index(
-            self._norms(tree),
-            *self._pqs,
-            mask=self._alive(mask),
-            scope="global" if whole else "tensor",
-        )
-        return jax.device_get({"": found} if whole else found)
+        norms = self.groups.split(self.norms(tree))
+        alive = self.groups.split(channels_alive(self.groups, mask))
+        if self.scope == "global":
+            return {"": pq_index(norms, *self.pqs, mask=alive)}
+        return pq_index(norms, *self.pqs, mask=alive, scope="tensor")
 
-    def report(self, index: dict[str, np.ndarray]) -> Any:
-        """The index as the user gets it."""
-        if self._scope == "global":
-            return float(index[""])
-        return {name: float(index[name]) for name in self._groups.sizes}
+    def blocks(self, tree: PyTree, mask: PyTree) -> dict[str, Block]:
+        """The norms and which channels are alive; those that have to stay come last."""
+        norms, alive = self.norms(tree), channels_alive(self.groups, mask)
+        ranked = jnp.where(alive, norms, -jnp.inf)
+        held = prox.largest_each(self.groups, ranked, self.floors)
+        values, living = np.where(held, np.inf, norms), np.asarray(alive)
+        if self.scope == "global":
+            return {"": (values[None], living[None])}
+        parts = self.groups.split(values), self.groups.split(living)
+        return {k: (parts[0][k][None], parts[1][k][None]) for k in self.groups.sizes}
 
-    def remove(
-        self,
-        tree: PyTree,
-        mask: PyTree,
-        index: dict[str, np.ndarray],
-        count: Count,
-    ) -> PyTree:
-        """The next mask."""
-        norms = {k: np.asarray(v) for k, v in self._norms(tree).items()}
-        living = self._alive(mask)
-        # The floor's channels come last and never go.
-        free = {k: self._protect(k, norms[k], living[k]) for k in living}
-        names = list(living)
-        blocks = [names] if self._scope == "global" else [[name] for name in names]
-        left: dict[str, np.ndarray] = {}
-        for block in blocks:
-            values, lives = (
-                np.concatenate([part[k] for k in block])[None]
-                for part in (free, living)
-            )
-            key = "" if self._scope == "global" else block[0]
-            stay = _lowest_out(values, lives, index[key], count)[0]
-            cuts = np.cumsum([len(living[k]) for k in block])[:-1]
-            left |= dict(zip(block, np.split(stay, cuts), strict=True))
-        ones = jax.tree.map(lambda m: np.asarray(m, np.float32), mask)
-        factors = {k: jnp.asarray(v, jnp.float32) for k, v in left.items()}
-        scaled = scale_channels(self._groups, jax.tree.map(jnp.asarray, ones), factors)
-        return jax.tree.map(lambda x: np.asarray(x) != 0, scaled)
-
-    def _alive(self, mask: PyTree) -> dict[str, np.ndarray]:
-        found = channels_alive(self._groups, mask)
-        return {name: np.asarray(found[name]) for name in self._groups.sizes}
-
-    def _protect(self, name: str, norms: np.ndarray, alive: np.ndarray) -> np.ndarray:
-        order = np.argsort(np.where(alive, -norms, np.inf), kind="stable")
-        out = norms.astype(np.float64)
-        out[order[: int(self._floors[name])]] = np.inf
-        return out
-
-
-def _lowest_out(
-    values: np.ndarray, alive: np.ndarray, index: Any, count: Count
-) -> np.ndarray:
-    """Which entries of a matrix stay, where each row loses its smallest ones."""
-    number = alive.sum(axis=1)
-    if not values.size:
-        return alive
-    removed = count(
-        np.broadcast_to(np.asarray(index, np.float64), number.shape), number
-    )
-    ascending = np.sort(np.where(alive, values, np.inf), axis=1)
-    place = np.minimum(removed, values.shape[1] - 1)
-    threshold = np.take_along_axis(ascending, place[:, None], axis=1)
-    # Entries that are zero already go as well, or they would hold up every round.
-    dead = (threshold == 0) & (values == 0)
-    return alive & ~((values < threshold) | dead)
-
-
-def _fixed(share: float) -> Count:
-    high = np.nextafter(1, 0)
-    check_number("share", share, low=0, high=high, rule="a number in [0, 1)")
-
-    def count(index: np.ndarray, number: np.ndarray) -> np.ndarray:
-        del index
-        return np.floor(share * number).astype(np.int64)
-
-    return count
-
-
-def _units(
-    params: PyTree,
-    p: float,
-    q: float,
-    scope: Any,
-    groups: Groups | None,
-    prunable: Prunable | None,
-    axis: int,
-    norm: Any,
-    min_channels: int,
-) -> _Weights | _Channels:
-    check_inexact(params)
-    pq_index((), p, q)
-    alone, grouped = ("global", "tensor", "row"), ("global", "dimension")
-    allowed = alone if groups is None else grouped
-    if scope not in allowed:
-        raise ValueError(
-            f"scope must be one of {allowed} {'without' if groups is None else 'with'} "
-            f"groups; got {scope!r}"
-        )
-    if groups is None:
-        return _Weights(params, p, q, scope, prunable, axis)
-    if prunable is not None:
-        raise ValueError("prunable is for single weights; groups tell what may go")
-    return _Channels(params, p, q, scope, groups, norm, floor)
-
-
-def _pick(tree: PyTree, paths: list[str]) -> dict[str, Any]:
-    table = leaf_table(tree)
-    return {path: table[path] for path in paths}
+    def put(self, mask: PyTree, left: dict[str, np.ndarray]) -> PyTree:
+        """The mask of these channels."""
+        keep = np.concatenate(list(left.values()), axis=1)[0]
+        return jax.tree.map(np.asarray, keep_channels(self.groups, mask, keep))
 
 
 def _magnitude(leaf: Any) -> np.ndarray:

@@ -1,8 +1,7 @@
 """Structured Probabilistic Pruning: channels that exist with a probability."""
 
-import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -10,29 +9,24 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from sdp_jax import prox
 from sdp_jax.base import (
     as_base,
     check_inexact,
-    check_kind,
     check_params,
     need_params,
     step_to,
     wide_copy,
 )
-from sdp_jax.channels import PerChannel
-from sdp_jax.checks import check_number
+from sdp_jax.channels import PerChannel, each_dimension, magnitude, reduce_channels
+from sdp_jax.checks import check_whole
 from sdp_jax.groups import Groups
-from sdp_jax.methods.dpm import channel_entries
-from sdp_jax.methods.filter_norm import l1_norm
-from sdp_jax.tree import PyTree
-
-# How many channels of each dimension have to go.
-Numbers: TypeAlias = dict[str, int | jax.Array]
-
-# Far beyond the n-th rank the increment grows exponentially; it is cut off at e to this
-# power, which is finite in float32.
-MAX_EXPONENT = 60.0
+from sdp_jax.methods.entries import keep_channels
+from sdp_jax.methods.ranking import (
+    check_increment,
+    is_due,
+    pruned_numbers,
+    rank_changes,
+)
 
 
 class SPPState(NamedTuple):
@@ -55,60 +49,6 @@ class SPPState(NamedTuple):
     key: jax.Array
 
 
-def ranking_increment(
-    rank: chex.Numeric,
-    count: chex.Numeric,
-    amplitude: chex.Numeric = 0.05,
-    ratio: chex.Numeric = 0.25,
-) -> jax.Array:
-    """How much the pruning probability of the channel of a rank rises, ``Δ(r)``.
-
-    With ``α = ln(2/u) / n`` and ``N₁ = −ln(u) / α``::
-
-        Δ(r) = A exp(−α r)                      for r < N₁
-        Δ(r) = 2uA − A exp(−α (2 N₁ − r))       otherwise
-
-    It falls from ``A`` at rank 0 over ``uA`` at ``N₁``, around which it is
-    point-symmetric, to exactly 0 at rank ``n``. Beyond it is negative: channels that
-    are not among the ``n`` to be pruned recover. (Beyond ``e^60`` it grows no further.)
-
-    Args:
-      rank: ``r``, ranks from 0 (the least important channel) on, any shape.
-      count: ``n``, how many channels are to be pruned, broadcastable to ``rank``; where
-        it is not positive, the increment is 0.
-      amplitude: ``A``, the increment of rank 0.
-      ratio: ``u``, the increment at ``N₁`` as a share of ``A``, in (0, 1); the smaller,
-        the more the increments differ.
-
-    Returns:
-      Increments of the shape of ``rank``, floating-point.
-
-    Raises:
-      ValueError: if ``amplitude`` is not positive or ``ratio`` is outside (0, 1).
-
-    References:
-      Wang, Zhang, Wang, Hu, "Structured Probabilistic Pruning for Convolutional Neural
-      Network Acceleration", BMVC 2018, arXiv 1709.06994.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from sdp_jax import methods
-      >>> print(methods.ranking_increment(jnp.array([0, 39, 48]), 40).round(4))
-      [ 0.05    0.0013 -0.0129]
-    """
-    check_ranking(amplitude, ratio)
-    dtype = jnp.result_type(float)
-    n = jnp.asarray(count, dtype)
-    share = jnp.asarray(rank, dtype) / jnp.where(n > 0, n, 1)
-    # In r/n the border N₁/n is a constant, and the second piece is −2uA (e^x − 1).
-    size, u = jnp.asarray(amplitude, dtype), jnp.asarray(ratio, dtype)
-    rate = jnp.log(2 / u)
-    first = size * jnp.exp(-rate * share)
-    second = -2 * u * size * jnp.expm1(jnp.minimum(rate * (share - 1), MAX_EXPONENT))
-    found = jnp.where(rate * share < -jnp.log(u), first, second)
-    return jnp.where(n > 0, found, 0)
-
-
 def spp(
     base: optax.ScalarOrSchedule | optax.GradientTransformation,
     groups: Groups,
@@ -118,9 +58,7 @@ def spp(
     every: int,
     amplitude: chex.Numeric = 0.05,
     ratio: chex.Numeric = 0.25,
-    momentum: chex.Numeric | None = None,
-    nesterov: bool = False,
-    begin: int = 0,
+    begin_step: int = 0,
     min_channels: int | jax.Array | Mapping[str, int] = 1,
 ) -> optax.GradientTransformationExtraArgs:
     """Trains as ``base`` does, while channels are dropped with rising probability.
@@ -156,19 +94,17 @@ def spp(
       every: updates from one change of the probabilities to the next.
       amplitude: ``A`` of :func:`ranking_increment`, the largest change.
       ratio: ``u`` of :func:`ranking_increment`.
-      momentum: momentum of the SGD, if ``base`` is a learning rate.
-      nesterov: Nesterov momentum, likewise.
-      begin: number of updates before the probabilities begin to change.
-      min_channels: channels that are not pruned in each dimension; a number, or one for each
-        name. The masks of single updates may drop more.
+      begin_step: number of updates before the probabilities begin to change.
+      min_channels: channels that are not pruned in each dimension; a number, or one for
+        each name. The masks of single updates may drop more.
 
     Returns:
       An Optax transformation, which must be the last piece of a chain; its ``update``
       needs ``params``. Dropped channels are exactly zero.
 
     Raises:
-      ValueError: if an argument is out of range, the floor forbids the sparsity, or the
-        parameters do not fit.
+      ValueError: if an argument is out of range, ``min_channels`` forbids the sparsity,
+        or the parameters do not fit.
       TypeError: if an argument is of another kind.
 
     References:
@@ -193,15 +129,15 @@ def spp(
       [[3. 0.]
        [4. 0.]]
     """
-    numbers = pruned_numbers(groups, sparsity, floor)
-    check_ranking(amplitude, ratio)
-    check_interval(every, begin)
+    numbers = pruned_numbers(groups, sparsity, min_channels)
+    check_increment(amplitude, ratio)
+    check_whole("every", every, low=1)
+    check_whole("begin_step", begin_step)
     if not isinstance(key, jax.Array | np.ndarray):
         raise TypeError(
             f"key must be a key of jax.random, as jax.random.key(0) makes; got {key!r}"
         )
-    optimizer = optax.with_extra_args_support(as_base(base, momentum, nesterov))
-    score = l1_norm()
+    optimizer = optax.with_extra_args_support(as_base(base))
 
     def init_fn(params: optax.Params) -> SPPState:
         check_inexact(params)
@@ -231,20 +167,14 @@ def spp(
         )
         shadow = jax.tree.map(lambda v, u: v + u.astype(v.dtype), state.shadow, steps)
 
-        norms = score(groups, shadow)
         old = state.probabilities.per_channel
-        due = is_due(count, every, begin)
-        new = {}
-        for name, chance in old.items():
-            gone = chance == 0
-            left = numbers[name] - jnp.sum(gone)
-            rank = prox.ranks(jnp.where(gone, jnp.inf, norms[name]))
-            change = ranking_increment(rank, left, amplitude, ratio)
-            lowered = jnp.clip(chance - change.astype(chance.dtype), 0, 1)
-            lowered = jnp.where(gone | ~due, chance, lowered)
-            complete = jnp.sum(lowered == 0) >= numbers[name]
-            new[name] = jnp.where(complete & (lowered > 0), 1, lowered)
-        chances = new
+        gone = old == 0
+        norms = reduce_channels(groups, shadow, magnitude, jnp.sum, jnp.add)
+        _, change = rank_changes(groups, numbers, norms, gone, amplitude, ratio)
+        lowered = jnp.clip(old - change.astype(old.dtype), 0, 1)
+        lowered = jnp.where(gone | ~is_due(count, every, begin_step), old, lowered)
+        complete = each_dimension(groups, jnp.sum, lowered == 0) >= numbers
+        chances = jnp.where(complete & (lowered > 0), 1, lowered)
 
         next_key, draw = jax.random.split(state.key)
         mask = jax.random.uniform(draw, chances.shape, chances.dtype) < chances
@@ -301,114 +231,3 @@ def spp_params(
     alive = found[0].probabilities.per_channel > 0
     point = keep_channels(groups, found[0].shadow, alive)
     return jax.tree.map(lambda x, p: x.astype(p.dtype), point, params)
-
-
-def pruned_numbers(
-    groups: Groups,
-    sparsity: float | Mapping[str, float],
-    min_channels: int | jax.Array | Mapping[str, int],
-) -> Numbers:
-    """How many channels each dimension loses at a share of them.
-
-    Args:
-      groups: the channel dimensions.
-      sparsity: the share, a number or one for each name (others lose none).
-      min_channels: channels that stay, a number or one for each name. Where an array forbids
-        the share, it wins.
-
-    Returns:
-      A number for each dimension.
-
-    Raises:
-      ValueError: if a share is outside [0, 1), a name is unknown, or the floor forbids
-        the share.
-      TypeError: if one is of another kind.
-    """
-    check_kind(groups)
-    floors = prox.resolve_floors(groups, floor)
-    shares: Mapping[str, float] = (
-        sparsity
-        if isinstance(sparsity, Mapping)
-        else dict.fromkeys(groups.sizes, sparsity)
-    )
-    unknown = sorted(set(shares) - set(groups.sizes))
-    if unknown:
-        raise ValueError(
-            f"sparsity names dimensions that do not exist: {unknown}; there are "
-            f"{list(groups.sizes)}"
-        )
-    numbers: Numbers = {}
-    for name, size in groups.sizes.items():
-        share, held = shares.get(name, 0), floors[name]
-        rule = "a number in [0, 1), or one for each dimension"
-        if isinstance(share, jax.Array):
-            raise TypeError(f"sparsity must be {rule}, not an array; got {share!r}")
-        high = math.nextafter(1, 0)
-        check_number("sparsity", share, low=0, high=high, rule=rule)
-        number = round(share * size)
-        if isinstance(held, jax.Array):
-            numbers[name] = jnp.minimum(number, size - held)
-        elif number > size - held:
-            raise ValueError(
-                f"sparsity {share} wants {number} of the {size} channels of dimension "
-                f"{name!r} to be zero, but the floor keeps {held}; lower the sparsity "
-                "or the floor"
-            )
-        else:
-            numbers[name] = number
-    return numbers
-
-
-def check_ranking(amplitude: Any, ratio: Any) -> None:
-    """Refuses parameters of :func:`ranking_increment` that are out of range.
-
-    Args:
-      amplitude: ``A``.
-      ratio: ``u``.
-
-    Raises:
-      ValueError: if ``amplitude`` is not positive or ``ratio`` outside (0, 1).
-      TypeError: if one is not a number.
-    """
-    rule = "a positive number"
-    check_number("amplitude", amplitude, low=math.nextafter(0, 1), rule=rule)
-    low, high = math.nextafter(0, 1), math.nextafter(1, 0)
-    check_number("ratio", ratio, low=low, high=high, rule="a number in (0, 1)")
-
-
-def check_interval(every: Any, begin: Any) -> None:
-    """Refuses numbers of updates that are none.
-
-    Args:
-      every: updates from one change to the next.
-      begin: updates before the first.
-
-    Raises:
-      ValueError: if ``every`` is below 1 or ``begin`` below 0.
-      TypeError: if one is not an integer.
-    """
-    for name, value, low in (("every", every, 1), ("begin", begin, 0)):
-        rule = f"an integer number of updates, at least {low}"
-        if isinstance(value, float | np.floating):
-            raise TypeError(f"{name} must be {rule}; got {value!r}")
-        check_number(name, value, low=low, rule=rule)
-
-
-def is_due(count: jax.Array, every: int, begin: int) -> jax.Array:
-    """Whether something happens at this update, counted from 1."""
-    return (count > begin) & ((count - begin) % every == 0)
-
-
-def keep_channels(groups: Groups, tree: PyTree, keep: jax.Array) -> PyTree:
-    """Exact zeros in the producers of the other channels, also where they are NaN.
-
-    Args:
-      groups: the channel dimensions.
-      tree: a tree that has the producers of ``groups`` as leaves.
-      keep: which channels to keep, a Boolean vector ``(num_channels,)``.
-
-    Returns:
-      A tree of the same structure, shapes and dtypes.
-    """
-    gone = channel_entries(groups, tree, ~keep)
-    return jax.tree.map(lambda x, g: jnp.where(g, 0, x).astype(x.dtype), tree, gone)

@@ -28,7 +28,7 @@ def taylor() -> Score:
       >>> groups = sdp_jax.groups_from_axes(
       ...     params, {"hidden": [sdp_jax.Member("w", 1)]})
       >>> grads = {"w": jnp.array([[4., 1.], [-3., 0.]])}
-      >>> print(methods.taylor()(groups, params, grads)["hidden"])
+      >>> print(methods.taylor()(groups, params, grads))
       [0. 1.]
     """
 
@@ -37,10 +37,9 @@ def taylor() -> Score:
         params: PyTree,
         grads: PyTree | None = None,
         activations: Any = None,
-    ) -> dict[str, jax.Array]:
+    ) -> jax.Array:
         del activations
         grads = need_gradients(grads, "taylor")
-        products = channel_products(groups, params, grads)
-        return {name: jnp.abs(value) for name, value in products.items()}
+        return jnp.abs(channel_products(groups, params, grads))
 
     return score

@@ -4,8 +4,9 @@ The other scores look at the producers of a channel. Here its consumers count as
 what is cut together is judged together.
 """
 
+import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, get_args
 
 import chex
@@ -15,9 +16,16 @@ import numpy as np
 import optax
 
 from sdp_jax.base import check_kind, check_params, need_params
-from sdp_jax.channels import PerChannel, channels_alive, member_sums
+from sdp_jax.channels import (
+    PerChannel,
+    channels_alive,
+    each_dimension,
+    magnitude,
+    member_sums,
+)
 from sdp_jax.checks import check_number, check_whole
 from sdp_jax.groups import Dimension, Groups, Member, Role
+from sdp_jax.methods.entries import add_decay, keep_channels
 from sdp_jax.methods.score import Score
 from sdp_jax.tree import PyTree, leaf_table
 
@@ -94,7 +102,7 @@ def group_importance(
       >>> groups = sdp_jax.groups_from_axes(params, {
       ...     "hidden": [sdp_jax.Member("w", 1), sdp_jax.Member("v", 0, "consumer")]})
       >>> score = methods.group_importance(normalizer=None)
-      >>> print(score(groups, params)["hidden"])  # (9 + 1) / 2, (1 + 9) / 2
+      >>> print(score(groups, params))  # (9 + 1) / 2, (1 + 9) / 2
       [5. 5.]
     """
     check_number("p", p, low=1e-6, rule="a positive number")
@@ -110,13 +118,13 @@ def group_importance(
         params: PyTree,
         grads: PyTree | None = None,
         activations: Any = None,
-    ) -> dict[str, jax.Array]:
+    ) -> jax.Array:
         del grads, activations
         alive = channels_alive(groups, params)
-        sums = member_sums(
-            groups, _without_dead(groups, params, alive), _power(p), roles=ROLES
-        )
-        scores = {}
+        # What would read a channel that is gone does not count.
+        whole = keep_channels(groups, params, alive, "consumer")
+        sums = member_sums(groups, whole, _power(p), roles=ROLES)
+        raw = {}
         for d in groups:
             counted = _counted(groups, d, bias)
             places: dict[tuple[str, int, Role], jax.Array] = {}
@@ -124,10 +132,9 @@ def group_importance(
                 if m in counted:
                     place = (m.path, m.axis, m.role)
                     places[place] = places[place] + value if place in places else value
-            scores[d.name] = _normalised(
-                _reduced(list(places.values()), reduce), alive[d.name], normalizer
-            )
-        return scores
+            raw[d.name] = _reduced(list(places.values()), reduce)
+        over = functools.partial(_normalised, normalizer=normalizer)
+        return each_dimension(groups, over, groups.join(raw), alive)
 
     return score
 
@@ -214,6 +221,9 @@ def group_norm_regularizer(
     importance = group_importance(bias=bias)
     counted = {d.name: _counted(groups, d, bias) for d in groups}
 
+    def decays(dimension: Dimension, member: Member) -> bool:
+        return member in counted[dimension.name]
+
     def init_fn(params: optax.Params) -> GroupNormRegularizerState:
         check_params(groups, params)
         if jax.tree.leaves(params):
@@ -236,44 +246,22 @@ def group_norm_regularizer(
         strengths = state.reg.per_channel
         alive = channels_alive(groups, params)
         scores = importance(groups, params)
-        factors, grown = {}, {}
-        for name, score in scores.items():
-            living = alive[name]
-            known = jnp.all(jnp.isfinite(score) | ~living)
-            gamma = 2 ** (alpha * _weakness(jnp.sqrt(score), living))
-            factors[name] = jnp.where(living & known, strengths[name] * gamma, 0)
-            grown[name] = strengths[name]
-            if growing is not None:
-                more = growing * _weakness(score, living)
-                due = (count % every == 0) & living & known
-                grown[name] += jnp.where(due, more, 0).astype(grown[name].dtype)
-
-        rates = _entry_sums(groups, factors, lambda d, m: m in counted[d.name])
-        table = leaf_table(params)
-        leaves = [
-            _add_decay(u, p, rates[path]) if path in rates else u
-            for (path, p), u in zip(
-                table.items(), jax.tree.leaves(updates), strict=True
-            )
-        ]
-        out = jax.tree.unflatten(jax.tree.structure(updates), leaves)
-        reg_state = PerChannel(grown)
-        return out, GroupNormRegularizerState(count, reg_state)
+        unknown = alive & ~jnp.isfinite(scores)
+        acts = alive & ~each_dimension(groups, jnp.any, unknown)
+        weak = each_dimension(groups, _weakness, jnp.sqrt(scores), alive)
+        rates = jnp.where(acts, strengths * 2 ** (alpha * weak), 0)
+        if growing is not None:
+            more = growing * each_dimension(groups, _weakness, scores, alive)
+            more = jnp.where((count % every == 0) & acts, more, 0)
+            strengths = strengths + more.astype(strengths.dtype)
+        out = add_decay(groups, updates, params, rates, decays)
+        return out, GroupNormRegularizerState(count, PerChannel(strengths))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def is_bias(groups: Groups, dimension: Dimension, member: Member) -> bool:
-    """Whether a member is a bias, see :func:`group_importance`.
-
-    Args:
-      groups: the channel dimensions.
-      dimension: one of them.
-      member: one of its members.
-
-    Returns:
-      A Boolean.
-    """
+    """Whether a member is a bias, see :func:`group_importance`."""
     if member.role != "producer":
         return False
     module, _, key = member.path.rpartition("/")
@@ -319,8 +307,7 @@ def _power(p: float) -> Callable[[jax.Array], jax.Array]:
     """``|w|^p`` entry by entry, at least float32."""
 
     def entry(leaf: jax.Array) -> jax.Array:
-        size = jnp.abs(leaf)
-        size = size.astype(jnp.promote_types(size.dtype, jnp.float32))
+        size = magnitude(leaf)
         if p == 1:
             return size
         return jnp.square(size) if p == 2 else size**p
@@ -356,58 +343,3 @@ def _weakness(values: jax.Array, alive: jax.Array) -> jax.Array:
     return jnp.where(
         alive & spread, (top - values) / jnp.where(spread, top - low, 1), 0
     )
-
-
-def _without_dead(
-    groups: Groups, params: PyTree, alive: Mapping[str, jax.Array]
-) -> PyTree:
-    """The parameters with zeros where a channel that is gone would be read."""
-    dead = {name: jnp.where(a, 0, 1) for name, a in alive.items()}
-    reads = _entry_sums(groups, dead, lambda d, m: m.role == "consumer")
-    leaves = [
-        jnp.where(reads[path] > 0, 0, leaf) if path in reads else leaf
-        for path, leaf in leaf_table(params).items()
-    ]
-    return jax.tree.unflatten(jax.tree.structure(params), leaves)
-
-
-def _add_decay(update: jax.Array, param: jax.Array, rate: jax.Array) -> jax.Array:
-    dtype = jnp.promote_types(jnp.result_type(update, param), jnp.float32)
-    # An entry that is not finite must not spoil the gradient where the rate is 0.
-    decay = jnp.where(rate == 0, 0, rate * param.astype(dtype))
-    return (update.astype(dtype) + decay).astype(update.dtype)
-
-
-def _entry_sums(
-    groups: Groups,
-    values: Mapping[str, jax.Array],
-    keep: Callable[[Dimension, Member], bool],
-) -> dict[str, jax.Array]:
-    """For each entry the sum of a value over the channels that it belongs to.
-
-    Unlike :func:`sdp_jax.scale_channels` it reaches members of every role, and
-    an entry that is on two axes a channel gets the sum, not the product.
-
-    Args:
-      groups: the channel dimensions.
-      values: for each dimension an array ``(size,)``.
-      keep: which members count.
-
-    Returns:
-      By path an array that broadcasts to the leaf, 0 where no channel is.
-    """
-    found: dict[str, jax.Array] = {}
-    for d in groups:
-        for m in d.members:
-            if not keep(d, m):
-                continue
-            shape = groups.shapes[m.path]
-            # The channel at each position, or one past the last where there is none.
-            channel = np.full(shape[m.axis], d.size)
-            channel[m.positions(d.size)] = np.arange(d.size)[:, None]
-            padded = jnp.pad(values[d.name], (0, 1))
-            line = [1] * len(shape)
-            line[m.axis] = shape[m.axis]
-            along = padded[channel].reshape(line)
-            found[m.path] = found[m.path] + along if m.path in found else along
-    return found

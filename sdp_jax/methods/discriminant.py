@@ -118,7 +118,7 @@ def discriminant_score(
       >>> score = methods.discriminant_score(jnp.array([0, 0, 1, 1]), ridge=1e-3)
       >>> maps = jnp.array([[1., 1.], [1., -1.], [-1., 1.], [-1., -1.]])
       >>> scores = score(groups, params, activations={"hidden": maps})
-      >>> [f"{s:.3f}" for s in scores["hidden"]]  # The first tells them apart.
+      >>> [f"{s:.3f}" for s in scores]  # The first tells them apart.
       ['0.999', '0.000']
     """
     _check_ridge(ridge)
@@ -129,7 +129,7 @@ def discriminant_score(
         params: PyTree,
         grads: PyTree | None = None,
         activations: Any = None,
-    ) -> dict[str, jax.Array]:
+    ) -> jax.Array:
         del params, grads
         if activations is None:
             raise ValueError(
@@ -158,7 +158,7 @@ def discriminant_score(
             between, inverse = _scatters(maps, classes, ridge, relative)
             fall = jnp.sum(jnp.square(_product(between, inverse)), axis=0)
             scores[name] = fall / jnp.diagonal(inverse)
-        return scores
+        return groups.join(scores)
 
     return score
 

@@ -1,22 +1,30 @@
 """Norms of filters as scores."""
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from sdp_jax.channels import Weighting, channel_norms, channel_weights, member_sums
+from sdp_jax.channels import (
+    Weighting,
+    channel_norms,
+    channel_weights,
+    each_dimension,
+    magnitude,
+    reduce_channels,
+)
 from sdp_jax.groups import Groups
 from sdp_jax.methods.score import Score
 from sdp_jax.tree import PyTree
 
 
-def l2_norm(*, weights: Weighting = "plain") -> Score:
+def l2_norm(*, weights: Weighting | Mapping[str, float] = "plain") -> Score:
     """The Euclidean norm of all producers of a channel.
 
     Args:
-      norm: weighting, see :func:`sdp_jax.channel_weights`; ``"size"`` gives the root
-        mean square of the entries, comparable over layers.
+      weights: the weighting, see :func:`sdp_jax.channel_weights`; ``"size"`` gives the
+        root mean square of the entries, comparable over layers.
 
     Returns:
       A score; it needs neither gradients nor activations.
@@ -30,28 +38,20 @@ def l2_norm(*, weights: Weighting = "plain") -> Score:
       >>> params = {"w": jnp.array([[3., 0.], [4., 1.]])}
       >>> groups = sdp_jax.groups_from_axes(
       ...     params, {"hidden": [sdp_jax.Member("w", 1)]})
-      >>> print(methods.l2_norm()(groups, params)["hidden"])
+      >>> print(methods.l2_norm()(groups, params))
       [5. 1.]
     """
-
-    def score(
-        groups: Groups,
-        params: PyTree,
-        grads: PyTree | None = None,
-        activations: Any = None,
-    ) -> dict[str, jax.Array]:
-        del grads, activations
-        return channel_norms(groups, params, weights=weights)
-
-    return score
+    return _of_params(
+        lambda groups, params: channel_norms(groups, params, weights=weights)
+    )
 
 
-def l1_norm(*, weights: Weighting = "plain") -> Score:
+def l1_norm(*, weights: Weighting | Mapping[str, float] = "plain") -> Score:
     """The sum of the magnitudes of all producers of a channel.
 
     Args:
-      norm: weighting, see :func:`sdp_jax.channel_weights`; the sum is divided by its
-        square for ``"size"`` (the mean magnitude).
+      weights: the weighting, see :func:`sdp_jax.channel_weights`; the sum is divided by
+        its square for ``"size"`` (the mean magnitude).
 
     Returns:
       A score; it needs neither gradients nor activations.
@@ -66,36 +66,32 @@ def l1_norm(*, weights: Weighting = "plain") -> Score:
       >>> params = {"w": jnp.array([[3., 0.], [-4., 1.]])}
       >>> groups = sdp_jax.groups_from_axes(
       ...     params, {"hidden": [sdp_jax.Member("w", 1)]})
-      >>> print(methods.l1_norm()(groups, params)["hidden"])
+      >>> print(methods.l1_norm()(groups, params))
       [7. 1.]
     """
+
+    def norms(groups: Groups, params: PyTree) -> jax.Array:
+        power = 2 if weights == "size" else 1
+        factors = channel_weights(groups, weights) ** power
+        sums = reduce_channels(groups, params, magnitude, jnp.sum, jnp.add)
+        # By a number for each dimension: XLA rounds the division by a vector otherwise.
+        return each_dimension(
+            groups, lambda v, k: v / jnp.asarray(k[0], v.dtype), sums, factors
+        )
+
+    return _of_params(norms)
+
+
+def _of_params(function: Callable[[Groups, PyTree], jax.Array]) -> Score:
+    """A score that looks at the parameters alone."""
 
     def score(
         groups: Groups,
         params: PyTree,
         grads: PyTree | None = None,
         activations: Any = None,
-    ) -> dict[str, jax.Array]:
+    ) -> jax.Array:
         del grads, activations
-        weights = channel_weights(groups, norm)
-        power = 2 if norm == "size" else 1
-        sums = member_sums(groups, params, magnitude)
-        return {
-            name: sum_of(pairs) / weights[name] ** power for name, pairs in sums.items()
-        }
+        return function(groups, params)
 
     return score
-
-
-def magnitude(leaf: jax.Array) -> jax.Array:
-    """Magnitudes of a leaf, at least float32."""
-    value = jnp.abs(leaf)
-    return value.astype(jnp.promote_types(value.dtype, jnp.float32))
-
-
-def sum_of(pairs: Any) -> jax.Array:
-    """The sum over the members that :func:`sdp_jax.groups.member_sums` returned."""
-    total, *rest = [value for _, value in pairs]
-    for value in rest:
-        total = total + value
-    return total

@@ -1,16 +1,16 @@
 """Network slimming: a penalty on the scales of normalisations, and their size."""
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from sdp_jax.base import check_kind, check_params, need_params
+from sdp_jax.base import check_kind
 from sdp_jax.channels import channel_norms, producer_leaves
-from sdp_jax.checks import check_number
 from sdp_jax.groups import Groups
+from sdp_jax.methods.penalty import penalty_in_front
 from sdp_jax.methods.scales import (
     DEFAULT_SCALES,
     check_scales,
@@ -21,16 +21,6 @@ from sdp_jax.methods.scales import (
 )
 from sdp_jax.methods.score import Score
 from sdp_jax.tree import PyTree
-
-
-class ScalePenaltyState(NamedTuple):
-    """State of :func:`scale_penalty`.
-
-    Attributes:
-      count: number of updates so far, int32 scalar.
-    """
-
-    count: jax.Array
 
 
 def scale_score(
@@ -71,7 +61,7 @@ def scale_score(
       >>> groups = sdp_jax.groups_from_axes(params, {"hidden": [
       ...     sdp_jax.Member("conv/kernel", 1), sdp_jax.Member("norm/scale", 0),
       ...     sdp_jax.Member("norm/bias", 0)]})
-      >>> print(methods.scale_score()(groups, params)["hidden"])
+      >>> print(methods.scale_score()(groups, params))
       [2. 1.]
     """
     check_scales(scales)
@@ -83,7 +73,7 @@ def scale_score(
         params: PyTree,
         grads: PyTree | None = None,
         activations: Any = None,
-    ) -> dict[str, jax.Array]:
+    ) -> jax.Array:
         del grads, activations
         found = find_scales(groups, scales)
         bare = [name for name, members in found.items() if not members]
@@ -95,7 +85,9 @@ def scale_score(
                 "their producers"
             )
         table = producer_leaves(groups, params)
-        norms = channel_norms(groups, params, weights="size") if bare else {}
+        norms = {}
+        if bare:
+            norms = groups.split(channel_norms(groups, params, weights="size"))
         out = {}
         for d in groups:
             parts = [
@@ -103,7 +95,7 @@ def scale_score(
                 for m in found[d.name]
             ]
             out[d.name] = sum(parts[1:], parts[0]) if parts else norms[d.name]
-        return out
+        return groups.join(out)
 
     return score
 
@@ -162,24 +154,8 @@ def scale_penalty(
             f"no dimension of the groups has a scale (a vector with a name like "
             f"{tuple(scales)}) to penalise; give scales= patterns that match its name"
         )
-    if not callable(penalty):
-        check_number(
-            "penalty", penalty, low=0, rule="a non-negative number or a schedule"
-        )
 
-    def init_fn(params: optax.Params) -> ScalePenaltyState:
-        check_params(groups, params)
-        return ScalePenaltyState(jnp.zeros((), jnp.int32))
-
-    def update_fn(
-        updates: optax.Updates,
-        state: Any,
-        params: optax.Params | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, ScalePenaltyState]:
-        del extra_args
-        params = need_params(params, updates, "scale_penalty")
-        rate: Any = penalty(state.count) if callable(penalty) else penalty
+    def add(updates: optax.Updates, params: optax.Params, factor: Any) -> optax.Updates:
         table = producer_leaves(groups, params)
         gradients = producer_leaves(groups, updates)
         changed = {}
@@ -194,10 +170,9 @@ def scale_penalty(
                 slope = jnp.where(size > 0, value / jnp.where(size > 0, size, 1), 0)
                 # From the gradient itself: dimensions that share a scale count once.
                 entries = take_entries(gradients[m.path], m, d.size)
-                new = entries + jnp.asarray(rate, entries.dtype) * slope
+                new = entries + jnp.asarray(factor, entries.dtype) * slope
                 old = changed.get(m.path, gradients[m.path])
                 changed[m.path] = put_entries(old, m, d.size, new)
-        count = jnp.asarray(optax.safe_increment(state.count))
-        return replace_leaves(updates, changed), ScalePenaltyState(count)
+        return replace_leaves(updates, changed)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return penalty_in_front("scale_penalty", groups, penalty, add)

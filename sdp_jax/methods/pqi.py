@@ -1,51 +1,22 @@
-"""The PQ Index, a measure of sparsity, and rules that use it."""
+"""The PQ Index, a measure of sparsity, and how much it says can be pruned."""
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
-from sdp_jax import prox
 from sdp_jax.base import check_kind
-from sdp_jax.channels import PerChannel, channel_norms, producer_leaves
+from sdp_jax.channels import channel_norms, channels_alive, producer_leaves
 from sdp_jax.checks import check_number
 from sdp_jax.groups import Dimension, Groups
-from sdp_jax.strength import (
-    Strength,
-    StrengthLike,
-    as_strength,
-)
-
-Norms = Sizes = Thresholds = Any
 from sdp_jax.tree import PyTree, leaf_table
 
 Scope = Literal["global", "tensor", "row", "dimension", "channel"]
 # Values, and which of them count (None for all).
 Part = tuple[jax.Array, jax.Array | None]
-
-
-class UntilCompressedState(NamedTuple):
-    """State of :func:`until_compressed`.
-
-    Attributes:
-      inner: state of the strength inside; it stays once ``stopped``.
-      count: number of updates so far, int32 scalar.
-      index: smoothed PQ Index of the living channels.
-      minimum: its smallest value since channels are removed, infinite before.
-      stopped: whether the strength no longer advances.
-      thresholds: those of the last update that was not stopped.
-    """
-
-    inner: Any
-    count: jax.Array
-    index: jax.Array
-    minimum: jax.Array
-    stopped: jax.Array
-    thresholds: PerChannel
 
 
 def pq_index(
@@ -88,8 +59,8 @@ def pq_index(
 
     Returns:
       ``"global"``: a scalar; ``"tensor"``: a tree of scalars; ``"row"``: a tree of
-      vectors ``(outputs,)``; ``"dimension"``: a scalar for each name; ``"channel"``: an
-      array ``(size,)`` for each name. At least float32.
+      vectors ``(outputs,)``; ``"dimension"``: a scalar for each name; ``"channel"``: a
+      vector ``(num_channels,)``. At least float32.
 
     Raises:
       ValueError: if not ``0 < p < q``, the scope does not go with ``groups`` or ``of``,
@@ -110,7 +81,7 @@ def pq_index(
       >>> methods.pq_index({"w": jnp.array([0., 0., 3., 0.])}).item()  # 1 − 4^(1 − 2)
       0.75
     """
-    _check_exponents(p, q)
+    check_exponents(p, q)
     table = leaf_table(tree)
     masks: dict[str, Any] = {}
     if mask is not None:
@@ -121,25 +92,27 @@ def pq_index(
     if groups is None:
         pairs = [(leaf, masks.get(path)) for path, leaf in arrays.items()]
         if scope == "global":
-            return _index(pairs, p, q, None)
+            return index_of(pairs, p, q)
         if scope == "tensor":
-            values = [_index([pair], p, q, None) for pair in pairs]
+            values = [index_of([pair], p, q) for pair in pairs]
         else:
             values = [
-                _index([tuple(_rows(x, axis) for x in pair)], p, q, 1) for pair in pairs
+                index_of([tuple(_rows(x, axis) for x in pair)], p, q, 1)
+                for pair in pairs
             ]
         return jax.tree.unflatten(jax.tree.structure(tree), values)
 
     check_kind(groups)
     producer_leaves(groups, tree)
     if of == "norms":
-        parts = {k: [v] for k, v in _norms(groups, tree, arrays, masks).items()}
+        parts = {k: [v] for k, v in _norms(groups, arrays, masks).items()}
     else:
         parts = {d.name: _entries(groups, d, arrays, masks) for d in groups}
     if scope == "global":
-        return _index([x for part in parts.values() for x in part], p, q, None)
+        return index_of([x for part in parts.values() for x in part], p, q)
     over = 1 if scope == "channel" else None
-    return {name: _index(part, p, q, over) for name, part in parts.items()}
+    found = {name: index_of(part, p, q, over) for name, part in parts.items()}
+    return groups.join(found) if scope == "channel" else found
 
 
 def pq_bound(index: Any, d: Any, p: float = 0.5, q: float = 1.0, eta: Any = 0.0) -> Any:
@@ -172,7 +145,7 @@ def pq_bound(index: Any, d: Any, p: float = 0.5, q: float = 1.0, eta: Any = 0.0)
       >>> methods.pq_bound(0.75, 4).item()  # One large number among zeros.
       1.0
     """
-    _check_exponents(p, q)
+    check_exponents(p, q)
     check_number("eta", eta, low=0, rule="a non-negative number")
     xp = _namespace(index, d)
     power, outer = q * p / (q - p), q / (q - p)
@@ -227,159 +200,9 @@ def prune_count(
     return count.astype(xp.int32 if xp is jnp else np.int64)
 
 
-def until_compressed(
-    strength: StrengthLike,
-    *,
-    p: float = 0.5,
-    q: float = 1.0,
-    rise: float = 0.02,
-    decay: float = 0.9,
-    begin_step: int = 0,
-    scope: Literal["global", "dimension"] = "global",
-) -> Strength:
-    """Lets a strength advance only as long as the model can still be compressed.
-
-    While a network is pruned the PQ Index of what is left falls at first, rises when
-    the limit of compression is reached, and falls again when the model collapses. This
-    rule watches the index of the norms that the thresholds leave, ``‖v_c‖ − t_c`` over
-    the living channels, smoothed over the steps. Once it exceeds its smallest value by
-    ``rise``, the strength inside stays as it is: the thresholds of that moment are used
-    from then on, lowered only where a floor demands it. A channel that they hold at
-    infinity stays at zero; others may still cross a threshold that no longer moves.
-
-    The index also moves because the network trains. It is therefore watched only while
-    channels are zero, and from ``begin_step`` on. The paper prunes weights, round after
-    round; to stop a strength in this way is our own extension.
-
-    Args:
-      strength: a :class:`sdp_jax.Strength`, a number or a schedule.
-      p: the smaller exponent of the index.
-      q: the larger one.
-      rise: how far above its minimum the index may be.
-      decay: the share of the past that the smoothed index keeps in each step, in
-        [0, 1).
-      begin_step: number of updates before the index is watched.
-      scope: ``"global"`` for one index of all channels, ``"dimension"`` for the mean of
-        those of the dimensions, weighted by their living channels.
-
-    Returns:
-      A :class:`sdp_jax.Strength`, to be used wherever ``strength`` could be.
-
-    Raises:
-      ValueError: if a number is out of range.
-      TypeError: if an argument is of another kind.
-
-    References:
-      Diao et al., arXiv 2302.05601, hypothesis on the sparsity of pruned models.
-
-    Example:
-      >>> import jax.numpy as jnp, sdp_jax
-      >>> from sdp_jax import methods
-      >>> strength = methods.until_compressed(lambda step: 0.5 * (step + 1), decay=0.)
-      >>> state = strength.init({"hidden": 4}, {"hidden": 1})
-      >>> norms = {"hidden": jnp.array([.4, 2., 2.1, 8.])}
-      >>> for _ in range(4):
-      ...     thresholds, state = strength.update(state, norms, {"hidden": 1})
-      ...     print(thresholds["hidden"][0], state.index.round(2), state.stopped)
-      0.5 0.14 False
-      1.0 0.19 True
-      1.0 0.19 True
-      1.0 0.19 True
-    """
-    _check_exponents(p, q)
-    inner = as_strength(strength)
-    check_number("rise", rise, low=0, rule="a non-negative number")
-    check_number("decay", decay, low=0, high=math.nextafter(1, 0), rule="in [0, 1)")
-    check_number("begin_step", begin_step, low=0, rule="a number of updates, from 0")
-    if scope not in ("global", "dimension"):
-        raise ValueError(f"scope must be 'global' or 'dimension'; got {scope!r}")
-
-    def bind(rate: Any, momentum: Any) -> Strength:
-        assert inner.bind is not None
-        return until_compressed(
-            inner.bind(rate, momentum),
-            p=p,
-            q=q,
-            rise=rise,
-            decay=decay,
-            begin_step=begin_step,
-            scope=scope,
-        )
-
-    def init(sizes: Sizes, floors: prox.Floors) -> UntilCompressedState:
-        dtype = jnp.result_type(float)
-        return UntilCompressedState(
-            inner.init(sizes, floors),
-            jnp.zeros((), jnp.int32),
-            jnp.zeros((), dtype),
-            jnp.full((), jnp.inf, dtype),
-            jnp.zeros((), bool),
-            PerChannel(jnp.zeros((sum(sizes.values()),), dtype)),
-        )
-
-    def update(
-        state: UntilCompressedState, norms: Norms, floors: prox.Floors
-    ) -> tuple[Thresholds, UntilCompressedState]:
-        sizes = {name: v.shape[0] for name, v in norms.items()}
-        flat, stopped = norms, state.stopped
-        fresh, advanced = inner.update(state.inner, norms, floors)
-        kept = state.thresholds.per_channel
-        old = _hold(kept, norms, floors)
-        used = {
-            k: jnp.where(stopped, old[k], jnp.asarray(fresh[k], norms[k].dtype))
-            for k in norms
-        }
-        left = jnp.maximum(flat - used, 0)
-        seen = _left_index(left, p, q, scope)
-        seen = seen.astype(state.index.dtype)
-        past = jnp.where(state.count == 0, 0, decay).astype(seen.dtype)
-        # What is not a number would stay so for ever.
-        smooth = past * state.index + (1 - past) * seen
-        index = jnp.where(jnp.isfinite(seen), smooth, state.index)
-        count = jnp.asarray(optax.safe_increment(state.count))
-        watched = (count > begin_step) & jnp.any(left == 0)
-        minimum = jnp.where(watched, jnp.minimum(state.minimum, index), state.minimum)
-        thresholds = jnp.where(stopped, kept, used.astype(kept.dtype))
-        new_state = UntilCompressedState(
-            jax.tree.map(lambda a, b: jnp.where(stopped, a, b), state.inner, advanced),
-            count,
-            index,
-            minimum,
-            stopped | (watched & (index > minimum + rise)),
-            PerChannel(thresholds),
-        )
-        return used, new_state
-
-    return Strength(init, update, None if inner.bind is None else bind)
-
-
-def _hold(kept: Norms, norms: Norms, floors: prox.Floors) -> Thresholds:
-    """Thresholds of an earlier step, so that the floors hold at these norms."""
-    out = {}
-    for name, v in norms.items():
-        old = kept[name].astype(v.dtype)
-        gone = jnp.isinf(old)
-        # The floor is made of those that may live.
-        ranked = jnp.where(gone, -jnp.inf, v)
-        held = prox.hold_floor(ranked, old, floors.get(name, 0))
-        out[name] = jnp.where(gone, jnp.inf, held)
-    return out
-
-
-def _left_index(left: Norms, p: float, q: float, scope: str) -> jax.Array:
-    """The index of the channels that are not zero."""
-    pairs = {name: (v, v > 0) for name, v in left.items()}
-    if scope == "global":
-        return _index(list(pairs.values()), p, q, None)
-    total, weight = jnp.zeros(()), jnp.zeros(())
-    for v, alive in pairs.values():
-        number = jnp.sum(alive)
-        total = total + number * _index([(v, alive)], p, q, None)
-        weight = weight + number
-    return total / jnp.maximum(weight, 1)
-
-
-def _index(parts: Sequence[Part], p: float, q: float, axis: int | None) -> jax.Array:
+def index_of(
+    parts: Sequence[Part], p: float, q: float, axis: int | None = None
+) -> jax.Array:
     """The index over all parts together, along an axis of each.
 
     Powers are taken of ``|w| / max |w|``, through logarithms: the quotient itself may
@@ -449,28 +272,20 @@ def _entries(
 
 
 def _norms(
-    groups: Groups,
-    tree: PyTree,
-    arrays: Mapping[str, jax.Array],
-    masks: Mapping[str, jax.Array],
+    groups: Groups, arrays: Mapping[str, jax.Array], masks: Mapping[str, jax.Array]
 ) -> dict[str, Part]:
     """Norms of the channels, in units in which no square is too large or too small."""
-    ours = {m.path for d in groups for m in d.producers}
+    ours = {m.path for _, m, _ in groups.producers}
     wide = {k: _magnitude(x, masks.get(k)) for k, x in arrays.items() if k in ours}
     peak = jnp.zeros((), jnp.float32)
     for x in wide.values():
         peak = jnp.maximum(peak, jnp.max(x, initial=0))
     peak = jnp.where(peak == 0, 1, peak)
-    leaves = [wide[k] / peak if k in ours else x for k, x in arrays.items()]
-    structure = jax.tree.structure(tree)
-    norms = channel_norms(groups, jax.tree.unflatten(structure, leaves))
+    norms = channel_norms(groups, {k: x / peak for k, x in wide.items()})
     if not masks:
-        return {name: (v, None) for name, v in norms.items()}
-    alive: dict[str, jax.Array] = {}
-    for d in groups:
-        rows = [jnp.any(row, 1) for row, _ in _entries(groups, d, masks, {})]
-        alive[d.name] = jnp.any(jnp.stack(rows), axis=0)
-    return {name: (v, alive[name]) for name, v in norms.items()}
+        return {name: (v, None) for name, v in groups.split(norms).items()}
+    alive = groups.split(channels_alive(groups, masks))
+    return {name: (v, alive[name]) for name, v in groups.split(norms).items()}
 
 
 def _namespace(*values: Any) -> Any:
@@ -497,7 +312,8 @@ def _check_mask(tree: PyTree, mask: PyTree) -> dict[str, jax.Array]:
     return table
 
 
-def _check_exponents(p: Any, q: Any) -> None:
+def check_exponents(p: Any, q: Any) -> None:
+    """Refuses exponents that do not fulfil ``0 < p < q``."""
     for name, value in (("p", p), ("q", q)):
         check_number(name, value, low=0, rule="a positive number, 0 < p < q")
     if not any(isinstance(x, jax.Array) for x in (p, q)) and not 0 < p < q:

@@ -10,10 +10,11 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
+from sdp_jax.groups import Groups
 from sdp_jax.tracing.atoms import Reason, Solution
-from sdp_jax.tracing.rules import ANALYSE, EVEN, KNOWN, PICKS
+from sdp_jax.tracing.rules import RULES
 from sdp_jax.tracing.static import separate
-from sdp_jax.tracing.trace import Body, Trace
+from sdp_jax.tracing.trace import NO_RULE, Body, Trace
 from sdp_jax.tracing.values import Value
 from sdp_jax.tree import PyTree, leaf_dtype, leaf_keys, leaf_table
 
@@ -101,7 +102,7 @@ def analyse(
             "its inputs in order; Python code must not depend on the values of arrays"
         )
         raise
-    trace = Trace(ANALYSE, known=KNOWN, even=EVEN, derivatives=derivatives)
+    trace = Trace(RULES, derivatives=derivatives)
     space = trace.space
     ins = (*closed.jaxpr.invars, *closed.jaxpr.constvars)
     trace.sizes.start(n for v in ins for n in getattr(v.aval, "shape", ()))
@@ -141,6 +142,27 @@ def analyse(
     return Analysis(trace, body, axes, solution, _used(body, solution), out_tree)
 
 
+def analyse_with(
+    groups: Groups,
+    fn: Callable[..., Any],
+    params: PyTree,
+    args: Sequence[Any],
+    *,
+    derivatives: bool = True,
+) -> Analysis:
+    """The same for a function of parameters whose groups are known."""
+    state = {m.path for d in groups for m in d.members if m.role == "state"}
+    return analyse(
+        fn,
+        params,
+        args,
+        is_state=state.__contains__,
+        prune_inputs=groups.prune_inputs,
+        prune_outputs=groups.prune_outputs,
+        derivatives=derivatives,
+    )
+
+
 def _used(body: Body, solution: Solution) -> np.ndarray:
     """Which classes an equation computes with, or another than one that picks makes."""
     used = np.zeros(len(solution.operands), bool)
@@ -156,7 +178,7 @@ def _used(body: Body, solution: Solution) -> np.ndarray:
     def walk(body: Body) -> None:
         for record in body.records:
             visit(record.outs)
-            if record.eqn.primitive.name not in PICKS:
+            if not RULES.get(record.eqn.primitive.name, NO_RULE).picks:
                 visit(record.ins)
             for inner in record.bodies:
                 walk(inner)

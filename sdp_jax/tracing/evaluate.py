@@ -12,7 +12,8 @@ from jax import lax
 from jax.extend.core import Literal
 
 from sdp_jax.tracing.atoms import Solution
-from sdp_jax.tracing.trace import Body, Record, is_empty
+from sdp_jax.tracing.rule import Rule
+from sdp_jax.tracing.trace import NO_RULE, Body, Record, is_empty
 from sdp_jax.tracing.values import Axis, Value
 
 
@@ -53,19 +54,19 @@ class Evaluator:
         self,
         solution: Solution,
         keep: np.ndarray,
-        rebuild: Mapping[str, Any],
+        rules: Mapping[str, Rule],
     ) -> None:
         """Prepares an evaluation.
 
         Args:
           solution: the classes of atoms.
           keep: for each class whether it is kept.
-          rebuild: rules of primitives whose parameters depend on shapes.
+          rules: what is known of each primitive.
         """
         self._frames: list[_Frame] = []
         self._label = solution.label
         self._keep = keep
-        self._rebuild = rebuild
+        self._rules = rules
         self._masks: dict[int, tuple[np.ndarray, np.ndarray, bool]] = {}
 
     def _factor(self, atoms: np.ndarray) -> tuple[np.ndarray, bool]:
@@ -245,8 +246,10 @@ class Evaluator:
             for value in (*record.ins, *record.outs)
             for axis in value.axes
         )
-        rule = self._rebuild.get(record.eqn.primitive.name) if cut else None
-        return self.rebind(record, args) if rule is None else rule(self, record, args)
+        rule = self._rules.get(record.eqn.primitive.name, NO_RULE)
+        if rule.rebuild is None or not cut:
+            return self.rebind(record, args)
+        return rule.rebuild(self, record, args)
 
     def _is_empty(self, value: Value) -> bool:
         return any(

@@ -1,5 +1,6 @@
 """find_groups: the channel dimensions of any function."""
 
+import dataclasses
 import fnmatch
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -7,9 +8,11 @@ from typing import Any
 import numpy as np
 
 from sdp_jax.groups import Frozen, Groups, Leaf
+from sdp_jax.modules import take_apart
 from sdp_jax.tracing.analyse import Analysis, analyse
+from sdp_jax.tracing.flops import flop_polynomial
 from sdp_jax.tracing.members import find_dimensions
-from sdp_jax.tree import PyTree, leaf_table
+from sdp_jax.tree import leaf_table
 
 # Running statistics by the names that Flax, Haiku and Equinox give them.
 STATE = (
@@ -34,8 +37,7 @@ _UNEVEN = (
 
 def find_groups(
     fn: Callable[..., Any],
-    params: PyTree,
-    *inputs: Any,
+    *args: Any,
     prune_inputs: bool = False,
     prune_outputs: bool = False,
     ignore: Sequence[str] = (),
@@ -43,7 +45,8 @@ def find_groups(
 ) -> Groups:
     """Finds which slices of which parameters form channels, by tracing a function.
 
-    It traces ``fn(params, *inputs)`` without computing anything. Which slices go
+    It traces ``fn(params, *inputs)`` without computing anything, for a module that
+    holds its arrays ``module(*inputs)``. Which slices go
     together follows from the primitives of the trace alone, not from names or layer
     classes. Whatever no rule covers stays whole, and the reason is kept.
 
@@ -52,11 +55,14 @@ def find_groups(
 
     Args:
       fn: any function of the parameters that JAX can trace: a model or a loss, in
-        inference or training mode.
-      params: its first argument, any pytree of arrays or ``jax.ShapeDtypeStruct``.
-        Leaves that are not floating-point or complex are cut, but never thresholded.
-      *inputs: its other arguments, likewise; what is no array (Python numbers, strings)
-        stays what it is: give arrays for what will vary.
+        inference or training mode; or a ``flax.nnx`` or Equinox module as it is, whose
+        parameters are then its state (``nnx.split``) or its arrays
+        (``equinox.partition``).
+      *args: its arguments. First the parameters, any pytree of arrays or
+        ``jax.ShapeDtypeStruct`` (not behind a module); leaves that are not
+        floating-point or complex are cut, but never thresholded. Then the inputs,
+        likewise; what is no array (Python numbers, strings) stays what it is: give
+        arrays for what will vary.
       prune_inputs: whether features of the inputs count as channels, too. The small
         function takes the whole input and leaves out what it does not need.
       prune_outputs: whether positions of the outputs do.
@@ -66,12 +72,13 @@ def find_groups(
         other outputs stay whole.
 
     Returns:
-      The :class:`Groups`. Cut out where all producers of a channel are zero,
-      ``fn`` gives the same result: see :func:`sdp_jax.narrow`.
+      The :class:`Groups`, with the FLOPs of the function. Cut out where all producers
+      of a channel are zero, ``fn`` gives the same result: see :func:`sdp_jax.narrow`.
 
     Raises:
-      ValueError: if a pattern matches no leaf.
-      TypeError: if patterns are no sequence of strings. Whatever ``fn`` raises when it
+      ValueError: if a pattern matches no leaf, or a module has state that is no array.
+      TypeError: if patterns are no sequence of strings, or ``fn`` is neither a function
+        nor a module that holds arrays. Whatever ``fn`` raises when it
         is traced with these arguments is raised on, with a note.
 
     Example:
@@ -88,6 +95,7 @@ def find_groups(
         in[0], 4 positions: dot_general: meets an axis that is always kept (...)
         out[1], 3 positions: output: is an output of the function
     """
+    fn, params, inputs = take_apart(fn, args)
     for name, patterns in (("ignore", ignore), ("state", state)):
         _check_patterns(name, patterns, list(leaf_table(params)))
     found = analyse(
@@ -104,10 +112,14 @@ def find_groups(
         Leaf(path, tuple(np.shape(leaf))) for path, leaf in leaf_table(params).items()
     )
     shapes = {leaf.path: leaf.shape for leaf in leaves}
-    dimensions = find_dimensions(found, shapes)
-    groups = Groups(dimensions, leaves)
-    return Groups(
-        dimensions, leaves, _frozen(found, groups), prune_inputs, prune_outputs
+    groups = Groups(
+        find_dimensions(found, shapes),
+        leaves,
+        prune_inputs=prune_inputs,
+        prune_outputs=prune_outputs,
+    )
+    return dataclasses.replace(
+        groups, frozen=_frozen(found, groups), flops=flop_polynomial(found, groups)
     )
 
 
@@ -126,18 +138,13 @@ def _check_patterns(name: str, patterns: Any, paths: Sequence[str]) -> None:
 
 
 def _frozen(found: Analysis, groups: Groups) -> tuple[Frozen, ...]:
-    covered: dict[tuple[str, int], np.ndarray] = {}
-    for d in groups:
-        for m in d.members:
-            length = groups.shapes[m.path][m.axis]
-            mask = covered.setdefault((m.path, m.axis), np.zeros(length, bool))
-            mask[m.positions(d.size)] = True
     solution = found.solution
     label, reasons = found.trace.space.atoms.reasons()
     out = []
     for axis in found.axes:
         size = len(axis.atoms)
-        free = covered.get((axis.path, axis.axis), np.zeros(size, bool))
+        masks = groups.covered.get((axis.path, axis.axis), {})
+        free = np.any([np.zeros(size, bool), *masks.values()], axis=0)
         if size < 2 or free.all():
             continue
         why: dict[str, None] = {}

@@ -1,13 +1,15 @@
 """Contractions and reductions: where absent terms must be zero."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
 
+from sdp_jax.tracing.rule import Rule, per_operand_entry
 from sdp_jax.tracing.rules_elementwise import joint_fill
-from sdp_jax.tracing.trace import INEXACT, Record, Trace, need_zero
+from sdp_jax.tracing.trace import INEXACT, Record, Trace, freeze_all, need_zero
 from sdp_jax.tracing.values import ZERO, Axis, Factor, Value, refill
 
 
@@ -47,6 +49,11 @@ def _dot(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
     axes += [a for i, a in enumerate(x.axes) if i not in (*left, *rows)]
     axes += [a for i, a in enumerate(y.axes) if i not in (*right, *columns)]
     return [Value(tuple(axes), x.data or y.data, x.zero or y.zero)]
+
+
+def _dot_flops(eqn: Any, shapes: Sequence[Any], outs: Sequence[Any]) -> Any:
+    (left, _), _ = eqn.params["dimension_numbers"]
+    return 2 * math.prod(outs[0]) * math.prod(shapes[0][i] for i in left)
 
 
 def _conv_groups(t: Trace, eqn: Any, ins: list[Value]) -> tuple[Axis, ...] | None:
@@ -94,6 +101,15 @@ def _rebuild_conv(n: Any, record: Record, args: list[Any]) -> list[Any]:
         if name in eqn.params:
             changed[name] = arg.shape
     return n.rebind(record, args, **changed)
+
+
+def _conv_flops(eqn: Any, shapes: Sequence[Any], outs: Sequence[Any]) -> Any:
+    spec = eqn.params["dimension_numbers"].rhs_spec
+    window = math.prod(shapes[1][d] for d in spec[1:])
+    # Zeros that only spread a transposed convolution's input do not count.
+    spread = math.prod(eqn.params["lhs_dilation"])
+    share = 1 / (eqn.params["batch_group_count"] * spread)
+    return 2 * math.prod(outs[0]) * window * share
 
 
 def _sum(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
@@ -247,20 +263,29 @@ def _window(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
     return [Value(tuple(axes), any(v.data for v in ins))]
 
 
-RULES: dict[str, Any] = {
-    "dot_general": _dot,
-    "conv_general_dilated": _conv,
-    "reduce_sum": _sum,
-    **dict.fromkeys(("reduce_or", "reduce_xor"), _bits),
-    **dict.fromkeys(("reduce_max", "reduce_min"), _extreme),
-    **dict.fromkeys(("reduce_prod", "reduce_and"), _reduce),
-    **dict.fromkeys(("argmax", "argmin"), _argument),
+def _window_flops(eqn: Any, shapes: Sequence[Any], outs: Sequence[Any]) -> Any:
+    return math.prod(outs[0]) * math.prod(eqn.params["window_dimensions"])
+
+
+RULES: dict[str, Rule] = {
+    "dot_general": Rule(_dot, flops=_dot_flops),
+    "conv_general_dilated": Rule(_conv, rebuild=_rebuild_conv, flops=_conv_flops),
+    "reduce_sum": Rule(_sum, rebuild=_rebuild_sum, flops=per_operand_entry),
+    **dict.fromkeys(("reduce_or", "reduce_xor"), Rule(_bits, flops=per_operand_entry)),
     **dict.fromkeys(
-        ("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp"), _cumulate
+        ("reduce_max", "reduce_min"),
+        Rule(_extreme, rebuild=_rebuild_extreme, flops=per_operand_entry),
     ),
-    "sort": _sort,
-    "top_k": _top_k,
-    "fft": _fft,
+    **dict.fromkeys(
+        ("reduce_prod", "reduce_and"), Rule(_reduce, flops=per_operand_entry)
+    ),
+    **dict.fromkeys(("argmax", "argmin"), Rule(_argument, flops=per_operand_entry)),
+    **dict.fromkeys(
+        ("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp"), Rule(_cumulate)
+    ),
+    "sort": Rule(_sort),
+    "top_k": Rule(_top_k),
+    "fft": Rule(_fft),
     **dict.fromkeys(
         (
             "reduce_window_sum",
@@ -270,12 +295,11 @@ RULES: dict[str, Any] = {
             "select_and_scatter_add",
             "select_and_gather_add",
         ),
-        _window,
+        Rule(_window, flops=_window_flops),
     ),
-}
-
-REBUILD: dict[str, Any] = {
-    "conv_general_dilated": _rebuild_conv,
-    "reduce_sum": _rebuild_sum,
-    **dict.fromkeys(("reduce_max", "reduce_min"), _rebuild_extreme),
+    "select_and_scatter": Rule(freeze_all, known=False, flops=_window_flops),
+    **dict.fromkeys(
+        ("reduce_scatter", "reduce_scatter_start", "reduce_scatter_done"),
+        Rule(freeze_all, known=False, flops=per_operand_entry),
+    ),
 }

@@ -11,6 +11,7 @@ import numpy as np
 from jax import lax
 
 from sdp_jax.tracing import rules_elementwise
+from sdp_jax.tracing.rule import Rule
 from sdp_jax.tracing.sizes import original
 from sdp_jax.tracing.source import is_jax
 from sdp_jax.tracing.trace import (
@@ -129,6 +130,10 @@ def _rebuild_scan(n: Any, record: Record, args: list[Any]) -> list[Any]:
     return [*carry, *stacked]
 
 
+def _scan_runs(eqn: Any, bodies: Sequence[Any]) -> tuple[int, list[Sequence[Any]]]:
+    return eqn.params["length"], [bodies]
+
+
 def _while(t: Trace, eqn: Any, ins: list[Value]) -> Nested:
     p = eqn.params
     first, second = p["cond_nconsts"], p["cond_nconsts"] + p["body_nconsts"]
@@ -151,6 +156,11 @@ def _rebuild_while(n: Any, record: Record, args: list[Any]) -> list[Any]:
         lambda carry: n.run(body, [*args[first:second], *carry]),
         args[second:],
     )
+
+
+def _while_runs(eqn: Any, bodies: Sequence[Any]) -> tuple[int, list[Sequence[Any]]]:
+    """Once, because nobody knows how often."""
+    return 1, [bodies]
 
 
 def _cond(t: Trace, eqn: Any, ins: list[Value]) -> Nested:
@@ -178,6 +188,10 @@ def _cond(t: Trace, eqn: Any, ins: list[Value]) -> Nested:
 def _rebuild_cond(n: Any, record: Record, args: list[Any]) -> list[Any]:
     branches = [lambda *args, body=body: n.run(body, args) for body in record.bodies]
     return lax.switch(jnp.asarray(args[0], jnp.int32), branches, *args[1:])
+
+
+def _cond_runs(eqn: Any, bodies: Sequence[Any]) -> tuple[int, list[Sequence[Any]]]:
+    return 1, [[body] for body in bodies]
 
 
 def _is_float(aval: Any) -> bool:
@@ -333,24 +347,19 @@ def _rebuild_custom_vjp(n: Any, record: Record, args: list[Any]) -> list[Any]:
     return list(function(*args))
 
 
-RULES: dict[str, Any] = {
+RULES: dict[str, Rule] = {
     **dict.fromkeys(
-        ("jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint", "remat"),
-        _call,
+        ("jit", "pjit", "closed_call"),
+        Rule(_call, rebuild=_rebuild_call, known=False, picks=True),
     ),
-    "scan": _scan,
-    "while": _while,
-    "cond": _cond,
-    "custom_jvp_call": _custom_jvp,
-    "custom_vjp_call": _custom_vjp,
-}
-
-REBUILD: dict[str, Any] = {
-    **dict.fromkeys(("jit", "pjit", "closed_call", "core_call"), _rebuild_call),
-    **dict.fromkeys(("remat2", "checkpoint", "remat"), _rebuild_checkpoint),
-    "scan": _rebuild_scan,
-    "while": _rebuild_while,
-    "cond": _rebuild_cond,
-    "custom_jvp_call": _rebuild_custom_jvp,
-    "custom_vjp_call": _rebuild_custom_vjp,
+    "core_call": Rule(_call, rebuild=_rebuild_call, known=False),
+    **dict.fromkeys(
+        ("remat2", "checkpoint", "remat"),
+        Rule(_call, rebuild=_rebuild_checkpoint, known=False),
+    ),
+    "scan": Rule(_scan, rebuild=_rebuild_scan, known=False, runs=_scan_runs),
+    "while": Rule(_while, rebuild=_rebuild_while, known=False, runs=_while_runs),
+    "cond": Rule(_cond, rebuild=_rebuild_cond, known=False, runs=_cond_runs),
+    "custom_jvp_call": Rule(_custom_jvp, rebuild=_rebuild_custom_jvp, known=False),
+    "custom_vjp_call": Rule(_custom_vjp, rebuild=_rebuild_custom_vjp, known=False),
 }

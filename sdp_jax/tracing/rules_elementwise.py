@@ -8,14 +8,16 @@ from typing import Any
 import numpy as np
 from jax.extend.core import Literal
 
+from sdp_jax.tracing.rule import Flops, Rule, moves, per_entry
 from sdp_jax.tracing.trace import Trace
 from sdp_jax.tracing.values import ZERO, Factor, Fill, Value, length
 
+# f(x) = x
+COPY = "convert_element_type copy copy_p name device_put stop_gradient".split()
 # f(0) = 0
 KEEP = (
     "neg tanh sin tan asin atan sinh asinh atanh erf expm1 log1p sqrt cbrt abs sign "
-    "floor ceil round real imag conj convert_element_type copy copy_p reduce_precision "
-    "square name device_put stop_gradient population_count"
+    "floor ceil round real imag conj reduce_precision square population_count"
 ).split()
 # f(0) is another number, or nobody knows
 LOSE = (
@@ -27,7 +29,7 @@ LOSE = (
 # f(0) is not finite, and 0 times it is not 0
 POLE = "log rsqrt lgamma digamma".split()
 # 0 if all operands are
-ALL = "add sub add_any max min or select_n ne gt lt complex".split()
+ALL = "add sub add_any max min or ne gt lt complex".split()
 # 0 if one operand is
 ANY = "mul and mulhi".split()
 # 0 if the first operand is; the others must not be
@@ -167,18 +169,26 @@ def _look(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
     return []
 
 
-RULES: dict[str, Any] = {
-    "debug_callback": _look,
-    "debug_print": _look,
-    **{name: functools.partial(_map, "all") for name in KEEP + ALL},
-    **{name: functools.partial(_map, "any") for name in ANY},
-    **{name: functools.partial(_map, "lose") for name in LOSE},
-    **{name: functools.partial(_map, "pole") for name in POLE},
-    **{name: functools.partial(_map, "first") for name in FIRST},
-    "select_n": _select,
-    "clamp": _clamp,
-    "integer_pow": _integer_pow,
-    "pow": _pow,
-    "optimization_barrier": _many,
-    "bitcast_convert_type": _bitcast,
+def _each(
+    names: Sequence[str], fills: str, flops: Flops = per_entry
+) -> dict[str, Rule]:
+    return dict.fromkeys(
+        names, Rule(functools.partial(_map, fills), even=True, flops=flops)
+    )
+
+
+RULES: dict[str, Rule] = {
+    **_each(COPY, "all", moves),
+    **_each(KEEP + ALL, "all"),
+    **_each(ANY, "any"),
+    **_each(LOSE, "lose"),
+    **_each(POLE, "pole"),
+    **_each(FIRST, "first"),
+    "select_n": Rule(_select, even=True, flops=moves),
+    "clamp": Rule(_clamp, even=True),
+    "integer_pow": Rule(_integer_pow, even=True),
+    "pow": Rule(_pow, even=True),
+    "optimization_barrier": Rule(_many, flops=moves),
+    "bitcast_convert_type": Rule(_bitcast, flops=moves),
+    **dict.fromkeys(("debug_callback", "debug_print"), Rule(_look, known=False)),
 }

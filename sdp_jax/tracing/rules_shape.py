@@ -10,8 +10,9 @@ import numpy as np
 from jax import lax
 
 from sdp_jax.tracing.evaluate import pick_out
+from sdp_jax.tracing.rule import Rule, moves
 from sdp_jax.tracing.sizes import Equation
-from sdp_jax.tracing.trace import Record, Trace, need_zero
+from sdp_jax.tracing.trace import Record, Trace, freeze_all, need_zero
 from sdp_jax.tracing.values import ZERO, Axis, Factor, Fill, Value, length, refill
 
 
@@ -565,35 +566,37 @@ def _scatter(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
 
 SCATTERS = "scatter scatter_add scatter-add scatter_sub scatter_mul scatter-mul \
 scatter_min scatter-min scatter_max scatter-max".split()
-GENERATORS = "iota random_bits rng_bit_generator rng_uniform dim_as_value".split()
 
-RULES: dict[str, Any] = {
-    "broadcast_in_dim": _broadcast,
-    "reshape": _reshape,
-    "transpose": _transpose,
-    "squeeze": _squeeze,
-    "slice": _slice,
-    "split": _split,
-    "rev": _reverse,
-    "concatenate": _concatenate,
-    "tile": _tile,
-    "stack": _stack,
-    "pad": _pad,
-    "dynamic_slice": _dynamic_slice,
-    "dynamic_update_slice": _dynamic_update_slice,
-    "gather": _gather,
-    **dict.fromkeys(SCATTERS, _scatter),
-    **dict.fromkeys(GENERATORS, _generate),
-}
-
-REBUILD: dict[str, Any] = {
-    "broadcast_in_dim": _rebuild_broadcast,
-    "reshape": _rebuild_reshape,
-    "slice": _rebuild_slice,
-    "split": _rebuild_split,
-    "tile": _rebuild_tile,
-    "pad": _rebuild_pad,
-    "dynamic_slice": _rebuild_dynamic_slice,
-    "gather": _rebuild_gather,
-    **dict.fromkeys(GENERATORS, _rebuild_generate),
+RULES: dict[str, Rule] = {
+    "broadcast_in_dim": Rule(
+        _broadcast, rebuild=_rebuild_broadcast, even=True, flops=moves
+    ),
+    "reshape": Rule(_reshape, rebuild=_rebuild_reshape, flops=moves),
+    "transpose": Rule(_transpose, flops=moves),
+    "squeeze": Rule(_squeeze, flops=moves),
+    "slice": Rule(_slice, rebuild=_rebuild_slice, picks=True, flops=moves),
+    "split": Rule(_split, rebuild=_rebuild_split, picks=True, flops=moves),
+    "rev": Rule(_reverse, flops=moves),
+    "concatenate": Rule(_concatenate, flops=moves),
+    "tile": Rule(_tile, rebuild=_rebuild_tile),
+    "stack": Rule(_stack),
+    "pad": Rule(_pad, rebuild=_rebuild_pad, picks=True, flops=moves),
+    "dynamic_slice": Rule(
+        _dynamic_slice, rebuild=_rebuild_dynamic_slice, picks=True, flops=moves
+    ),
+    "dynamic_update_slice": Rule(_dynamic_update_slice, flops=moves),
+    "gather": Rule(_gather, rebuild=_rebuild_gather, picks=True, flops=moves),
+    **dict.fromkeys(SCATTERS, Rule(_scatter)),
+    **dict.fromkeys(
+        ("iota", "dim_as_value"),
+        Rule(_generate, rebuild=_rebuild_generate, flops=moves),
+    ),
+    **dict.fromkeys(
+        ("random_bits", "rng_bit_generator", "rng_uniform"),
+        Rule(_generate, rebuild=_rebuild_generate, known=False),
+    ),
+    **dict.fromkeys(
+        ("random_seed", "random_wrap", "random_unwrap"),
+        Rule(freeze_all, known=False, flops=moves),
+    ),
 }

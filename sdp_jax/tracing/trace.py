@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -13,6 +13,7 @@ import numpy as np
 from jax.extend.core import Literal
 
 from sdp_jax.tracing.atoms import Reason
+from sdp_jax.tracing.rule import Rule
 from sdp_jax.tracing.sizes import Equation, Sizes
 from sdp_jax.tracing.values import ZERO, Axis, Factor, Fill, Space, Value
 
@@ -54,8 +55,6 @@ class Body:
 
 
 Nested: TypeAlias = tuple[list[Value], tuple[Body, ...]]
-Outcome: TypeAlias = list[Value] | Nested
-Analyse: TypeAlias = Callable[["Trace", Any, list[Value]], Outcome]
 
 
 class Trace:
@@ -71,19 +70,14 @@ class Trace:
 
     def __init__(
         self,
-        rules: Mapping[str, Analyse],
+        rules: Mapping[str, Rule],
         *,
-        known: Set[str] = frozenset(),
-        even: Set[str] = frozenset(),
         derivatives: bool = True,
     ) -> None:
         """Starts a walk.
 
         Args:
-          rules: what to do with each primitive.
-          known: primitives whose integer results are computed where their operands
-            are known: indices, most often.
-          even: primitives that evaluation can repeat on what absent positions hold.
+          rules: what is known of each primitive.
           derivatives: whether to follow the derivative rules of element-wise
             functions, too; they ask for nothing new, but evaluation needs them.
         """
@@ -94,8 +88,6 @@ class Trace:
         self.depth = 0
         self._place: Any = None
         self._rules = rules
-        self._known = known
-        self._even = even
 
     @contextlib.contextmanager
     def deeper(self) -> Iterator[None]:
@@ -156,17 +148,18 @@ class Trace:
             )
             for i in copied:
                 values[i] = self.space.copy(values[i])
-            rule = self._rules.get(eqn.primitive.name, freeze_all)
+            rule = self._rules.get(eqn.primitive.name, NO_RULE)
             view = self.sizes.view(eqn)
-            if eqn.outvars and all(map(is_empty, eqn.outvars)):
-                rule = _nothing
-            outcome = rule(self, view, values)
+            empty = eqn.outvars and all(map(is_empty, eqn.outvars))
+            analyse = _nothing if empty else rule.analyse
+            outcome = analyse(self, view, values)
             outs, bodies = outcome if isinstance(outcome, tuple) else (outcome, ())
             outs = [self.settled(v) for v in outs]
-            if eqn.primitive.name not in self._even:
+            if not rule.even:
                 outs = [_uneven(v) for v in outs]
             outs = [v if v.free == free else _set_free(v, free) for v in outs]
-            outs = self._compute(view, values, outs)
+            if rule.known:
+                outs = self._compute(view, values, outs)
             records.append(Record(eqn, view, values, outs, bodies, copied))
             env.update(zip(eqn.outvars, outs, strict=True))
         outs = [read(v) for v in jaxpr.outvars]
@@ -191,10 +184,9 @@ class Trace:
         return value
 
     def _compute(self, eqn: Any, ins: list[Value], outs: list[Value]) -> list[Value]:
-        """Adds the entries of results that are known."""
+        """Adds the entries of results whose operands are known: indices, often."""
         if (
-            eqn.primitive.name not in self._known
-            or any(v.known is None for v in ins)
+            any(v.known is None for v in ins)
             or isinstance(eqn, Equation)
             or not all(_is_index(v.aval.shape, v.aval.dtype) for v in eqn.outvars)
         ):
@@ -296,7 +288,7 @@ def _nothing(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
 
 
 def freeze_all(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
-    """The rule of a primitive that has none: nothing around it can be cut."""
+    """Where there is no rule, nothing around the equation can be cut."""
     for value in ins:
         for axis in value.axes:
             t.freeze(eqn, axis, "no rule for this primitive")
@@ -305,3 +297,7 @@ def freeze_all(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
         t.space.plain_value(getattr(v.aval, "shape", ()), data=data)
         for v in eqn.outvars
     ]
+
+
+# Of a primitive that has no rule.
+NO_RULE = Rule(freeze_all, known=False)

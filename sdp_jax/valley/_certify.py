@@ -225,8 +225,8 @@ def certify(
     )
     sparsity = None
     if groups is not None:
-        alive = channels_alive(groups, params).values()
-        sparsity = 1 - sum(int(x.sum()) for x in alive) / groups.num_channels
+        alive = channels_alive(groups, params)
+        sparsity = 1 - int(alive.sum()) / groups.num_channels
     reference_metrics, pruned_metrics = (
         {k: m for k, m in zip(("train", "test"), end, strict=True) if m} for end in ends
     )
@@ -353,10 +353,11 @@ def _others(
     others = {"random": jax.tree.map(shaken, reference, params)}
     if groups is None:
         return others
-    alive = {k: int(v.sum()) for k, v in channels_alive(groups, params).items()}
-    if alive != groups.sizes:
+    alive = channels_alive(groups, params)
+    if not bool(alive.all()):
         norms = channel_norms(groups, reference)
-        keep = {k: prox.largest(v, alive[k]).astype(v.dtype) for k, v in norms.items()}
+        counts = [int(x.sum()) for x in groups.split(alive).values()]
+        keep = prox.largest_each(groups, norms, counts).astype(norms.dtype)
         others["magnitude"] = scale_channels(groups, reference, keep)
     return others
 

@@ -7,7 +7,6 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from sdp_jax import prox
@@ -21,7 +20,7 @@ from sdp_jax.channels import (
     scale_channels,
 )
 from sdp_jax.checks import check_number
-from sdp_jax.groups import Dimension, Groups, overlaps
+from sdp_jax.groups import Groups, overlaps
 from sdp_jax.tree import PyTree
 from sdp_jax.valley.vectors import (
     HIGHEST,
@@ -48,7 +47,8 @@ class SdpResult:
       params: the pruned parameters, shaped like the given ones; zeros are exact.
       strength: the strength ``λ``, given or found.
       sparsity: share of all channels that are zero.
-      scores: the directional scores ``s_g`` of the given parameters.
+      scores: the directional scores ``s_g`` of the given parameters,
+        ``(num_channels,)``.
       residual: how far ``params`` is from the valley, ``‖Uᵀ(w − w*)‖ / ‖w − w*‖``;
         about the rounding error of ``params`` for the exact method, and if restored,
         unless the zeros leave no such point.
@@ -58,7 +58,7 @@ class SdpResult:
     params: PyTree
     strength: float
     sparsity: float
-    scores: dict[str, jax.Array]
+    scores: jax.Array
     residual: float
     iterations: int
 
@@ -69,7 +69,7 @@ def directional_scores(
     basis: PyTree,
     *,
     weights: Weighting | Mapping[str, float] = "plain",
-) -> dict[str, jax.Array]:
+) -> jax.Array:
     """How free it is to shrink each channel: ``s_g = ⟨ŵ_g, (P₀ k ŵ)_g⟩``.
 
     ``ŵ`` holds the unit vectors ``w_g / ‖w_g‖`` of all channels, ``k`` their weights
@@ -83,11 +83,11 @@ def directional_scores(
       groups: their channel dimensions.
       basis: sharp directions: a tree shaped like the parameters with one more leading
         axis, for example ``top_eigenpairs(...).vectors``; made orthonormal here.
-      norm: the weighting, see :func:`sdp_jax.channel_weights`.
+      weights: the weighting, see :func:`sdp_jax.channel_weights`.
 
     Returns:
-      For each dimension an array ``(size,)``, float32 or wider; 0 for a channel that is
-      zero already. For :func:`sdp_jax.plan_cut` take :func:`directional_importance`.
+      A vector ``(num_channels,)``, float32 or wider; 0 for a channel that is zero
+      already. For :func:`sdp_jax.plan_cut` take :func:`directional_importance`.
 
     Raises:
       ValueError: if parameters, groups and basis do not fit each other.
@@ -104,11 +104,11 @@ def directional_scores(
       >>> groups = sdp_jax.groups_from_axes(
       ...     params, {"hidden": [sdp_jax.Member("w", 1)]})
       >>> sharp = {"w": jnp.array([[[0., 1.], [0., 0.]]])}  # All of channel 1.
-      >>> print(sdp_jax.valley.directional_scores(params, groups, sharp)["hidden"])
+      >>> print(sdp_jax.valley.directional_scores(params, groups, sharp))
       [1. 0.]
     """
     params, basis = _prepare(params, groups, basis)
-    return _scores(params, groups, basis, norm)
+    return _scores(params, groups, basis, weights)
 
 
 def directional_importance(
@@ -117,7 +117,7 @@ def directional_importance(
     basis: PyTree,
     *,
     weights: Weighting | Mapping[str, float] = "plain",
-) -> dict[str, jax.Array]:
+) -> jax.Array:
     """The strength at which first-order SDP prunes each channel: ``‖w_g‖ / s_g``.
 
     The channel of least importance goes first, as :func:`sdp_jax.plan_cut` expects of
@@ -127,11 +127,11 @@ def directional_importance(
       params: as for :func:`directional_scores`.
       groups: as for :func:`directional_scores`.
       basis: as for :func:`directional_scores`.
-      norm: as for :func:`directional_scores`.
+      weights: as for :func:`directional_scores`.
 
     Returns:
-      For each dimension an array ``(size,)``: 0 for a channel that is zero already,
-      infinite where the score is 0 or below.
+      A vector ``(num_channels,)``: 0 for a channel that is zero already, infinite where
+      the score is 0 or below.
 
     Raises:
       ValueError: as :func:`directional_scores`.
@@ -147,15 +147,14 @@ def directional_importance(
       ...     params, {"hidden": [sdp_jax.Member("w", 1)]})
       >>> sharp = {"w": jnp.array([[[0., 1.], [0., 0.]]])}
       >>> scores = sdp_jax.valley.directional_importance(params, groups, sharp)
-      >>> print(scores["hidden"])  # The smaller one is the sharp one.
+      >>> print(scores)  # The smaller one is the sharp one.
       [ 5. inf]
       >>> sdp_jax.plan_cut(groups, params, scores=scores, sparsity=0.5).kept
       ((1,),)
     """
     params, basis = _prepare(params, groups, basis)
-    scores = _scores(params, groups, basis, norm)
-    norms = channel_norms(groups, params)
-    return {name: _vanishing(norms[name], scores[name]) for name in scores}
+    scores = _scores(params, groups, basis, weights)
+    return _vanishing(channel_norms(groups, params), scores)
 
 
 def sdp(
@@ -203,9 +202,9 @@ def sdp(
         by bisection to a relative 1e-3, that reaches it and just so.
       method: ``"exact"`` or ``"first_order"``.
       restore: give the channels that stay back what was taken off them.
-      min_channels: channels that stay in each dimension, a number or one for each name: if
-        fewer would, the largest ones are not shrunk at all.
-      norm: the weighting ``k``, see :func:`sdp_jax.channel_weights`.
+      min_channels: channels that stay in each dimension, a number or one for each
+        name: if fewer would, the largest ones are not shrunk at all.
+      weights: the weighting ``k``, see :func:`sdp_jax.channel_weights`.
       tol: the exact method ends when ``‖Uᵀ(w − w*)‖`` is below ``tol ‖p − w*‖``, where
         ``p`` is the proximal point without the restriction, or at the rounding error of
         ``w*``; default: 1e-5 in float32, 1e-11 in float64.
@@ -253,16 +252,16 @@ def sdp(
         check_number("tol", tol, low=0, rule="a non-negative number")
     original = params
     params, basis = _prepare(params, groups, basis)
-    floors = _plain_floors(groups, floor)
+    floors = tuple(int(n) for n in prox.resolve_floors(groups, min_channels))
     for path, first, second in overlaps(groups) if method == "exact" else ():
         raise ValueError(
             f"dimensions {first.name!r} and {second.name!r} share entries of {path!r}, "
             "as heads and head dimensions do; the exact method needs groups that share "
             "none. Use method='first_order', or leave one of the two out: "
-            "dataclasses.replace(groups, dimensions=...)"
+            f"groups.without({second.name!r})"
         )
-    scores = _scores(params, groups, basis, norm)
-    solver = _Solver(params, groups, basis, norm, scores, method, floors, tol)
+    scores = _scores(params, groups, basis, weights)
+    solver = _Solver(params, groups, basis, weights, scores, method, floors, tol)
     if sparsity is None:
         assert strength is not None
         found, steps = solver.at(float(strength))
@@ -293,23 +292,19 @@ class _Solver:
         params: PyTree,
         groups: Groups,
         basis: PyTree,
-        norm: Any,
-        scores: dict[str, jax.Array],
+        weights: Weighting | Mapping[str, float],
+        scores: jax.Array,
         method: Method,
-        floors: dict[str, int],
+        floors: tuple[int, ...],
         tol: float | None,
     ):
         self.params, self.groups, self.method = params, groups, method
-        self.floors = floors
         self.norms = channel_norms(groups, params)
-        weights = channel_weights(groups, norm)
         dtype = self.norms.dtype
-        self.weights = jnp.concatenate(
-            [
-                jnp.full(size, weights[name], dtype)
-                for name, size in groups.sizes.items()
-            ]
-        )
+        # Channels that are zero already cannot be held.
+        there = [int(n.sum()) for n in groups.split(self.norms > 0).values()]
+        self.floors = [min(pair) for pair in zip(floors, there, strict=True)]
+        self.weights = jnp.asarray(channel_weights(groups, weights), dtype)
         self.scores = scores.astype(dtype)
         # The order in which channels go: the last of each dimension are held.
         if method == "exact":
@@ -322,8 +317,7 @@ class _Solver:
 
     def zeros(self, point: PyTree) -> int:
         """How many channels are zero."""
-        norms = channel_norms(self.groups, point)
-        return int((norms == 0).sum())
+        return int((channel_norms(self.groups, point) == 0).sum())
 
     def at(self, strength: float) -> tuple[PyTree, int]:
         """The pruned parameters for one strength, and the number of Newton steps."""
@@ -338,28 +332,22 @@ class _Solver:
 
     def _held(self, point: PyTree) -> jax.Array:
         """The largest channels of each dimension that has too few left."""
-        norms = channel_norms(self.groups, point)
-        order = self.order
-        parts = []
-        for name, floor in self.floors.items():
-            # Channels that were zero before cannot be held.
-            floor = min(floor, int((self.norms[name] > 0).sum()))
-            few = int((norms[name] > 0).sum()) < floor
-            best = prox.largest(order[name], floor)
-            parts.append(best if few else jnp.zeros_like(best))
-        return jnp.concatenate(parts)
+        left = self.groups.split(channel_norms(self.groups, point) > 0)
+        counts = [
+            floor if int(alive.sum()) < floor else 0
+            for alive, floor in zip(left.values(), self.floors, strict=True)
+        ]
+        return prox.largest_each(self.groups, self.order, counts)
 
     def _solve(self, strength: float, held: jax.Array) -> tuple[PyTree, int]:
         thresholds = strength * jnp.where(held, 0, self.weights)
         # What is zero stays so.
-        gone = self.norms == 0
-        thresholds = jnp.where(gone, jnp.inf, thresholds)
+        thresholds = jnp.where(self.norms == 0, jnp.inf, thresholds)
         if self.method == "first_order":
             norms = self.norms
             shrink = strength * jnp.where(held, 0, self.scores)
             safe = jnp.where(norms > 0, norms, 1)
-            factor = jnp.where(norms > 0, jnp.maximum(0, 1 - shrink / safe), 0)
-            factors = factor
+            factors = jnp.where(norms > 0, jnp.maximum(0, 1 - shrink / safe), 0)
             return scale_channels(self.groups, self.params, factors), 0
         point, excess, steps = exact_point(
             self.params, self.groups, self.basis, thresholds, self.tol
@@ -388,18 +376,11 @@ def exact_point(
     where ``M`` is the Moreau envelope of the group norms. Its gradient is ``F(y) = U
     (w* − w(y))``, its generalised Hessian ``−U D Uᵀ`` with the derivative ``D`` of the
     proximal map. A Newton step is taken as far as it raises ``d`` or halves ``F``, or
-    else the step ``F``, which raises ``d`` always.
+    else the step ``F``, which raises ``d`` always. ``tol`` is that of ``‖F‖``, relative
+    to the move without the restriction.
 
-    Args:
-      params: ``w*``, at least float32.
-      groups: the channel dimensions.
-      basis: orthonormal directions ``U``.
-      thresholds: one for each channel, ``(num_channels,)``.
-      tol: tolerance of ``‖F‖``, relative to the move without the restriction.
-
-    Returns:
-      The point; ``‖F‖`` over what it may be, at most 1 if all went well; the number of
-      steps.
+    Returns the point, ``‖F‖`` over what it may be (at most 1 if all went well) and the
+    number of steps.
     """
 
     def factors(point: PyTree) -> tuple[jax.Array, jax.Array]:
@@ -481,8 +462,7 @@ def exact_point(
 
 def _restored(params: PyTree, groups: Groups, basis: PyTree, found: PyTree) -> PyTree:
     """The point of the valley nearest to ``params`` that has the zeros of ``found``."""
-    alive = channels_alive(groups, found)
-    mask = {name: value.astype(jnp.float32) for name, value in alive.items()}
+    mask = channels_alive(groups, found).astype(jnp.float32)
     kept = scale_channels(groups, params, mask)
     left = jax.vmap(lambda u: scale_channels(groups, u, mask))(basis)
     lost = coefficients(basis, jax.tree.map(jnp.subtract, params, kept))
@@ -501,52 +481,42 @@ def _prepare(params: PyTree, groups: Groups, basis: PyTree) -> tuple[PyTree, PyT
     return jax.tree.map(wide, params), orthonormal(basis)
 
 
-def _plain_floors(groups: Groups, min_channels: Any) -> dict[str, int]:
-    floors = prox.resolve_floors(groups, floor)
-    return {name: int(np.asarray(value)) for name, value in floors.items()}
-
-
-def _scores(
-    params: PyTree, groups: Groups, basis: PyTree, norm: Any
-) -> dict[str, jax.Array]:
-    weights = channel_weights(groups, norm)
+def _scores(params: PyTree, groups: Groups, basis: PyTree, weights: Any) -> jax.Array:
+    factors = groups.split(channel_weights(groups, weights))
     units, pushed = [], None
     for part in _disjoint(groups):
         norms = channel_norms(part, params)
-        inverse = {
-            n: jnp.where(v > 0, 1 / jnp.where(v > 0, v, 1), 0) for n, v in norms.items()
-        }
+        inverse = jnp.where(norms > 0, 1 / jnp.where(norms > 0, norms, 1), 0)
         unit = _only_producers(part, scale_channels(part, params, inverse))
-        factors = {n: jnp.full_like(v, weights[n]) for n, v in norms.items()}
-        push = scale_channels(part, unit, factors)
+        push = part.join({name: factors[name] for name in part.sizes})
+        push = scale_channels(part, unit, push.astype(norms.dtype))
         pushed = push if pushed is None else jax.tree.map(jnp.add, pushed, push)
         units.append((part, unit))
     sharp = sharp_part(basis, inner(basis, basis), pushed)
     flat = jax.tree.map(jnp.subtract, pushed, sharp)
     found: dict[str, jax.Array] = {}
     for part, unit in units:
-        found |= channel_products(part, unit, flat)
-    return {name: found[name] for name in groups.sizes}
+        found |= part.split(channel_products(part, unit, flat))
+    return groups.join(found)
 
 
 def _disjoint(groups: Groups) -> list[Groups]:
     """The dimensions in as few parts as it takes for none to share entries."""
     shared = {frozenset((a.name, b.name)) for _, a, b in overlaps(groups)}
-    parts: list[list[Dimension]] = []
-    for d in groups:
+    parts: list[list[str]] = []
+    for name in groups.sizes:
         for part in parts:
-            if not any(frozenset((d.name, other.name)) in shared for other in part):
-                part.append(d)
+            if not any(frozenset((name, other)) in shared for other in part):
+                part.append(name)
                 break
         else:
-            parts.append([d])
-    return [dataclasses.replace(groups, dimensions=tuple(part)) for part in parts]
+            parts.append([name])
+    return [groups.without(*(groups.sizes.keys() - set(names))) for names in parts]
 
 
 def _only_producers(groups: Groups, tree: PyTree) -> PyTree:
     """The entries that belong to a channel; all others are zero."""
-    nothing = {n: jnp.zeros(size) for n, size in groups.sizes.items()}
-    rest = scale_channels(groups, tree, nothing)
+    rest = scale_channels(groups, tree, jnp.zeros(groups.num_channels))
     return jax.tree.map(jnp.subtract, tree, rest)
 
 

@@ -183,7 +183,8 @@ def top_eigenpairs(
       data: batches that can be gone through again, see
         :func:`sdp_jax.valley.curvature_product`.
       rank: how many pairs.
-      output_fn: for the Gauss–Newton matrix, see :func:`sdp_jax.valley.curvature_product`.
+      output_fn: for the Gauss–Newton matrix, see
+        :func:`sdp_jax.valley.curvature_product`.
       tol: relative accuracy of the eigenvalues that is asked for. In float32 a product
         is accurate to about 1e-6 of the largest.
       seed: of the first vector. Where several eigenvalues are alike, which of their
@@ -319,7 +320,8 @@ def spectral_density(
       params: where; real parameters.
       data: batches that can be gone through again, see
         :func:`sdp_jax.valley.curvature_product`.
-      output_fn: for the Gauss–Newton matrix, see :func:`sdp_jax.valley.curvature_product`.
+      output_fn: for the Gauss–Newton matrix, see
+        :func:`sdp_jax.valley.curvature_product`.
       steps: products for each probe; moments up to the power ``2 steps − 1`` are exact
         for that probe.
       probes: number of random vectors.
@@ -381,15 +383,7 @@ def density_of(
 
 
 def check_real(params: PyTree) -> None:
-    """Refuses parameters that have no Hessian.
-
-    Args:
-      params: the parameters.
-
-    Raises:
-      ValueError: if there is no leaf.
-      TypeError: if a leaf is not an array of real floating-point numbers.
-    """
+    """Refuses parameters that have no Hessian."""
     check_inexact(params)
     leaves = jax.tree.leaves(params)
     if not leaves:
@@ -402,15 +396,7 @@ def check_real(params: PyTree) -> None:
 
 
 def check_data(data: Any) -> None:
-    """Refuses data that cannot be gone through again and again.
-
-    Args:
-      data: what was given.
-
-    Raises:
-      ValueError: if there is no batch.
-      TypeError: if it is no iterable of batches, or an iterator.
-    """
+    """Refuses data that cannot be gone through again and again."""
     try:
         first = iter(data)
     except TypeError:

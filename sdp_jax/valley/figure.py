@@ -9,18 +9,7 @@ REFERENCE, PRUNED, OTHER = "#666666", "#d1495b", "#2e86ab"
 
 
 def draw(certificate: Any, path: str | os.PathLike[str] | None = None) -> Any:
-    """Draws the loss along the paths, training curves and spectrum.
-
-    Args:
-      certificate: a :class:`sdp_jax.valley.Certificate`.
-      path: file to write.
-
-    Returns:
-      A ``matplotlib.figure.Figure``; training curves and density only if there are any.
-
-    Raises:
-      ImportError: if matplotlib is not installed.
-    """
+    """Draws a :class:`sdp_jax.valley.Certificate`, and writes it to a file."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

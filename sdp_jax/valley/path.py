@@ -76,22 +76,10 @@ def train_bend(
 ) -> PyTree:
     """Trains the middle point of a Bézier curve for a low mean loss along it.
 
-    Args:
-      loss_fn: ``loss_fn(params, batch)``, as in training.
-      first: where the curve begins.
-      last: where it ends.
-      data: batches that can be gone through again.
-      steps: number of steps; each takes a batch and a random place.
-      optimizer: default: Adam, its rate falling from 1e-3 to 0 on a cosine.
-      seed: of the random places.
-      progress: called as ``progress("curve", step, steps)``.
-
-    Returns:
-      The middle point, at least float32. It starts half-way.
-
-    References:
-      Garipov, Izmailov, Podoprikhin, Vetrov, Wilson, "Loss Surfaces, Mode Connectivity,
-      and Fast Ensembling of DNNs", NeurIPS 2018, arXiv 1802.10026.
+    It starts half-way, at least float32; each step takes a batch and a random place.
+    Without an optimizer: Adam, its rate falling from 1e-3 to 0 on a cosine. Garipov,
+    Izmailov, Podoprikhin, Vetrov, Wilson, "Loss Surfaces, Mode Connectivity, and Fast
+    Ensembling of DNNs", NeurIPS 2018, arXiv 1802.10026.
     """
     if optimizer is None:
         optimizer = optax.adam(optax.cosine_decay_schedule(1e-3, max(steps, 1)))
@@ -127,19 +115,7 @@ def metrics_along(
     stage: str,
     progress: Progress | None = None,
 ) -> PathLoss:
-    """Measures along a path whose ends are measured already.
-
-    Args:
-      path: from a place in [0, 1] to parameters.
-      measure: from parameters to metrics on the training and the test data.
-      places: where; the first is 0 and the last 1.
-      ends: the metrics there.
-      stage: what to call it in ``progress``.
-      progress: called as ``progress(stage, points, all points)``.
-
-    Returns:
-      The metrics.
-    """
+    """Measures along a path from 0 to 1 whose ends are measured already."""
     inside = []
     for n, t in enumerate(places[1:-1]):
         inside.append(measure(path(float(t))))

@@ -61,13 +61,23 @@ def project_onto_valley(
     storage_dtype: Any = None,
     min_channels: int | jax.Array | Mapping[str, int] = 1,
     weights: Weighting | Mapping[str, float] = "plain",
-    candidates: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Keeps only the valley part of each increment of shrinkage (experimental).
 
     Stands between :func:`sdp_jax.dual_averaging` and
-    :func:`sdp_jax.group_soft_threshold` and is given the same ``strength``, ``floor``
-    and ``norm``. From one step to the next the shrinkage ``v − prox_g(v) = g z`` grows
+    :func:`sdp_jax.group_soft_threshold` and is given the same ``strength``,
+    ``min_channels`` and ``weights``; :func:`sdp_jax.valley_strength` is told the
+    learning rate there::
+
+        strength = valley_strength(c=0.1, mu=0.6, learning_rate=lr)
+        optax.chain(
+            optax.sgd(lr),
+            dual_averaging(),
+            project_onto_valley(groups, strength),
+            group_soft_threshold(groups, strength),
+        )
+
+    From one step to the next the shrinkage ``v − prox_g(v) = g z`` grows
     by some ``Δ(g z)``, and the gradient would have to pull the sharp part of that
     back. This piece anticipates the pull: with orthonormal sharp directions ``U`` it
     adds ``Uᵀ U Δ(g z)`` to the dual variable, for good. Along ``U`` the parameters then
@@ -77,11 +87,10 @@ def project_onto_valley(
 
     ``U`` is given once (``basis``), given now and then (``estimator=None`` and
     :func:`sdp_jax.valley.set_basis`, for example with the directions of
-    :func:`sdp_jax.valley.top_eigenpairs`), or estimated from the stream of incoming steps. A
-    step that is zero or not finite leaves the estimate unchanged, and nothing is
-    corrected at it. What rounding, low
-    precision or a cut have done to the orthogonality of ``U`` is taken into account at
-    each step.
+    :func:`sdp_jax.valley.top_eigenpairs`), or estimated from the stream of incoming
+    steps. A step that is zero or not finite leaves the estimate unchanged, and nothing
+    is corrected at it. What rounding, low precision or a cut have done to the
+    orthogonality of ``U`` is taken into account at each step.
 
     On quadratics whose sharp directions are all given, the loss at the end is 10⁷ times
     lower and more. On networks a few leading eigenvectors of the Hessian do not help:
@@ -104,8 +113,7 @@ def project_onto_valley(
       storage_dtype: dtype in which ``U`` is kept, for example ``jnp.bfloat16``;
         default: that of the dual variable, at least float32.
       min_channels: as for :func:`sdp_jax.group_soft_threshold`.
-      norm: as for :func:`sdp_jax.group_soft_threshold`.
-      candidates: take and emit candidates, see :mod:`sdp_jax.transforms`.
+      weights: as for :func:`sdp_jax.group_soft_threshold`.
 
     Returns:
       A transformation; its ``update`` needs ``params``. Its state holds ``rank`` copies
@@ -162,7 +170,7 @@ def project_onto_valley(
 
     def shrinkage(point: optax.Params, state: Any) -> tuple[optax.Params, Any]:
         """What the threshold takes off ``point``, and the next state of the rule."""
-        kept, _, state = proximal_point(groups, rule, floors, norm, point, state)
+        kept, _, state = proximal_point(groups, rule, floors, weights, point, state)
         return jax.tree.map(jnp.subtract, point, kept), state
 
     def init_fn(params: optax.Params) -> ProjectOntoValleyState:
@@ -199,7 +207,7 @@ def project_onto_valley(
     ) -> tuple[optax.Updates, ProjectOntoValleyState]:
         del extra_args
         params = need_params(params, updates, "project_onto_valley")
-        dual = updates if candidates else add_step(params, updates)
+        dual = add_step(params, updates)
         directions, energy = state.basis, state.energy
         gram = inner(directions, directions)
         if turn is not None:
@@ -237,7 +245,7 @@ def project_onto_valley(
             energy,
             jnp.asarray(optax.safe_increment(state.count)),
         )
-        return emit(point, params, candidates), new_state
+        return emit(point, params, candidates=False), new_state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -246,7 +254,8 @@ def set_basis(opt_state: chex.ArrayTree, basis: PyTree) -> Any:
     """Gives :func:`project_onto_valley` new sharp directions.
 
     For a chain with ``estimator=None``, whose directions come from outside: now and
-    then during training, with those of :func:`sdp_jax.valley.top_eigenpairs` for example.
+    then during training, with those of :func:`sdp_jax.valley.top_eigenpairs` for
+    example.
 
     Args:
       opt_state: the optimizer state, or any tree that contains it.
@@ -261,12 +270,15 @@ def set_basis(opt_state: chex.ArrayTree, basis: PyTree) -> Any:
         or the directions are not finite.
 
     Example:
-      >>> import jax.numpy as jnp, sdp_jax
+      >>> import jax.numpy as jnp, optax, sdp_jax
       >>> params = {"w": jnp.ones((2, 2))}
       >>> groups = sdp_jax.groups_from_axes(
       ...     params, {"hidden": [sdp_jax.Member("w", 1)]})
-      >>> tx = sdp_jax.altsdp(0.1, groups, strength=0.1,
-      ...                     valley={"estimator": None, "rank": 1})
+      >>> tx = optax.chain(
+      ...     optax.sgd(0.1),
+      ...     sdp_jax.dual_averaging(),
+      ...     sdp_jax.valley.project_onto_valley(groups, 0.1, estimator=None, rank=1),
+      ...     sdp_jax.group_soft_threshold(groups, 0.1))
       >>> state = tx.init(params)
       >>> state = sdp_jax.valley.set_basis(state, {"w": jnp.ones((1, 2, 2))})
       >>> print(state[-2].basis["w"])
@@ -302,6 +314,6 @@ def set_basis(opt_state: chex.ArrayTree, basis: PyTree) -> Any:
     if not any(found(node) for node in states):
         raise ValueError(
             "no state of project_onto_valley in this tree; pass the optimizer state of "
-            "altsdp(..., valley={'estimator': None, 'rank': r})"
+            "a chain that has project_onto_valley(..., estimator=None, rank=r) in it"
         )
     return jax.tree.map(changed, opt_state, is_leaf=found)

@@ -77,19 +77,10 @@ def track(
     step: optax.Params,
     decay: float,
 ) -> tuple[optax.Params, jax.Array]:
-    """Takes one step of the stream into the sketch.
+    """Takes one step of the stream into the sketch: the next directions and energies.
 
-    Args:
-      turn: the estimator.
-      basis: the directions so far, nearly orthonormal or zero.
-      gram: their inner products ``(rank, rank)``: what rounding has done to them is
-        undone here.
-      energy: share of the stream along each, ``(rank,)``.
-      step: the step. If it is zero or not finite, nothing changes.
-      decay: what share of the past stays.
-
-    Returns:
-      The next directions, in the dtype of the old ones, and energies.
+    ``gram`` holds the inner products of the directions: what rounding has done to them
+    is undone here. A step that is zero or not finite changes nothing.
     """
     size = optax.tree.norm(jax.tree.map(wide, step))
     good = jnp.isfinite(size) & (size > 0)

@@ -47,8 +47,8 @@ def reestimate_statistics(
       >>> import jax.numpy as jnp, sdp_jax
       >>> def update(params, mean, batch):
       ...     return 0.99 * mean + 0.01 * batch.mean(0)
-      >>> batches = [jnp.array([1., 2.]), jnp.array([3., 4.])]
-      >>> mean = sdp_jax.valley.reestimate_statistics(update, {}, jnp.zeros(()), batches)
+      >>> data = [jnp.array([1., 2.]), jnp.array([3., 4.])]
+      >>> mean = sdp_jax.valley.reestimate_statistics(update, {}, jnp.zeros(()), data)
       >>> print(f"{mean:.3f}")
       2.500
     """
@@ -60,20 +60,7 @@ def make_reestimate(
     stats: PyTree,
     data: Iterable[Any],
 ) -> Callable[[PyTree], PyTree]:
-    """The same for many parameters, compiled once.
-
-    Args:
-      update_stats: as for :func:`reestimate_statistics`.
-      stats: likewise.
-      data: likewise.
-
-    Returns:
-      ``params -> stats``.
-
-    Raises:
-      ValueError: as :func:`reestimate_statistics`.
-      TypeError: likewise.
-    """
+    """:func:`reestimate_statistics` for many parameters, compiled once."""
     check_data(data)
 
     for leaf in jax.tree.leaves(stats):

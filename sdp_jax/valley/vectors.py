@@ -26,15 +26,7 @@ def wide(x: jax.Array) -> jax.Array:
 
 
 def inner(first: PyTree, second: PyTree) -> jax.Array:
-    """Real inner products of two bases, of a basis and a tree, or of two trees.
-
-    Args:
-      first: a basis of rank ``r``.
-      second: a basis of rank ``s``.
-
-    Returns:
-      The matrix ``(r, s)``.
-    """
+    """Real inner products of a basis of rank r and one of rank s, ``(r, s)``."""
 
     def product(a: jax.Array, b: jax.Array) -> jax.Array:
         if a.dtype != b.dtype and 1 in (a.shape[0], b.shape[0]):
@@ -61,15 +53,7 @@ def coefficients(basis: PyTree, tree: PyTree) -> jax.Array:
 
 
 def combine(weights: jax.Array, basis: PyTree) -> PyTree:
-    """``Uᵀ a``: the sum of the directions with these weights.
-
-    Args:
-      weights: ``(rank,)``, or ``(s, rank)`` for ``s`` sums at once.
-      basis: a basis.
-
-    Returns:
-      A tree like the parameters, or a basis of rank ``s``; at least float32.
-    """
+    """``Uᵀ a``: the sum of directions with weights ``(rank,)``, or ``(s, rank)``."""
 
     def leaf(u: jax.Array) -> jax.Array:
         if u.dtype == wide(u).dtype:
@@ -94,16 +78,7 @@ def dot(first: jax.Array, second: jax.Array) -> jax.Array:
 
 
 def symmetric_power(matrix: jax.Array, power: float) -> jax.Array:
-    """A power of a symmetric positive semidefinite matrix, on its range.
-
-    Args:
-      matrix: ``(r, r)``.
-      power: the exponent; eigenvalues that vanish beside the largest stay 0 even if it
-        is negative.
-
-    Returns:
-      ``(r, r)``.
-    """
+    """A power of a positive semidefinite matrix on its range, elsewhere 0."""
     values, vectors = jnp.linalg.eigh(matrix)
     tiny = matrix.shape[0] * jnp.finfo(matrix.dtype).eps * jnp.max(jnp.abs(values))
     good = values > 10 * tiny
@@ -115,12 +90,6 @@ def gram_inverse(gram: jax.Array) -> jax.Array:
     """The pseudo-inverse of a Gram matrix, whatever the lengths of its vectors.
 
     Lengths are taken out first, so that a short vector is a direction like a long one.
-
-    Args:
-      gram: inner products ``(r, r)``; zero rows for zero vectors.
-
-    Returns:
-      ``(r, r)``.
     """
     lengths = jnp.sqrt(jnp.diagonal(gram))
     inverse = jnp.where(lengths > 0, 1 / jnp.where(lengths > 0, lengths, 1), 0)
@@ -133,12 +102,6 @@ def orthonormal(basis: PyTree) -> PyTree:
 
     Directions that depend on others make it smaller: then some of its directions are
     shorter than 1, and projecting with them needs :func:`sharp_part`.
-
-    Args:
-      basis: a basis; its directions may be of any length.
-
-    Returns:
-      A basis, at least float32.
     """
 
     def row(value: jax.Array, u: jax.Array) -> jax.Array:
@@ -164,36 +127,16 @@ def orthonormal(basis: PyTree) -> PyTree:
 
 
 def sharp_part(basis: PyTree, gram: jax.Array, tree: PyTree) -> PyTree:
-    """Orthogonal projection of a tree on the space of a basis.
-
-    Args:
-      basis: a basis, orthonormal or not; directions may be zero.
-      gram: its inner products, ``inner(basis, basis)``.
-      tree: a tree like the parameters.
-
-    Returns:
-      A tree like the parameters, at least float32; zero if ``tree`` is not finite.
-    """
+    """Orthogonal projection on the space of a basis; 0 if ``tree`` is not finite."""
     weights = dot(gram_inverse(gram), coefficients(basis, tree))
     finite = jnp.isfinite(weights).all()
     return combine(jnp.where(finite, weights, 0), basis)
 
 
 def fit_basis(basis: PyTree, params: optax.Params) -> tuple[PyTree, int]:
-    """Checks that a basis fits the parameters, and gives it their structure.
+    """Checks that a basis fits the parameters; in their structure, with its rank.
 
     A tree without leaves passes: ``optax.tree.map_params`` initialises with one.
-
-    Args:
-      basis: what was given: the leaves of the parameters, in any container.
-      params: the parameters.
-
-    Returns:
-      The basis as a tree like ``params``, and its rank.
-
-    Raises:
-      ValueError: if leaves are missing or of another shape, there is no direction, or
-        (where it can be seen) an entry is not finite.
     """
     have, want = leaf_table(basis), leaf_table(params)
     if not want:
@@ -224,15 +167,7 @@ def fit_basis(basis: PyTree, params: optax.Params) -> tuple[PyTree, int]:
 
 
 def unravel(vector: Any, like: PyTree) -> PyTree:
-    """A tree like the parameters from the vector of its entries, in wide dtypes.
-
-    Args:
-      vector: NumPy vector, ``(n,)`` or ``(rank, n)``.
-      like: the parameters.
-
-    Returns:
-      A tree, or a basis.
-    """
+    """A tree from a vector ``(n,)``, or a basis from ``(rank, n)``, in wide dtypes."""
     leaves, treedef = jax.tree.flatten(like)
     sizes = [np.size(leaf) for leaf in leaves]
     parts = np.split(np.asarray(vector), np.cumsum(sizes)[:-1], axis=-1)

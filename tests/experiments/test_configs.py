@@ -167,8 +167,6 @@ def test_the_target_can_be_met(row):
         sparsity=config.sparsity,
         target="flops",
         ranking="dimension",
-        fn=apply,
-        inputs=(example,),
     )
     shapes = jax.eval_shape(cut.take, state.variables)
     dense = sdp_jax.cost(apply, state.variables, example).flops

@@ -32,9 +32,9 @@ def hand_made_groups(model, variables):
         above = [*layers[1:], "head"]
         axes = {
             layer: [
-                sdp_jax.producer(f"params/{layer}/kernel", 1),
-                sdp_jax.producer(f"params/{layer}/bias", 0),
-                sdp_jax.consumer(f"params/{next_layer}/kernel", 0),
+                sdp_jax.Member(f"params/{layer}/kernel", 1),
+                sdp_jax.Member(f"params/{layer}/bias", 0),
+                sdp_jax.Member(f"params/{next_layer}/kernel", 0, "consumer"),
             ]
             for layer, next_layer in zip(layers, above, strict=True)
         }
@@ -43,23 +43,25 @@ def hand_made_groups(model, variables):
     axes = {}
     for i, width in enumerate(model.widths[:-1]):
         axes[f"conv{i}"] = [
-            sdp_jax.producer(f"params/conv{i}/kernel", 3),
-            sdp_jax.producer(f"params/norm{i}/scale", 0),
-            sdp_jax.producer(f"params/norm{i}/bias", 0),
-            sdp_jax.running_state(f"batch_stats/norm{i}/mean", 0),
-            sdp_jax.running_state(f"batch_stats/norm{i}/var", 0),
+            sdp_jax.Member(f"params/conv{i}/kernel", 3),
+            sdp_jax.Member(f"params/norm{i}/scale", 0),
+            sdp_jax.Member(f"params/norm{i}/bias", 0),
+            sdp_jax.Member(f"batch_stats/norm{i}/mean", 0, "state"),
+            sdp_jax.Member(f"batch_stats/norm{i}/var", 0, "state"),
         ]
         if i + 1 < convs:
-            axes[f"conv{i}"].append(sdp_jax.consumer(f"params/conv{i + 1}/kernel", 2))
+            axes[f"conv{i}"].append(
+                sdp_jax.Member(f"params/conv{i + 1}/kernel", 2, "consumer")
+            )
         else:
             # Flattened in the order height, width, channel.
             pixels = variables["params"]["dense"]["kernel"].shape[0] // width
-            flat = sdp_jax.consumer("params/dense/kernel", 0, outer=pixels)
+            flat = sdp_jax.Member("params/dense/kernel", 0, "consumer", outer=pixels)
             axes[f"conv{i}"].append(flat)
     axes["dense"] = [
-        sdp_jax.producer("params/dense/kernel", 1),
-        sdp_jax.producer("params/dense/bias", 0),
-        sdp_jax.consumer("params/head/kernel", 0),
+        sdp_jax.Member("params/dense/kernel", 1),
+        sdp_jax.Member("params/dense/bias", 0),
+        sdp_jax.Member("params/head/kernel", 0, "consumer"),
     ]
     return sdp_jax.groups_from_axes(variables, axes)
 
@@ -86,7 +88,7 @@ def test_groups_and_widths_belong_together(name):
         k: jnp.asarray(rng.permutation(size) >= size // 2, jnp.float32)
         for k, size in groups.sizes.items()
     }
-    variables = sdp_jax.scale_channels(groups, variables, keep)
+    variables = sdp_jax.scale_channels(groups, variables, groups.join(keep))
     cut = sdp_jax.plan_cut(groups, variables)
     assert list(cut.widths.values()) == [size - size // 2 for size in model.widths]
     expected = jax.jit(model.apply)(variables, x)
@@ -221,7 +223,7 @@ def test_feature_maps_are_what_the_layers_put_out(name, x64):
     groups = sdp_jax.find_groups(model.apply, variables, x)
     # The first channel of each dimension puts nothing out.
     factors = {k: jnp.ones(size).at[0].set(0) for k, size in groups.sizes.items()}
-    variables = sdp_jax.scale_channels(groups, variables, factors)
+    variables = sdp_jax.scale_channels(groups, variables, groups.join(factors))
     params = groups.at("params")
     maps = jax.jit(lambda v: models.feature_maps(model, params, v, x))(variables)
     assert {k: v.shape[-1] for k, v in maps.items()} == groups.sizes

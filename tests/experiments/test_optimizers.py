@@ -13,7 +13,6 @@ from experiments.optimizers import (
     HOSTS,
     METHODS,
     NEED_SCALES,
-    Counted,
     learning_rate,
     make_optimizer,
     warmup_steps,
@@ -43,8 +42,7 @@ def kind(method):
 def left(config, setting):
     """Trains on nothing much, and counts what is left of the FLOPs."""
     model, variables, groups, x = setting
-    counted = Counted(groups, model.apply, variables, (x,))
-    tx = make_optimizer(config, groups.at("params"), STEPS, counted)
+    tx = make_optimizer(config, groups.at("params"), STEPS)
     params, stats = variables["params"], variables.get("batch_stats", {})
 
     def loss(params):
@@ -106,8 +104,6 @@ def test_what_a_method_needs_is_said():
     groups = network("dnn", (4, 4))[2].at("params")
     with pytest.raises(ValueError, match=r"method l2 needs --sparsity"):
         make_optimizer(Config(method="l2"), groups, STEPS)
-    with pytest.raises(ValueError, match=r"counted on a network, and none was"):
-        make_optimizer(Config(method="l2", sparsity=0.5, target="flops"), groups, STEPS)
     with pytest.raises(ValueError, match=r"decay_steps is for the methods \['dep"):
         config = Config(method="l2", sparsity=0.5)
         make_optimizer(dataclasses.replace(config, decay_steps=5), groups, STEPS)

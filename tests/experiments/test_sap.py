@@ -61,8 +61,8 @@ def test_a_run_and_one_that_was_killed(tmp_path, capsys):
     seconds = [r["seconds"] for r in again["methods"]["one_shot"]]
     rerun = main(config)
     assert [r["seconds"] for r in rerun["methods"]["one_shot"]] == seconds
-    with pytest.raises(ValueError, match=r"another configuration.*share"):
-        main(dataclasses.replace(config, share=0.3))
+    with pytest.raises(ValueError, match=r"another configuration.*sparsity"):
+        main(dataclasses.replace(config, sparsity=0.3))
 
 
 def test_turns():

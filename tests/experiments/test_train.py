@@ -36,8 +36,13 @@ def run(tmp_path, name="run", **changed):
         {"method": "sgd", "momentum": 0.9, "weight_decay": 1e-4},
         {"method": "altsdp", "c": 0.5},
         {"method": "altsdp", "sparsity": 0.5, "schedule": "cosine", "momentum": 0.9},
-        {"method": "altsdp", "sparsity": 0.5, "ranking": "per_dimension", "floor": 2},
-        {"method": "altsdp", "sparsity": 0.5, "dual": "radial", "norm": "size"},
+        {
+            "method": "altsdp",
+            "sparsity": 0.5,
+            "ranking": "dimension",
+            "min_channels": 2,
+        },
+        {"method": "altsdp", "sparsity": 0.5, "dual": "radial", "weights": "size"},
         {"method": "prox_sgd", "penalty": 0.1},
         {"model": "conv", "widths": (4, 4, 8), "sparsity": 0.5, "validation": 99},
     ],
@@ -89,7 +94,7 @@ def test_directions_are_refreshed_as_often_as_asked_for(tmp_path, monkeypatch):
         found.append(top_eigenpairs(*args, **keywords))
         return found[-1]
 
-    monkeypatch.setattr(sdp_jax, "top_eigenpairs", counted)
+    monkeypatch.setattr(sdp_jax.valley, "top_eigenpairs", counted)
     done = run(
         tmp_path,
         sparsity=0.5,

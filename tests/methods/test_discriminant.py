@@ -51,7 +51,7 @@ def falls(x, labels, ridge, relative=True):
 
 def groups_of(**sizes):
     params = {name: jnp.ones((2, size)) for name, size in sizes.items()}
-    axes = {name: [sdp_jax.producer(name, 1)] for name in sizes}
+    axes = {name: [sdp_jax.Member(name, 1)] for name in sizes}
     return params, sdp_jax.groups_from_axes(params, axes)
 
 
@@ -74,7 +74,7 @@ def test_score_is_the_fall_when_a_channel_is_left_out(x64, ridge, relative):
     x = {"narrow": draw(size=4), "wide": wide}
     params, groups = groups_of(narrow=4, wide=20)
     score = methods.discriminant_score(LABELS, ridge=ridge, relative=relative)
-    found = score(groups, params, activations=x)
+    found = groups.split(score(groups, params, activations=x))
     assert list(found) == ["narrow", "wide"]
     for name, maps in x.items():
         want = falls(maps, LABELS, ridge, relative)
@@ -89,7 +89,7 @@ def test_bounds_and_invariances(seed, ridge):
 
     def scores(maps, labels=LABELS):
         score = methods.discriminant_score(labels, ridge=ridge)
-        return np.asarray(score(groups, params, activations={"d": maps})["d"])
+        return np.asarray(score(groups, params, activations={"d": maps}))
 
     def fits(value):
         np.testing.assert_allclose(value, base, rtol=2e-3, atol=2e-5)
@@ -126,7 +126,7 @@ def test_feature_maps_are_pooled_or_taken_position_by_position(x64):
     def score(**kwargs):
         return methods.discriminant_score(LABELS, ridge=0.1, **kwargs)(
             groups, params, activations={"d": maps}
-        )["d"]
+        )
 
     pooled = maps.mean((1, 2))
     np.testing.assert_allclose(score(), falls(pooled, LABELS, 0.1), rtol=1e-9)
@@ -140,12 +140,12 @@ def test_dead_channels_one_class_and_nothing_that_varies():
     x = draw()
     x[:, 1] = 0
     score = methods.discriminant_score(LABELS)
-    found = np.asarray(score(groups, params, activations={"d": x})["d"])
+    found = np.asarray(score(groups, params, activations={"d": x}))
     assert found[1] == 0 and np.all(found[[0, 2, 3]] > 0)
-    still = score(groups, params, activations={"d": np.ones((14, 4))})["d"]
+    still = score(groups, params, activations={"d": np.ones((14, 4))})
     np.testing.assert_array_equal(still, np.zeros(4))
     alone = methods.discriminant_score(np.zeros(14, int))
-    found = alone(groups, params, activations={"d": draw()})["d"]
+    found = alone(groups, params, activations={"d": draw()})
     np.testing.assert_allclose(found, np.zeros(4), atol=1e-6)
 
 
@@ -153,7 +153,7 @@ def test_bfloat16_and_jit():
     params, groups = groups_of(d=4)
     x = jnp.asarray(draw(), jnp.bfloat16)
     score = methods.discriminant_score(jnp.asarray(LABELS), ridge=0.1)
-    found = jax.jit(lambda x: score(groups, params, activations={"d": x}))(x)["d"]
+    found = jax.jit(lambda x: score(groups, params, activations={"d": x}))(x)
     assert found.dtype == jnp.float32
     want = falls(np.asarray(x, np.float64), LABELS, 0.1)
     np.testing.assert_allclose(found, want, rtol=1e-3, atol=1e-5)
@@ -167,7 +167,7 @@ def test_scores_go_to_remove_lowest_by_set_scores():
     state = methods.set_scores(tx.init(params), groups, scores)
     updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), state, params)
     dead = np.flatnonzero((params["d"] + updates["d"])[0] == 0)
-    assert set(dead) == set(np.argsort(np.asarray(scores["d"]))[:2])
+    assert set(dead) == set(np.argsort(np.asarray(scores))[:2])
 
 
 def test_refuses_missing_or_wrong_activations():

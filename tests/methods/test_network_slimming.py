@@ -31,11 +31,11 @@ def make_params(dtype=jnp.float32, seed=0):
 
 
 def make_groups(params):
-    stream = [sdp_jax.producer(f"{k}/kernel", 2) for k in "ab"]
-    stream += [sdp_jax.producer(f"{k}/{n}", 0) for k in "ab" for n in ("scale", "bias")]
-    stream += [sdp_jax.consumer("c/kernel", 0)]
-    bare = [sdp_jax.producer("c/kernel", 1), sdp_jax.producer("c/bias", 0)]
-    bare += [sdp_jax.consumer("out/kernel", 0)]
+    stream = [sdp_jax.Member(f"{k}/kernel", 2) for k in "ab"]
+    stream += [sdp_jax.Member(f"{k}/{n}", 0) for k in "ab" for n in ("scale", "bias")]
+    stream += [sdp_jax.Member("c/kernel", 0, "consumer")]
+    bare = [sdp_jax.Member("c/kernel", 1), sdp_jax.Member("c/bias", 0)]
+    bare += [sdp_jax.Member("out/kernel", 0, "consumer")]
     # A stream's channels are rows of c, the layer's are its columns: no overlap.
     return sdp_jax.groups_from_axes(params, {"stream": stream, "bare": bare})
 
@@ -43,7 +43,7 @@ def make_groups(params):
 def test_score_is_the_sum_of_magnitudes():
     params = make_params()
     groups = make_groups(params)
-    scores = scale_score(missing="rms")(groups, params)
+    scores = groups.split(scale_score(missing="rms")(groups, params))
     a, b, c = (params[k] for k in "abc")
     for i in range(SIZE):
         expected = abs(float(a["scale"][i])) + abs(float(b["scale"][i]))
@@ -55,7 +55,7 @@ def test_score_is_the_sum_of_magnitudes():
     with pytest.raises(ValueError, match=r"\['bare'\] have no scale.*missing='rms'"):
         scale_score()(groups, params)
     half = scale_score(missing="rms")(groups, make_params(jnp.bfloat16))
-    assert {v.dtype for v in half.values()} == {jnp.dtype("float32")}
+    assert half.dtype == jnp.float32
 
 
 @pytest.mark.parametrize("group", [False, True])
@@ -118,8 +118,8 @@ def test_zero_scales_and_zero_penalty():
 def test_part_of_a_leaf_is_penalised_alone():
     params = {"w": jnp.ones((2, 2)), "scale": jnp.array([1.0, -1.0, 1.0, -1.0])}
     members = [
-        sdp_jax.producer("w", 1),
-        sdp_jax.producer("scale", 0, offset=1, period=2),
+        sdp_jax.Member("w", 1),
+        sdp_jax.Member("scale", 0, offset=1, period=2),
     ]
     groups = sdp_jax.groups_from_axes(params, {"d": members})
     tx = scale_penalty(groups, 0.5)
@@ -157,7 +157,7 @@ def test_schedule_compiles_once_and_keeps_dtypes():
 def test_slimming_drives_useless_scales_out():
     # The loss wants channels 0 and 1 alone; the penalty shrinks the others.
     params = {"w": jnp.ones((2, 4)), "scale": jnp.full(4, 0.5)}
-    members = [sdp_jax.producer("w", 1), sdp_jax.producer("scale", 0)]
+    members = [sdp_jax.Member("w", 1), sdp_jax.Member("scale", 0)]
     groups = sdp_jax.groups_from_axes(params, {"d": members})
     goal = jnp.array([1.0, -1.0, 0.0, 0.0])
     host = remove_lowest(groups, sdp_jax.target_sparsity(0.5, 29, 30), scale_score())

@@ -141,7 +141,7 @@ def test_regularizer_adds_the_slope(x64, bound):
 
 def test_zero_channels_have_no_slope():
     params = {"w": jnp.array([[0.3, 0.0, -0.4], [0.0, 0.0, 0.4]])}
-    groups = sdp_jax.groups_from_axes(params, {"d": [sdp_jax.producer("w", 1)]})
+    groups = sdp_jax.groups_from_axes(params, {"d": [sdp_jax.Member("w", 1)]})
     for bound in (0.5, 10.0):
         slope = jax.jit(
             jax.grad(
@@ -155,7 +155,7 @@ def test_zero_channels_have_no_slope():
 
 def test_near_zero_it_is_the_group_lasso_far_out_weight_decay(x64):
     params = {"w": jnp.array([[0.003, 30.0], [0.004, 40.0]])}
-    groups = sdp_jax.groups_from_axes(params, {"d": [sdp_jax.producer("w", 1)]})
+    groups = sdp_jax.groups_from_axes(params, {"d": [sdp_jax.Member("w", 1)]})
     slope = jax.grad(
         lambda p: perspective_penalty(
             groups, p, alpha=0.5, bound=100.0, weights="plain"
@@ -168,9 +168,7 @@ def test_near_zero_it_is_the_group_lasso_far_out_weight_decay(x64):
 def test_channels_in_several_pieces_of_a_leaf(x64):
     # Two halves of one axis, as in a gated layer: channel c is columns c and c + 2.
     params = {"w": jnp.array([[0.1, 0.2, -0.5, 0.3]])}
-    groups = sdp_jax.groups_from_axes(
-        params, {"d": [sdp_jax.producer("w", 1, outer=2)]}
-    )
+    groups = sdp_jax.groups_from_axes(params, {"d": [sdp_jax.Member("w", 1, outer=2)]})
     found = perspective_penalty(groups, params, alpha=0.1, bound=1.0, weights="plain")
     pairs = np.array([[0.1, -0.5], [0.2, 0.3]])
     expected = sum(minimum(w, 0.1, 1.0) for w in pairs)
@@ -213,7 +211,7 @@ def test_half_precision_keeps_its_dtype():
 
 def test_it_drives_useless_channels_down():
     params = {"w": jnp.array([[0.5, 0.5], [0.5, 0.5]])}
-    groups = sdp_jax.groups_from_axes(params, {"d": [sdp_jax.producer("w", 1)]})
+    groups = sdp_jax.groups_from_axes(params, {"d": [sdp_jax.Member("w", 1)]})
     tx = optax.chain(
         perspective_regularizer(groups, 1.0, alpha=0.1, bound=2.0), optax.sgd(0.05)
     )

@@ -1,11 +1,10 @@
-"""The PQ Index against NumPy, the axioms of sparsity, and the rule that stops."""
+"""The PQ Index against NumPy, and the axioms of sparsity."""
 
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -13,20 +12,9 @@ from hypothesis import strategies as st
 import sdp_jax
 from sdp_jax import methods
 from tests import toy
+from tests.toy import pq_reference as reference
 
 SETTINGS = [(0.5, 1.0), (1.0, 2.0), (0.2, 0.7)]
-
-
-def reference(w, p, q):
-    """The definition, number by number."""
-    w = [abs(float(x)) for x in np.ravel(w)]
-    d = len(w)
-    if d == 0 or max(w) == 0:
-        return 0.0
-    w = [x / max(w) for x in w]
-    first = sum(x**p for x in w) ** (1 / p)
-    second = sum(x**q for x in w) ** (1 / q)
-    return 1 - d ** (1 / q - 1 / p) * first / second
 
 
 computed = jax.jit(methods.pq_index, static_argnums=(1, 2))
@@ -170,7 +158,7 @@ def test_numbers_far_from_one():
             expected = reference([1, 2, 3], p, q)
             np.testing.assert_allclose(index(values, p, q), expected, atol=2e-6)
     params = {"w": jnp.float32([[1, 2], [1, 2]]) * 1e-20}
-    groups = sdp_jax.groups_from_axes(params, {"d": [sdp_jax.producer("w", 1)]})
+    groups = sdp_jax.groups_from_axes(params, {"d": [sdp_jax.Member("w", 1)]})
     found = methods.pq_index(params, groups=groups, scope="dimension", of="norms")
     np.testing.assert_allclose(found["d"], reference([1, 2], 0.5, 1), rtol=1e-5)
 
@@ -222,7 +210,7 @@ def test_scopes(masked):
     assert compute(scope="row")["layer1"]["bias"].shape == (5,)
 
     dimensions = compute(groups=groups, scope="dimension")
-    channels = compute(groups=groups, scope="channel")
+    channels = groups.split(compute(groups=groups, scope="channel"))
     norms = compute(groups=groups, scope="dimension", of="norms")
     everything = []
     for i, size in enumerate((6, 5)):
@@ -252,11 +240,11 @@ def pairs_of(layer, part):
 def test_repeated_channels_and_jit():
     params = {"w": jnp.arange(1.0, 13.0).reshape(2, 6)}
     # Two heads of three channels: channel c sits at c and c + 3.
-    axes = {"heads": [sdp_jax.producer("w", 1, outer=2)]}
+    axes = {"heads": [sdp_jax.Member("w", 1, outer=2)]}
     groups = sdp_jax.groups_from_axes(params, axes)
-    found = jax.jit(
-        lambda p: methods.pq_index(p, groups=groups, scope="channel")["heads"]
-    )(params)
+    found = jax.jit(lambda p: methods.pq_index(p, groups=groups, scope="channel"))(
+        params
+    )
     w = np.asarray(params["w"])
     expected = [reference(w[:, [c, c + 3]], 0.5, 1) for c in range(3)]
     np.testing.assert_allclose(found, expected, atol=1e-6)
@@ -297,162 +285,6 @@ def test_bad_input_with_groups_and_counts():
         methods.prune_count(0.1, 3, beta=1.0)
     with pytest.raises(ValueError, match="gamma"):
         methods.prune_count(0.1, 3, gamma=-1.0)
-    for options in ({"rise": -1.0}, {"decay": 1.0}, {"begin_step": -1}, {"scope": "x"}):
-        with pytest.raises(ValueError, match=next(iter(options))):
-            methods.until_compressed(0.1, **options)
-
-
-def stopping(norms, thresholds, p, q, rise, decay, begin_step, scope):
-    """The rule, step by step; thresholds that are given for each step and channel."""
-    index, minimum, stopped, kept = 0.0, np.inf, False, None
-    out = []
-    for n, (now, level) in enumerate(zip(norms, thresholds, strict=True), start=1):
-        kept = kept if stopped else level
-        left = {k: np.maximum(now[k] - kept[k], 0) for k in now}
-        if scope == "global":
-            joined = np.concatenate(list(left.values()))
-            seen = reference(joined[joined > 0], p, q)
-        else:
-            values = [reference(v[v > 0], p, q) for v in left.values()]
-            seen = np.average(values, weights=[(v > 0).sum() for v in left.values()])
-        index = seen if n == 1 else decay * index + (1 - decay) * seen
-        dead = any((v == 0).any() for v in left.values())
-        if n > begin_step and dead:
-            minimum = min(minimum, index)
-            stopped = stopped or index > minimum + rise
-        out.append((kept, index, minimum, stopped))
-    return out
-
-
-@pytest.mark.parametrize(
-    ("scope", "begin_step", "rise"),
-    [("global", 0, 0.01), ("global", 7, 0.01), ("dimension", 0, 0.005)],
-)
-def test_the_strength_stops_when_the_index_rises(x64, scope, begin_step, rise):
-    rng = np.random.default_rng(0)
-    start = {"a": rng.uniform(1, 2, 6), "b": rng.uniform(2, 3, 5)}
-    noise = [
-        {k: v * rng.uniform(0.97, 1.03, v.shape) for k, v in start.items()}
-        for _ in range(12)
-    ]
-    levels = [
-        {k: np.full(v.shape, 0.2 * n) for k, v in start.items()} for n in range(1, 13)
-    ]
-    options = dict(p=0.5, q=1.0, rise=rise, decay=0.5, scope=scope)
-    expected = stopping(noise, levels, begin_step=begin_step, **options)
-    assert not expected[3][3] and expected[-1][3] and expected[-2][3]
-
-    strength = methods.until_compressed(
-        lambda count: 0.2 * (count + 1), begin_step=begin_step, **options
-    )
-    floors = {"a": 0, "b": 0}
-    state = strength.init({"a": 6, "b": 5}, floors)
-    update = jax.jit(lambda s, n: strength.update(s, n, floors))
-    signature = jax.tree.map(lambda x: (x.shape, x.dtype, x.weak_type), state)
-    advanced = 0
-    for now, (kept, value, minimum, stopped) in zip(noise, expected, strict=True):
-        advanced += not bool(state.stopped)
-        before = state
-        thresholds, state = update(state, now)
-        for k in kept:
-            np.testing.assert_allclose(thresholds[k], kept[k], rtol=1e-9)
-        np.testing.assert_allclose(state.index, value, rtol=1e-9)
-        np.testing.assert_allclose(state.minimum, minimum, rtol=1e-9)
-        assert bool(state.stopped) == stopped
-        assert int(state.inner.count) == advanced
-        now_is = jax.tree.map(lambda x: (x.shape, x.dtype, x.weak_type), state)
-        assert now_is == signature
-    assert update._cache_size() == 1
-    plain, _ = strength.update(before, noise[-1], floors)
-    np.testing.assert_allclose(plain["a"], thresholds["a"], rtol=1e-12)
-
-
-def test_stopped_thresholds_keep_the_floor_and_the_infinite():
-    inner = sdp_jax.Strength(
-        lambda sizes, floors: jnp.zeros(()),
-        lambda state, norms, floors: (
-            {"d": jnp.array([jnp.inf, 1.0, 1.0, 0.5])},
-            state + 1,
-        ),
-    )
-    # The second index is above the first by more than 0.
-    strength = methods.until_compressed(inner, rise=0.0, decay=0.0)
-    floors = {"d": 2}
-    state = strength.init({"d": 4}, floors)
-    for norms in ([9.0, 2.0, 2.0, 2.0], [9.0, 2.0, 4.0, 2.0]):
-        thresholds, state = strength.update(state, {"d": jnp.array(norms)}, floors)
-    assert bool(state.stopped)
-    # Channel 0 is larger than all, and gone; of the others two must live.
-    norms = {"d": jnp.array([9.0, 0.5, 0.4, 0.3])}
-    thresholds, after = strength.update(state, norms, floors)
-    np.testing.assert_allclose(
-        thresholds["d"], [np.inf, 0.9 * 0.5, 0.9 * 0.4, 0.5], rtol=1e-6
-    )
-    assert float(after.inner) == float(state.inner)
-    np.testing.assert_array_equal(
-        after.thresholds.per_channel, state.thresholds.per_channel
-    )
-    # A norm that is not a number does not stay in the index.
-    nothing = {"d": jnp.full(4, jnp.nan)}
-    _, after = strength.update(state, nothing, floors)
-    assert np.isfinite(after.index)
-
-
-def test_in_altsdp():
-    params = toy.mlp_params(widths=(4, 12, 8, 3))
-    groups = toy.mlp_groups(params)
-    # The learning rate reaches the strength inside.
-    strength = methods.until_compressed(
-        sdp_jax.valley_strength(2.0, 0.7), rise=0.02, decay=0.5
-    )
-    tx = sdp_jax.altsdp(0.1, groups, strength=strength, floor=2)
-    free = sdp_jax.altsdp(
-        0.1, groups, strength=sdp_jax.valley_strength(2.0, 0.7), floor=2
-    )
-    data = toy.batch()
-
-    def train(tx):
-        @jax.jit
-        def step(params, state):
-            updates, state = tx.update(jax.grad(toy.loss)(params, data), state, params)
-            return optax.apply_updates(params, updates), state
-
-        now, state, trace = params, tx.init(params), []
-        for _ in range(80):
-            now, state = step(now, state)
-            trace.append(state[-1].strength)
-        alive = sdp_jax.channels_alive(groups, now)
-        return {k: int(v.sum()) for k, v in alive.items()}, trace, state, step
-
-    widths, trace, state, step = train(tx)
-    assert step._cache_size() == 1
-    stops = [bool(s.stopped) for s in trace]
-    first = stops.index(True)
-    assert 0 < first < 75 and all(stops[first:])
-    level = trace[first].thresholds.per_channel
-    np.testing.assert_array_equal(trace[-1].thresholds.per_channel, level)
-    sdp_jax.check_zeros(state)
-    dense = sum(groups.sizes.values())
-    assert sum(train(free)[0].values()) < sum(widths.values()) < dense
-    # A cut takes its thresholds along.
-    scores = sdp_jax.channel_norms(groups, params)
-    cut = sdp_jax.plan_cut(groups, params, scores=scores, sparsity=0.5)
-    small = cut.take(state)[-1].strength.thresholds.per_channel
-    assert small.shape == (sum(cut.widths.values()),)
-    # With a rise that never comes it is the strength inside.
-    never = methods.until_compressed(sdp_jax.ramp_strength(0.5, 0, 10), rise=10.0)
-    ours, theirs = (
-        sdp_jax.altsdp(0.1, groups, strength=s)
-        for s in (never, sdp_jax.ramp_strength(0.5, 0, 10))
-    )
-    assert train(ours)[0] == train(theirs)[0]
-
-
-def test_init_is_abstract():
-    strength = methods.until_compressed(sdp_jax.target_sparsity(0.5, 0, 3))
-    tx = sdp_jax.altsdp(0.1, toy.mlp_groups(), strength=strength)
-    jax.eval_shape(tx.init, toy.mlp_params())
-    tx.init({})
 
 
 def test_odd_leaves():

@@ -12,29 +12,25 @@ from tests import toy
 KEY = jax.random.key(3)
 
 
-def flat(scores):
-    return np.concatenate([np.asarray(v) for v in scores.values()])
-
-
 def test_one_draw_for_each_channel_told_by_the_key():
     params = toy.mlp_params()
     groups = toy.mlp_groups(params)
     score = methods.random_score(KEY)
     found = score(groups, params)
-    assert {k: v.shape for k, v in found.items()} == {"hidden0": (6,), "hidden1": (5,)}
-    assert len(set(flat(found).tolist())) == 11
+    assert found.shape == (11,)
+    assert len(set(found.tolist())) == 11
     # The parameters have no say, nor has the step at which it is asked.
     other = methods.random_score(KEY)(groups, toy.mlp_params(seed=9))
-    np.testing.assert_array_equal(flat(found), flat(other))
-    np.testing.assert_array_equal(flat(found), flat(score(groups, params)))
+    np.testing.assert_array_equal(found, other)
+    np.testing.assert_array_equal(found, score(groups, params))
     different = methods.random_score(jax.random.key(4))(groups, params)
-    assert np.all(flat(found) != flat(different))
+    assert np.all(found != different)
 
 
 def test_uniform():
     params = {"w": jnp.ones((1, 4000))}
-    groups = sdp_jax.groups_from_axes(params, {"d": [sdp_jax.producer("w", 1)]})
-    draws = np.sort(flat(methods.random_score(KEY)(groups, params)))
+    groups = sdp_jax.groups_from_axes(params, {"d": [sdp_jax.Member("w", 1)]})
+    draws = np.sort(methods.random_score(KEY)(groups, params))
     assert 0 <= draws[0] and draws[-1] < 1
     # Kolmogorov and Smirnov: beyond 1.63/√n with a probability of 1 %.
     grid = np.arange(1, 4001) / 4000
@@ -45,7 +41,7 @@ def test_uniform():
 def test_both_kinds_of_keys_and_bfloat16(key):
     params = toy.mlp_params(dtype=jnp.bfloat16)
     scores = methods.random_score(key)(toy.mlp_groups(params), params)
-    assert all(v.dtype == jnp.float32 for v in scores.values())
+    assert scores.dtype == jnp.float32
 
 
 def test_prunes_the_same_channels_at_every_step():
@@ -55,11 +51,11 @@ def test_prunes_the_same_channels_at_every_step():
     host = methods.remove_lowest(groups, sdp_jax.target_sparsity(0.5, 0, 1), score)
     update = jax.jit(host.update)
     state, now = host.init(params), params
-    order = np.argsort(flat(score(groups, params)))
+    order = np.argsort(score(groups, params))
     for _ in range(2):
         updates, state = update(jax.tree.map(jnp.ones_like, now), state, now)
         now = jax.tree.map(jnp.add, now, updates)
-        dead = ~flat(sdp_jax.channels_alive(groups, now))
+        dead = ~np.asarray(sdp_jax.channels_alive(groups, now))
         # round(11 / 2) = 6 channels; the floor of 1 stands in nobody's way here.
         assert set(np.flatnonzero(dead)) == set(order[:6])
     assert update._cache_size() == 1

@@ -115,15 +115,13 @@ def test_sap_is_the_algorithm(x64, scope, p, q, eta, gamma, beta, rewind):
     )
     trainer = Trainer()
     done = list(
-        methods.sap(
+        methods.pruning_rounds(
             trainer,
             params,
+            methods.sap(eta, gamma, beta),
             rounds=3,
             p=p,
             q=q,
-            eta=eta,
-            gamma=gamma,
-            beta=beta,
             scope=scope,
             rewind=rewind,
         )
@@ -165,9 +163,9 @@ def test_sap_is_the_algorithm(x64, scope, p, q, eta, gamma, beta, rewind):
 @pytest.mark.parametrize("rank", ["latest", "first"])
 def test_baselines(x64, rank):
     params = toy.mlp_params(dtype=jnp.float64)
-    loop = methods.lottery_ticket if rank == "latest" else methods.one_shot
+    rule = methods.lottery_ticket if rank == "latest" else methods.one_shot
     expected = by_hand(params, 3, "global", lambda w: int(0.3 * len(w)), rank)
-    done = list(loop(Trainer(), params, rounds=3, share=0.3))
+    done = list(methods.pruning_rounds(Trainer(), params, rule(0.3), rounds=3))
     for found, (mask, trained, _) in zip(done, expected, strict=True):
         jax.tree.map(np.testing.assert_array_equal, found.mask, mask)
         jax.tree.map(np.testing.assert_array_equal, found.params, trained)
@@ -215,25 +213,26 @@ def test_channels(x64, scope):
     params = toy.mlp_params(dtype=jnp.float64)
     groups = toy.mlp_groups(params)
     # Strong enough that floors bind at the end.
-    options = dict(p=1.0, q=2.0, eta=0.5, gamma=1.0, beta=0.9)
+    exponents, numbers = dict(p=1.0, q=2.0), dict(eta=0.5, gamma=1.0, beta=0.9)
     expected = channels_by_hand(
-        params, 4, lambda w: budget(w, **options), scope == "global", 2
+        params, 4, lambda w: budget(w, **exponents, **numbers), scope == "global", 2
     )
     done = list(
-        methods.sap(
+        methods.pruning_rounds(
             Trainer(),
             params,
+            methods.sap(**numbers),
             rounds=4,
             groups=groups,
             scope=scope,
-            floor=2,
-            **options,
+            min_channels=2,
+            **exponents,
         )
     )
     for found, (mask, trained, alive, norms) in zip(done, expected, strict=True):
         jax.tree.map(np.testing.assert_array_equal, found.mask, mask)
         jax.tree.map(np.testing.assert_array_equal, found.params, trained)
-        left = sdp_jax.channels_alive(groups, found.params)
+        left = groups.split(sdp_jax.channels_alive(groups, found.params))
         for k in alive:
             np.testing.assert_array_equal(left[k], alive[k])
         np.testing.assert_allclose(
@@ -251,25 +250,18 @@ def test_channels(x64, scope):
 
 def test_a_run_goes_on():
     params = toy.mlp_params()
-    whole = list(methods.one_shot(Trainer(), params, rounds=3))
-    later = methods.one_shot(
-        Trainer(2),
-        params,
-        rounds=3,
-        begin=2,
-        mask=whole[1].next_mask,
-        dense=whole[0].params,
+    run = methods.pruning_rounds
+    whole = list(run(Trainer(), params, methods.one_shot(), rounds=3))
+    rule = methods.one_shot(dense=whole[0].params)
+    later = run(
+        Trainer(2), params, rule, rounds=3, begin_round=2, mask=whole[1].next_mask
     )
     for a, b in zip(whole[2:], later, strict=True):
         jax.tree.map(np.testing.assert_array_equal, a, b)
-    warm = list(methods.sap(Trainer(), params, rounds=3, rewind=False))
-    later = methods.sap(
-        Trainer(2),
-        warm[1].params,
-        rounds=3,
-        rewind=False,
-        begin=2,
-        mask=warm[1].next_mask,
+    options = dict(rule=methods.sap(), rounds=3, rewind=False)
+    warm = list(run(Trainer(), params, **options))
+    later = run(
+        Trainer(2), warm[1].params, begin_round=2, mask=warm[1].next_mask, **options
     )
     for a, b in zip(warm[2:], later, strict=True):
         jax.tree.map(np.testing.assert_array_equal, a, b)
@@ -277,11 +269,11 @@ def test_a_run_goes_on():
 
 def test_what_may_go_is_told():
     params = toy.mlp_params()
-    rounds = methods.lottery_ticket(
+    rounds = methods.pruning_rounds(
         Trainer(),
         params,
+        methods.lottery_ticket(0.5),
         rounds=2,
-        share=0.5,
         prunable=lambda path, leaf: path.startswith("layer1"),
     )
     last = list(rounds)[-1]
@@ -291,7 +283,9 @@ def test_what_may_go_is_told():
     # A row that has nothing left stays as it is.
     mask = jax.tree.map(lambda x: np.ones(x.shape, bool), params)
     mask["layer1"]["kernel"][:, 3] = False
-    rounds = methods.sap(Trainer(), params, rounds=1, scope="row", mask=mask)
+    rounds = methods.pruning_rounds(
+        Trainer(), params, methods.sap(), rounds=1, scope="row", mask=mask
+    )
     for done in rounds:
         assert not done.mask["layer1"]["kernel"][:, 3].any()
         assert done.index["layer1/kernel"][3] == 0
@@ -324,7 +318,7 @@ def test_keep_mask_serves_all_rounds_by_one_compilation(dtype):
         jax.tree.map(lambda u, p: u.dtype == p.dtype or pytest.fail(), updates, params)
         return params
 
-    done = list(methods.sap(train, params, rounds=2, gamma=2.0))
+    done = list(methods.pruning_rounds(train, params, methods.sap(gamma=2.0), rounds=2))
     assert step._cache_size() == 1 and done[-1].kept < 0.8
     for found in done:
         zeros = jax.tree.map(lambda p, m: np.all(np.asarray(p)[~m] == 0), *found[1:3])
@@ -358,14 +352,12 @@ def test_keep_mask_serves_all_rounds_by_one_compilation(dtype):
     [
         ({"rounds": -1}, ValueError, "rounds must be"),
         ({"rounds": 1.5}, TypeError, "rounds must be an integer"),
-        ({"begin": 3}, ValueError, "begin"),
+        ({"begin_round": 3}, ValueError, "begin_round"),
         ({"p": 1.0, "q": 0.5}, ValueError, "0 < p < q"),
-        ({"eta": -0.1}, ValueError, "eta"),
-        ({"gamma": -0.1}, ValueError, "gamma"),
-        ({"beta": 1.0}, ValueError, "beta"),
+        ({"rule": min}, TypeError, "rule must be a PruningRule"),
         ({"scope": "dimension"}, ValueError, "without groups"),
         ({"groups": toy.mlp_groups(), "scope": "row"}, ValueError, "with groups"),
-        ({"groups": toy.mlp_groups(), "floor": 9}, ValueError, "floor"),
+        ({"groups": toy.mlp_groups(), "min_channels": 9}, ValueError, "min_channels"),
         ({"groups": toy.mlp_groups(), "prunable": id}, ValueError, "single weights"),
         ({"prunable": lambda path, leaf: False}, ValueError, "no leaf is prunable"),
         ({"mask": {}}, ValueError, "mask must be"),
@@ -373,26 +365,34 @@ def test_keep_mask_serves_all_rounds_by_one_compilation(dtype):
 )
 def test_bad_input(options, error, message):
     with pytest.raises(error, match=message):
-        methods.sap(Trainer(), toy.mlp_params(), **({"rounds": 2} | options))
+        given = {"rule": methods.sap(), "rounds": 2} | options
+        methods.pruning_rounds(Trainer(), toy.mlp_params(), **given)
 
 
 def test_more_bad_input():
     params = toy.mlp_params()
+    run, sap = methods.pruning_rounds, methods.sap()
     with pytest.raises(TypeError, match="train must be"):
-        methods.sap(None, params, rounds=1)
-    for loop in (methods.lottery_ticket, methods.one_shot):
-        with pytest.raises(ValueError, match="share"):
-            loop(Trainer(), params, rounds=1, share=1.0)
+        run(None, params, sap, rounds=1)
+    for rule in (methods.lottery_ticket, methods.one_shot):
+        with pytest.raises(ValueError, match="sparsity"):
+            rule(1.0)
+    for options in ({"eta": -0.1}, {"gamma": -0.1}, {"beta": 1.0}):
+        with pytest.raises(ValueError, match=next(iter(options))):
+            methods.sap(**options)
     with pytest.raises(ValueError, match="dense="):
-        methods.one_shot(Trainer(), params, rounds=2, begin=1)
-    rounds = methods.sap(
-        lambda p, m: jax.tree.map(lambda x: x + 1, p), params, rounds=1, gamma=3.0
+        run(Trainer(), params, methods.one_shot(), rounds=2, begin_round=1)
+    rounds = run(
+        lambda p, m: jax.tree.map(lambda x: x + 1, p),
+        params,
+        methods.sap(gamma=3.0),
+        rounds=1,
     )
     next(rounds)
     with pytest.raises(ValueError, match=r"layer0/kernel.*keep_mask"):
         next(rounds)
     with pytest.raises(ValueError, match="structure and shapes"):
-        next(methods.sap(lambda p, m: {}, params, rounds=1))
+        next(run(lambda p, m: {}, params, sap, rounds=1))
     with pytest.raises(ValueError, match="mask must be"):
         methods.keep_mask({}).init(params)
     with pytest.raises(ValueError, match="keep_mask needs"):
@@ -402,16 +402,17 @@ def test_more_bad_input():
 
 def test_weights_that_are_zero_already_do_not_hold_up_the_rounds():
     params = {"w": jnp.arange(1.0, 41.0).reshape(5, 8).at[:, :2].set(0)}
-    kept = [
-        r.kept
-        for r in methods.lottery_ticket(lambda p, mask: p, params, rounds=2, share=0.2)
-    ]
+    rule = methods.lottery_ticket(0.2)
+    rounds = methods.pruning_rounds(lambda p, mask: p, params, rule, rounds=2)
+    kept = [r.kept for r in rounds]
     # The ten zeros first, then a fifth of what is left.
     assert kept == pytest.approx([1.0, 0.75, 0.6])
 
 
 def test_training_that_fails_is_said():
     params = {"w": jnp.ones((2, 3))}
-    rounds = methods.sap(lambda p, m: {"w": p["w"] * jnp.nan}, params, rounds=1)
+    rounds = methods.pruning_rounds(
+        lambda p, m: {"w": p["w"] * jnp.nan}, params, methods.sap(), rounds=1
+    )
     with pytest.raises(ValueError, match=r"train returned NaN in leaf 'w'"):
         list(rounds)

@@ -38,8 +38,8 @@ def test_products_of_all_producers(dtype):
     grads = toy.mlp_grads(params)
     groups = toy.mlp_groups(params)
     score = methods.taylor()
-    found = score(groups, params, grads)
-    jitted = jax.jit(lambda p, g: score(groups, p, g))(params, grads)
+    found = groups.split(score(groups, params, grads))
+    jitted = groups.split(jax.jit(lambda p, g: score(groups, p, g))(params, grads))
     for name, want in oracle(params, grads).items():
         assert found[name].dtype == jnp.float32
         np.testing.assert_allclose(found[name], want, rtol=1e-4, atol=1e-6)
@@ -49,11 +49,11 @@ def test_products_of_all_producers(dtype):
 def test_producers_of_one_dimension_may_cancel():
     params = {"a": jnp.array([[1.0, 2.0]]), "b": jnp.array([[3.0, 4.0]])}
     grads = {"a": jnp.array([[6.0, 1.0]]), "b": jnp.array([[-2.0, 1.0]])}
-    axes = {"d": [sdp_jax.producer("a", 1), sdp_jax.producer("b", 1)]}
+    axes = {"d": [sdp_jax.Member("a", 1), sdp_jax.Member("b", 1)]}
     groups = sdp_jax.groups_from_axes(params, axes)
     scores = methods.taylor()(groups, params, grads)
     # 1·6 + 3·(−2) = 0, 2·1 + 4·1 = 6: the sum is taken before the magnitude.
-    np.testing.assert_array_equal(scores["d"], [0, 6])
+    np.testing.assert_array_equal(scores, [0, 6])
 
 
 def test_change_of_the_loss_to_first_order(x64):
@@ -64,7 +64,7 @@ def test_change_of_the_loss_to_first_order(x64):
     loss, grads = value_at(params), jax.grad(toy.loss)(params, batch)
     scores = methods.taylor()(groups, params, grads)
     share = 1e-6
-    for name, value in scores.items():
+    for name, value in groups.split(scores).items():
         i = name.removeprefix("hidden")
         for c in range(len(value)):
             smaller = jax.tree.map(np.array, params)
@@ -90,12 +90,13 @@ def test_hosted_hands_on_the_raw_gradient():
     params = toy.mlp_params()
     groups = toy.mlp_groups(params)
     grads = toy.mlp_grads(params)
-    rule = sdp_jax.target_sparsity(0.5, 0, 1, per_dimension=True)
+    rule = sdp_jax.target_sparsity(0.5, 0, 1, ranking="dimension")
     host = methods.remove_lowest(groups, rule, methods.taylor())
     # Adam's first step has the size of its rate everywhere: it would rank otherwise.
     tx = methods.hosted(optax.adam(1e-3), host)
     updates, _ = jax.jit(tx.update)(grads, tx.init(params), params)
     alive = sdp_jax.channels_alive(groups, optax.apply_updates(params, updates))
+    alive = groups.split(alive)
     for name, want in oracle(params, grads).items():
         gone = np.argsort(want)[: round(0.5 * len(want))]
         assert set(np.flatnonzero(~np.asarray(alive[name]))) == set(gone)

@@ -27,7 +27,9 @@ def certificate(gap=0.01, line=0.02, curve=0.0, **changed):
         },
         eigenvalues=np.asarray([5.0, 2.0]),
         eigenvalue_errors=np.asarray([0.1, 0.2]),
-        density=sdp_jax.valley.SpectralDensity(np.ones((1, 2)), np.full((1, 2), 0.5), 9),
+        density=sdp_jax.valley.SpectralDensity(
+            np.ones((1, 2)), np.full((1, 2), 0.5), 9
+        ),
         tolerance=0.05,
         same_seed=True,
         histories={"SGD": [1.0, 0.1], "AltSDP": [1.0, 0.2]},

@@ -159,19 +159,23 @@ def test_on_a_network(trained):
     assert not other.in_valley and other.line.barrier > 0.3
     assert other.sparsity == 0 and "magnitude" not in other.displacements
     # So is pruning far past the limit.
-    far = sdp_jax.valley.sdp(reference, groups, None, pairs.vectors, sparsity=0.9).params
-    bad = sdp_jax.valley.certify(task.loss_fn, reference, far, task.training, **keywords)
+    far = sdp_jax.valley.sdp(
+        reference, groups, None, pairs.vectors, sparsity=0.9
+    ).params
+    bad = sdp_jax.valley.certify(
+        task.loss_fn, reference, far, task.training, **keywords
+    )
     assert not bad.in_valley and bad.gap > 0.5
     assert set(good.displacements) == {"pruned", "random", "magnitude"}
     assert good.reference["train"]["accuracy"] > 0.99
     # Magnitude pruning: the smallest go, as many of each dimension as AltSDP lost.
-    alive = sdp_jax.channels_alive(groups, runs["altsdp"].state.params)
-    norms = sdp_jax.channel_norms(groups, reference)
+    alive = groups.split(sdp_jax.channels_alive(groups, runs["altsdp"].state.params))
+    norms = groups.split(sdp_jax.channel_norms(groups, reference))
     keep = {
         n: jnp.zeros(len(v)).at[jnp.argsort(-v)[: int(alive[n].sum())]].set(1)
         for n, v in norms.items()
     }
-    straw = sdp_jax.scale_channels(groups, reference, keep)
+    straw = sdp_jax.scale_channels(groups, reference, groups.join(keep))
     length = float(optax.tree.norm(jax.tree.map(jnp.subtract, straw, reference)))
     assert good.displacements["magnitude"].length == pytest.approx(length, rel=1e-5)
     shares = [d.sharp_share for d in good.displacements.values()]

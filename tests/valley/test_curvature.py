@@ -169,7 +169,9 @@ def test_density_of_all_eigenvalues(x64):
     whole = sdp_jax.valley.spectral_density(smooth_loss, params, batches, steps=len(H))
     spread = np.abs(whole.nodes[0][:, None] - values).min(axis=1)
     np.testing.assert_allclose(spread, 0, atol=1e-7 * values.max())
-    few = sdp_jax.valley.spectral_density(smooth_loss, params, batches, steps=4, probes=60)
+    few = sdp_jax.valley.spectral_density(
+        smooth_loss, params, batches, steps=4, probes=60
+    )
     for power in (1, 2, 3):
         mean, error = few.moment(power)
         assert abs(mean - (values**power).mean()) < 4 * error
@@ -216,7 +218,9 @@ def test_products_grow_linearly_with_data_and_rank():
     params = toy.mlp_params()
     for batches in (1, 3):
         calls.clear()
-        product = sdp_jax.valley.curvature_product(counted, params, BATCHES[:1] * batches)
+        product = sdp_jax.valley.curvature_product(
+            counted, params, BATCHES[:1] * batches
+        )
         for _ in range(2):
             product(params)
         jax.effects_barrier()
@@ -280,11 +284,15 @@ def _compare_precisions(split, widths=(20, 10), steps=100):
     for _ in range(steps):
         for batch in batches(jnp.float32):
             params = step(params, batch)
-    found = sdp_jax.valley.top_eigenpairs(loss, params, batches(jnp.float32), 5, tol=1e-3)
+    found = sdp_jax.valley.top_eigenpairs(
+        loss, params, batches(jnp.float32), 5, tol=1e-3
+    )
     with jax.enable_x64(True):
         model = models.Dnn(widths=widths)
         wide = jax.tree.map(lambda p: jnp.asarray(p, jnp.float64), params)
-        want = sdp_jax.valley.top_eigenpairs(loss, wide, batches(jnp.float64), 5, tol=1e-9)
+        want = sdp_jax.valley.top_eigenpairs(
+            loss, wide, batches(jnp.float64), 5, tol=1e-9
+        )
     assert (
         np.abs(found.values - want.values) <= found.errors + 1e-5 * want.values
     ).all()

@@ -12,7 +12,19 @@ from sdp_jax.valley.vectors import orthonormal
 from tests import toy
 
 ESTIMATED = ["svd", "frequent_directions", "oja"]
-STRENGTH = sdp_jax.valley_strength(c=1.0, mu=0.6)
+RATE = 0.1
+STRENGTH = sdp_jax.valley_strength(c=1.0, mu=0.6, learning_rate=RATE)
+
+
+def chain(groups, strength=STRENGTH, rate=RATE, min_channels=1, **valley):
+    return optax.chain(
+        optax.sgd(rate),
+        sdp_jax.dual_averaging(),
+        sdp_jax.valley.project_onto_valley(
+            groups, strength, min_channels=min_channels, **valley
+        ),
+        sdp_jax.group_soft_threshold(groups, strength, min_channels=min_channels),
+    )
 
 
 def train(tx, params, steps=8, dtype=None):
@@ -44,14 +56,14 @@ def test_is_its_equations_in_numpy(x64):
     w = rng.normal(size=(4, 3))
     U = np.linalg.qr(rng.normal(size=(12, 2)))[0].T
     params = {"w": jnp.asarray(w)}
-    groups = sdp_jax.groups_from_axes(params, {"d": [sdp_jax.producer("w", 0)]})
+    groups = sdp_jax.groups_from_axes(params, {"d": [sdp_jax.Member("w", 0)]})
     strengths = [0.3, 0.5, 0.6, 0.9]
-    tx = sdp_jax.altsdp(
-        1.0,
+    tx = chain(
         groups,
-        strength=lambda n: jnp.asarray(strengths)[n],
-        floor=0,
-        valley={"basis": {"w": jnp.asarray(U.reshape(2, 4, 3))}},
+        lambda n: jnp.asarray(strengths)[n],
+        rate=1.0,
+        min_channels=0,
+        basis={"w": jnp.asarray(U.reshape(2, 4, 3))},
     )
     state = tx.init(params)
 
@@ -79,11 +91,11 @@ def test_shrinkage_stays_out_of_the_given_directions(estimator, x64):
     # With no gradient only the threshold moves the parameters.
     params = toy.mlp_params(dtype=jnp.float64)
     basis = random_basis(params, 3)
-    tx = sdp_jax.altsdp(
-        0.1,
+    tx = chain(
         toy.mlp_groups(params),
-        strength=sdp_jax.ramp_strength(0.2, 0, 200),
-        valley={"basis": basis, "estimator": estimator},
+        sdp_jax.ramp_strength(0.2, 0, 200),
+        basis=basis,
+        estimator=estimator,
     )
     state, now = tx.init(params), params
     zeros = jax.tree.map(jnp.zeros_like, params)
@@ -109,12 +121,7 @@ def test_a_basis_need_not_be_orthonormal_in_the_state(x64):
     params = toy.mlp_params(dtype=jnp.float64)
     groups, basis = toy.mlp_groups(params), random_basis(params, 2)
     skew = jax.tree.map(lambda u: jnp.stack([2 * u[0], u[0] + 0.1 * u[1]]), basis)
-    found = [
-        train(
-            sdp_jax.altsdp(0.1, groups, strength=STRENGTH, valley={"basis": b}), params
-        )[0]
-        for b in (basis, skew)
-    ]
+    found = [train(chain(groups, basis=b), params)[0] for b in (basis, skew)]
     chex.assert_trees_all_close(*found, rtol=1e-8, atol=1e-10)
 
 
@@ -124,8 +131,7 @@ def test_bf16_storage_halves_memory_and_changes_little(estimator):
     groups = toy.mlp_groups(params)
     found = {}
     for dtype in (None, jnp.bfloat16):
-        valley = {"rank": 3, "estimator": estimator, "storage_dtype": dtype}
-        tx = sdp_jax.altsdp(0.1, groups, strength=STRENGTH, valley=valley)
+        tx = chain(groups, rank=3, estimator=estimator, storage_dtype=dtype)
         found[dtype], state = train(tx, params, 30)
         basis = state[-2].basis
         want = jnp.float32 if dtype is None else jnp.bfloat16
@@ -140,23 +146,20 @@ def test_bf16_storage_halves_memory_and_changes_little(estimator):
 def test_trains_in_every_precision_with_exact_zeros(estimator, dtype):
     params = toy.mlp_params(dtype=dtype)
     groups = toy.mlp_groups(params)
-    tx = sdp_jax.altsdp(
-        0.05,
-        groups,
-        strength=sdp_jax.target_sparsity(0.5, 5, 30),
-        valley={"rank": 3, "estimator": estimator},
-    )
+    strength = sdp_jax.target_sparsity(0.5, 5, 30)
+    tx = chain(groups, strength, rate=0.05, rank=3, estimator=estimator)
     params, state = train(tx, params, 40)
     chex.assert_tree_all_finite((params, state[-2].basis))
-    alive = sdp_jax.channels_alive(groups, params)
     # Half of 11, rounded to even.
-    assert sum(int(a.sum()) for a in alive.values()) == 11 - round(0.5 * 11)
+    assert sdp_jax.channels_alive(groups, params).sum() == 11 - round(0.5 * 11)
     sdp_jax.check_zeros(state)
 
 
 def test_takes_in_only_each_nth_step():
     params = toy.mlp_params()
-    tx = sdp_jax.valley.project_onto_valley(toy.mlp_groups(params), 0.1, rank=2, every=3)
+    tx = sdp_jax.valley.project_onto_valley(
+        toy.mlp_groups(params), 0.1, rank=2, every=3
+    )
     state, changed = tx.init(params), []
     update = jax.jit(lambda u, s: tx.update(u, s, params))
     for i in range(7):
@@ -179,12 +182,10 @@ def test_takes_in_only_each_nth_step():
 def test_set_basis_reaches_into_any_state():
     params = toy.mlp_params()
     groups = toy.mlp_groups(params)
-    inner = sdp_jax.altsdp(
-        0.1, groups, strength=STRENGTH, valley={"rank": 2, "estimator": None}
-    )
+    inner = chain(groups, rank=2, estimator=None)
     tx = optax.apply_if_finite(optax.chain(optax.clip(1.0), inner), 3)
     state = tx.init(params)
-    plain, _ = train(sdp_jax.altsdp(0.1, groups, strength=STRENGTH), params, 1)
+    plain, _ = train(sdp_jax.altsdp(RATE, groups, strength=STRENGTH), params, 1)
     # Without directions it is plain AltSDP.
     grads = jax.grad(toy.loss)(params, toy.batch(seed=0))
     updates, _ = inner.update(grads, inner.init(params), params)
@@ -208,9 +209,7 @@ def test_set_basis_reaches_into_any_state():
 def test_a_gradient_that_is_not_finite_stays_where_it_is():
     # As in plain AltSDP: only its own entry is lost.
     params = toy.mlp_params()
-    tx = sdp_jax.altsdp(
-        0.1, toy.mlp_groups(params), strength=STRENGTH, valley={"rank": 2}
-    )
+    tx = chain(toy.mlp_groups(params), rank=2)
     state = tx.init(params)
     for i in range(4):
         grads = toy.mlp_grads(params, seed=i)
@@ -227,9 +226,7 @@ def test_a_gradient_that_is_not_finite_stays_where_it_is():
 def test_state_keeps_its_dtypes(x64):
     params = toy.mlp_params(dtype=jnp.float32)
     basis = jax.tree.map(lambda u: u.astype(jnp.float64), random_basis(params, 2))
-    tx = sdp_jax.altsdp(
-        0.1, toy.mlp_groups(params), strength=STRENGTH, valley={"basis": basis}
-    )
+    tx = chain(toy.mlp_groups(params), basis=basis)
     state = tx.init(params)
     _, after = jax.eval_shape(tx.update, toy.mlp_grads(params), state, params)
     chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
@@ -240,10 +237,8 @@ def test_directions_are_sharded_like_the_parameters():
     spec = jax.sharding.PartitionSpec(None, "m")
     sharding = jax.sharding.NamedSharding(mesh, spec)
     params = {"w": jax.device_put(jnp.ones((4, 16)), sharding)}
-    groups = sdp_jax.groups_from_axes(params, {"d": [sdp_jax.producer("w", 1)]})
-    tx = sdp_jax.altsdp(
-        0.1, groups, strength=0.1, valley={"rank": 2, "estimator": None}
-    )
+    groups = sdp_jax.groups_from_axes(params, {"d": [sdp_jax.Member("w", 1)]})
+    tx = chain(groups, 0.1, rank=2, estimator=None)
     state = tx.init(params)
     state = sdp_jax.valley.set_basis(
         state,
@@ -260,9 +255,7 @@ def test_set_basis_refuses_what_does_not_fit():
     params = toy.mlp_params()
     groups = toy.mlp_groups(params)
     basis = random_basis(params, 2)
-    tx = sdp_jax.altsdp(
-        0.1, groups, strength=0.1, valley={"rank": 2, "estimator": None}
-    )
+    tx = chain(groups, 0.1, rank=2, estimator=None)
     state = tx.init(params)
     with pytest.raises(ValueError, match="no state of project_onto_valley"):
         sdp_jax.valley.set_basis(optax.sgd(0.1).init(params), basis)
@@ -278,7 +271,7 @@ def test_valley_estimate_finds_the_directions_of_the_stream(x64):
     rng = np.random.default_rng(0)
     basis, _ = np.linalg.qr(rng.normal(size=(12, 2)))
     params = {"w": jnp.zeros((3, 4))}
-    groups = sdp_jax.groups_from_axes(params, {"d": [sdp_jax.producer("w", 1)]})
+    groups = sdp_jax.groups_from_axes(params, {"d": [sdp_jax.Member("w", 1)]})
     tx = sdp_jax.valley.project_onto_valley(groups, 0.1, rank=3, decay=0.9)
     state = tx.init(params)
     update = jax.jit(tx.update)
@@ -305,7 +298,7 @@ def test_valley_estimate_finds_the_directions_of_the_stream(x64):
 def test_valley_energy_is_the_decayed_count_of_steps(decay, x64):
     # Every step counts as a unit vector, the earlier ones for decay, decay², ...
     params = {"w": jnp.zeros((3, 4))}
-    groups = sdp_jax.groups_from_axes(params, {"d": [sdp_jax.producer("w", 1)]})
+    groups = sdp_jax.groups_from_axes(params, {"d": [sdp_jax.Member("w", 1)]})
     tx = sdp_jax.valley.project_onto_valley(groups, 0.0, rank=2, decay=decay)
     state = tx.init(params)
     direction = np.random.default_rng(0).normal(size=(3, 4))
@@ -320,7 +313,7 @@ def test_valley_energy_is_the_decayed_count_of_steps(decay, x64):
 def test_valley_basis_stays_orthonormal_in_float32():
     rng = np.random.default_rng(0)
     params = {"w": jnp.zeros((8, 16))}
-    groups = sdp_jax.groups_from_axes(params, {"d": [sdp_jax.producer("w", 1)]})
+    groups = sdp_jax.groups_from_axes(params, {"d": [sdp_jax.Member("w", 1)]})
     tx = sdp_jax.valley.project_onto_valley(groups, 0.01, rank=4, decay=0.99)
 
     @jax.jit

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 import sdp_jax
-from sdp_jax.counts import flop_counts, parameter_counts
 from tests import promise
 from tests.zoo import ZOO
 
@@ -18,8 +17,10 @@ from tests.zoo import ZOO
 def test_they_are_what_the_small_function_costs(name, x64):
     model = ZOO[name]()
     groups = sdp_jax.find_groups(model.fn, model.shapes, *model.inputs)
-    parameters = parameter_counts(groups)
-    operations = flop_counts(groups, model.fn, model.shapes, *model.inputs)
+    parameters = groups.parameters
+    operations = sdp_jax.count_flops(
+        groups, model.fn, model.shapes, *model.inputs
+    ).flops
     for share, seed in ((0.0, 0), (0.5, 0), (0.9, 1)):
         cut = promise.random_cut(groups, share, seed)
         widths = list(cut.widths.values())
@@ -39,7 +40,7 @@ def test_heads_and_head_dimensions_multiply():
     groups = sdp_jax.find_groups(fn, params, jnp.ones((3, 5)))
     sizes = list(groups.sizes.values())
     assert sorted(sizes) == [4, 8, 8]
-    polynomial = parameter_counts(groups)
+    polynomial = groups.parameters
     assert polynomial.at(sizes) == 5 * 96 + 32 * 6
     halves = [n // 2 for n in sizes]
     assert polynomial.at(halves) == 5 * 24 + 8 * 6
@@ -49,7 +50,7 @@ def test_heads_and_head_dimensions_multiply():
         jax.jit(share)(jnp.asarray(halves, jnp.float32)), 0.25, rtol=1e-6
     )
     cut = promise.random_cut(groups, 0.5, 0)
-    operations = flop_counts(groups, fn, params, jnp.ones((3, 5)))
+    operations = sdp_jax.count_flops(groups, fn, params, jnp.ones((3, 5))).flops
     small = sdp_jax.narrow(fn, cut)
     cost = sdp_jax.cost(small, cut.take(params), jnp.ones((3, 5)))
     assert operations.at(halves) == pytest.approx(cost.flops, rel=1e-9)
@@ -66,6 +67,8 @@ def test_products_of_a_dimension_with_itself():
     assert groups.sizes == {"a": 6}
     cut = promise.random_cut(groups, 0.5, 0)
     small = cut.take(params)
-    counted = flop_counts(groups, fn, params, x).at(list(cut.widths.values()))
+    counted = sdp_jax.count_flops(groups, fn, params, x).flops.at(
+        list(cut.widths.values())
+    )
     cost = sdp_jax.cost(sdp_jax.narrow(fn, cut), small, x)
     assert counted == pytest.approx(cost.flops, rel=1e-9)

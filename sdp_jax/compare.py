@@ -1,0 +1,89 @@
+"""Whether two functions give the same, up to rounding."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sdp_jax.measure import bodies
+from sdp_jax.tracing.static import separate
+from sdp_jax.tree import PyTree, leaf_table
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """Where two results of one function differ most.
+
+    Attributes:
+      path: path of the output.
+      index: position in it.
+      shape: its shape.
+      size: the difference, in magnitude; not a number where one of the two is not.
+      largest: the largest magnitude in this output of the first function.
+    """
+
+    path: str
+    index: tuple[int, ...]
+    shape: tuple[int, ...]
+    size: float
+    largest: float
+
+
+def differences(
+    first: tuple[Callable[..., Any], PyTree],
+    second: tuple[Callable[..., Any], PyTree],
+    inputs: Sequence[Any],
+) -> list[Difference]:
+    """Compares the floating-point outputs of two functions.
+
+    Args:
+      first: a function and its parameters.
+      second: another one with the same inputs and outputs.
+      inputs: their other arguments.
+
+    Returns:
+      The largest difference of each output.
+    """
+    moving, join = separate(inputs)
+    with jax.default_matmul_precision("highest"):
+        results = [
+            jax.jit(lambda params, moving, fn=fn: fn(params, *join(moving)))(
+                params, moving
+            )
+            for fn, params in (first, second)
+        ]
+    out = []
+    names = leaf_table(results[0])
+    for path, a, b in zip(names, *map(jax.tree.leaves, results), strict=True):
+        if not jnp.issubdtype(a.dtype, jnp.inexact) or not a.size:
+            continue
+        a, b = (np.asarray(x).astype(np.complex128) for x in (a, b))
+        with np.errstate(invalid="ignore"):
+            gap = np.where((a == b) | (np.isnan(a) & np.isnan(b)), 0, np.abs(a - b))
+        where = np.argmax(np.where(np.isnan(gap), np.inf, gap))
+        index = tuple(int(i) for i in np.unravel_index(where, gap.shape))
+        largest = np.max(np.abs(a), initial=0, where=np.isfinite(a))
+        out.append(Difference(path, index, a.shape, float(gap[index]), float(largest)))
+    return out
+
+
+def rounding(fn: Callable[..., Any], params: PyTree, inputs: Sequence[Any]) -> float:
+    """The rounding error of the coarsest floating-point type in a function."""
+    moving, join = separate(inputs)
+    closed = jax.make_jaxpr(lambda p, m: fn(p, *join(m)))(params, moving)
+    return max(_roundings(closed.jaxpr), default=0.0)
+
+
+def _roundings(jaxpr: Any) -> set[float]:
+    found = set()
+    for v in [*jaxpr.invars, *(v for eqn in jaxpr.eqns for v in eqn.outvars)]:
+        dtype = getattr(v.aval, "dtype", None)
+        if dtype is not None and jnp.issubdtype(dtype, jnp.inexact):
+            found.add(float(jnp.finfo(dtype).eps))
+    for eqn in jaxpr.eqns:
+        for body in bodies(eqn):
+            found |= _roundings(body)
+    return found

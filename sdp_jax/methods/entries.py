@@ -1,0 +1,77 @@
+"""What one number per channel does to the entries of the channel's members."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sdp_jax.channels import producer_leaves
+from sdp_jax.groups import Dimension, Groups, Member, Role
+from sdp_jax.methods.scales import replace_leaves
+from sdp_jax.tree import PyTree, leaf_table
+
+
+def entry_sums(
+    groups: Groups, values: jax.Array, counted: Callable[[Dimension, Member], bool]
+) -> dict[str, jax.Array]:
+    """By path the sum of a value over the channels that an entry belongs to.
+
+    Unlike :func:`sdp_jax.scale_channels` it reaches members of every role, and
+    an entry that is on two axes a channel gets the sum, not the product. The arrays
+    broadcast to the leaves, and are 0 where no channel is.
+    """
+    parts = groups.split(values)
+    found: dict[str, jax.Array] = {}
+    for d in groups:
+        padded = jnp.pad(parts[d.name], (0, 1))
+        for m in d.members:
+            if not counted(d, m):
+                continue
+            shape = groups.shapes[m.path]
+            # The channel at each position, or one past the last where there is none.
+            channel = np.full(shape[m.axis], d.size)
+            channel[m.positions(d.size)] = np.arange(d.size)[:, None]
+            line = [1] * len(shape)
+            line[m.axis] = shape[m.axis]
+            along = padded[channel].reshape(line)
+            found[m.path] = found[m.path] + along if m.path in found else along
+    return found
+
+
+def keep_channels(
+    groups: Groups, tree: PyTree, keep: jax.Array, role: Role = "producer"
+) -> PyTree:
+    """Exact zeros in the members of the other channels, also where they are NaN."""
+    table = producer_leaves(groups, tree)
+    gone = entry_sums(groups, jnp.where(keep, 0, 1), lambda d, m: m.role == role)
+    kept = {
+        path: jnp.where(gone[path] > 0, jnp.zeros((), leaf.dtype), leaf)
+        for path, leaf in table.items()
+        if path in gone
+    }
+    return replace_leaves(tree, kept)
+
+
+def add_decay(
+    groups: Groups,
+    updates: PyTree,
+    params: PyTree,
+    rates: jax.Array,
+    counted: Callable[[Dimension, Member], bool],
+) -> PyTree:
+    """Adds ``rate · w`` to the gradients of what counts, in their dtypes.
+
+    Where the rate is 0, an entry that is not finite changes nothing.
+    """
+    sums = entry_sums(groups, rates, counted)
+
+    def add(update: jax.Array, param: jax.Array, rate: jax.Array) -> jax.Array:
+        dtype = jnp.promote_types(jnp.result_type(update, param), jnp.float32)
+        decay = jnp.where(rate == 0, 0, rate * param.astype(dtype))
+        return (update.astype(dtype) + decay).astype(update.dtype)
+
+    slopes, table = leaf_table(updates), leaf_table(params)
+    return replace_leaves(
+        updates, {k: add(slopes[k], table[k], rate) for k, rate in sums.items()}
+    )

@@ -1,0 +1,112 @@
+"""What a cut has changed, as a table."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from sdp_jax._narrow import narrow
+from sdp_jax.compare import differences
+from sdp_jax.cut import Cut
+from sdp_jax.measure import Cost, cost, latency
+from sdp_jax.tree import PyTree
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Dense and small function side by side.
+
+    Attributes:
+      cut: what went.
+      dense: parameters, FLOPs and bytes of the dense function; ``None`` without inputs.
+      small: those of the small one.
+      dense_seconds: median time of a call of the dense function, compiled; measured in
+        turns with the small one.
+      small_seconds: that of the small one.
+      difference: largest difference of their floating-point outputs.
+      largest: largest magnitude of the output in which that is.
+    """
+
+    cut: Cut
+    dense: Cost | None = None
+    small: Cost | None = None
+    dense_seconds: float | None = None
+    small_seconds: float | None = None
+    difference: float | None = None
+    largest: float | None = None
+
+    def __str__(self) -> str:
+        """The table; with it what has to be said of it."""
+        if self.dense is None or self.small is None:
+            return self.cut.summary()
+        rows: list[tuple[str, float, float]] = [
+            (name, size, self.cut.widths[name])
+            for name, size in self.cut.dense.sizes.items()
+        ]
+        rows += [
+            ("parameters", self.dense.parameters, self.small.parameters),
+            ("bytes", self.dense.parameter_bytes, self.small.parameter_bytes),
+            ("FLOPs", self.dense.flops, self.small.flops),
+            (
+                "activation bytes",
+                self.dense.activation_bytes,
+                self.small.activation_bytes,
+            ),
+        ]
+        assert self.dense_seconds is not None and self.small_seconds is not None
+        times = 1e6 * self.dense_seconds, 1e6 * self.small_seconds
+        rows.append(("microseconds", *times))
+        first = max(len(row[0]) for row in rows)
+        second = max([len(f"{row[1]:,.0f}") for row in rows] + [6])
+        lines = [f"{'':<{first}}  {'before':>{second}}  {'after':>{second}}"]
+        for name, before, after in rows:
+            share = f"{after / max(before, 1e-12):7.1%}"
+            a, b = (f"{x:{second},.0f}" for x in (before, after))
+            lines.append(f"{name:<{first}}  {a}  {b}  {share}")
+        lines.append(
+            f"largest difference of the outputs: {self.difference:.2g}, "
+            f"where the largest entry is {self.largest:.3g}"
+        )
+        if self.small_seconds > self.dense_seconds:
+            lines.append(
+                "the small function is no faster here: widths may be uneven for this "
+                "device (see round_to), or the model too small for its FLOPs to matter"
+            )
+        return "\n".join(lines)
+
+
+def make_report(
+    fn: Callable[..., Any],
+    params: PyTree,
+    cut: Cut,
+    inputs: Sequence[Any],
+    repeats: int,
+) -> Report:
+    """Counts, times and compares dense and small function.
+
+    Args:
+      fn: the dense function.
+      params: the small parameters.
+      cut: the cut.
+      inputs: arrays to run them on, or none.
+      repeats: how often each is timed.
+
+    Returns:
+      The report; without inputs only of widths.
+    """
+    if not inputs:
+        return Report(cut)
+    small, dense_params = narrow(fn, cut), cut.fill(params)
+    found = differences((fn, dense_params), (small, params), inputs)
+    worst = max(found, key=lambda d: d.size, default=None)
+    dense_time, small_time = latency(
+        fn, small, args=[(dense_params, *inputs), (params, *inputs)], repeats=repeats
+    )
+    return Report(
+        cut,
+        cost(fn, dense_params, *inputs),
+        cost(small, params, *inputs),
+        dense_time,
+        small_time,
+        worst.size if worst else 0.0,
+        worst.largest if worst else 0.0,
+    )

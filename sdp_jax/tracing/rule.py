@@ -1,0 +1,62 @@
+"""What is known of a primitive, in one record."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+Analyse: TypeAlias = Callable[[Any, Any, list[Any]], Any]
+Rebuild: TypeAlias = Callable[[Any, Any, list[Any]], Sequence[Any]]
+Flops: TypeAlias = Callable[[Any, Sequence[Any], Sequence[Any]], Any]
+Runs: TypeAlias = Callable[[Any, Sequence[Any]], tuple[int, list[Sequence[Any]]]]
+
+
+def per_entry(eqn: Any, shapes: Sequence[Any], outs: Sequence[Any]) -> Any:
+    """One operation for each entry of the first result."""
+    return math.prod(outs[0]) if outs else 0
+
+
+def per_operand_entry(eqn: Any, shapes: Sequence[Any], outs: Sequence[Any]) -> Any:
+    """One operation for each entry of the first operand."""
+    return math.prod(shapes[0])
+
+
+def moves(eqn: Any, shapes: Sequence[Any], outs: Sequence[Any]) -> int:
+    """No operation: it only moves or views entries."""
+    return 0
+
+
+def first_once(eqn: Any, bodies: Sequence[Any]) -> tuple[int, list[Sequence[Any]]]:
+    """A call runs its first body once; the others are rules of its derivatives."""
+    return 1, [bodies[:1]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """What is known of a primitive.
+
+    Attributes:
+      analyse: from the trace, the equation and the values of its operands to those of
+        its results: what it asks of the atoms. In doubt it freezes, with a reason. One
+        that traces bodies returns the pair of the values and the bodies.
+      rebuild: from the evaluator, the record and the small operands to the small
+        results, for primitives with parameters that depend on shapes; without it the
+        primitive is bound again as it is.
+      known: whether the results are a function of the operands alone, which can be
+        evaluated while tracing. Random numbers, effects and calls are not.
+      picks: whether it may leave positions of its operand unused.
+      even: whether evaluation can repeat it on what absent positions hold.
+      flops: from the equation and the shapes of its operands and results, of numbers
+        or of polynomials in the widths, to a number or a polynomial of operations.
+      runs: from the equation and its bodies to how often it runs them, and to the
+        alternatives of which it runs one. The operations are then those of its bodies.
+    """
+
+    analyse: Analyse
+    _: dataclasses.KW_ONLY
+    rebuild: Rebuild | None = None
+    known: bool = True
+    picks: bool = False
+    even: bool = False
+    flops: Flops = per_entry
+    runs: Runs = first_once

@@ -1,0 +1,52 @@
+"""The report says what was counted, timed and compared."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import pytest
+
+import sdp_jax
+from sdp_jax import methods
+from tests import toy
+
+X = toy.batch()[0]
+
+
+@pytest.fixture(scope="module")
+def pruned():
+    params = toy.mlp_params(widths=(4, 8, 3))
+    return sdp_jax.prune(
+        toy.mlp_apply, params, X, scores=methods.l2_norm(), sparsity=0.5
+    )
+
+
+def test_its_numbers_are_those_of_cost_and_cut(pruned):
+    report = pruned.report(X, repeats=1)
+    dense = sdp_jax.cost(toy.mlp_apply, pruned.fill(), X)
+    small = sdp_jax.cost(pruned.apply, pruned.params, X)
+    assert (report.dense.flops, report.small.flops) == (dense.flops, small.flops)
+    # 4 → 8 → 3 becomes 4 → 4 → 3.
+    assert (report.dense.parameters, report.small.parameters) == (67, 35)
+    text = str(report)
+    assert "layer0" in text and "50.0%" in text and "microseconds" in text
+
+
+def test_it_says_when_nothing_was_gained(pruned):
+    report = pruned.report(X, repeats=1)
+    slow = dataclasses.replace(report, dense_seconds=1e-3, small_seconds=2e-3)
+    assert "no faster here" in str(slow)
+    fast = dataclasses.replace(report, dense_seconds=2e-3, small_seconds=1e-3)
+    assert "no faster here" not in str(fast) and "50.0%" in str(fast)
+
+
+def test_without_inputs_it_counts(pruned):
+    report = pruned.report()
+    assert report.dense is None and str(report) == pruned.cut.summary()
+    assert "FLOPs" in str(report)
+
+
+def test_bad_input(pruned):
+    with pytest.raises(ValueError, match="at least one round"):
+        pruned.report(X, repeats=0)
+    with pytest.raises(TypeError, match="shape"):
+        pruned.report(jnp.ones((2, 5)))
