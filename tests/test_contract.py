@@ -230,8 +230,9 @@ def test_an_ensemble_on_eight_devices(name):
     mesh = jax.make_mesh((8,), ("model",), (jax.sharding.AxisType.Auto,))
 
     def place(x):
-        """The last axis over the devices, where they divide it."""
-        axes = [None] * (x.ndim - 1) + ["model" if x.shape[-1] % 8 == 0 else None]
+        """One axis over the devices, if they divide any."""
+        fit = [axis for axis, n in enumerate(x.shape) if n % 8 == 0][-1:]
+        axes = ["model" if axis in fit else None for axis in range(x.ndim)]
         spec = jax.sharding.PartitionSpec(*axes)
         return jax.device_put(x, jax.sharding.NamedSharding(mesh, spec))
 
