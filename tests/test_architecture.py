@@ -32,7 +32,7 @@ FOLDERS = {
     "methods": ["score", "scales", "entries", "penalty", "ranking", "_hosted"]
     + ["filter_norm", "_taylor", "_random_score", "depgraph", "network_slimming"]
     + ["_gate_decorator", "discriminant", "remove", "dpm", "half_space", "_hspg"]
-    + ["_hesso", "_spp", "_increg", "_perspective", "pqi", "_until_compressed", "_sap"],
+    + ["_hesso", "_spp", "_increg", "_perspective", "_until_compressed", "_sap"],
 }
 OPTIONAL = {"export": {"flatbuffers"}, "figure": {"matplotlib"}}
 CORE = {"jax", "jaxlib", "optax", "numpy", "scipy", "chex"}
