@@ -121,9 +121,15 @@ def channel_norms(
       >>> print(sdp_jax.channel_norms(groups, params))
       [5. 1.]
     """
-    factor = channel_weights(groups, weights)
     norms = jnp.sqrt(reduce_channels(groups, tree, _square, jnp.sum, jnp.add))
-    return norms / jnp.asarray(factor, norms.dtype)
+    if weights == "plain":
+        return norms
+    # By a number for each dimension: XLA rounds the division by a vector differently.
+    factors = groups.split(channel_weights(groups, weights))
+    parts = groups.split(norms)
+    return groups.join(
+        {k: v / jnp.asarray(factors[k][0], v.dtype) for k, v in parts.items()}
+    )
 
 
 def channel_products(groups: Groups, first: PyTree, second: PyTree) -> jax.Array:
@@ -380,15 +386,15 @@ def reduce_channels(
 
 
 def each_dimension(
-    groups: Groups, function: Callable[[jax.Array], jax.Array], values: jax.Array
+    groups: Groups, function: Callable[..., jax.Array], *vectors: jax.Array | np.ndarray
 ) -> jax.Array:
     """Applies a function to the channels of each dimension.
 
     Args:
       groups: the channel dimensions.
-      function: a function of a vector ``(size,)``; a scalar that it returns stands for
+      function: a function of vectors ``(size,)``; a scalar that it returns stands for
         all channels of the dimension.
-      values: a vector ``(num_channels,)``.
+      *vectors: its arguments, for all channels, ``(num_channels,)``.
 
     Returns:
       A vector ``(num_channels,)``.
@@ -401,14 +407,22 @@ def each_dimension(
       >>> print(each_dimension(groups, jnp.max, jnp.array([1., 4., 2.])))
       [4. 4. 4.]
     """
-    parts = groups.split(values)
+    parts = [groups.split(vector) for vector in vectors]
+    found = {name: function(*(p[name] for p in parts)) for name in groups.sizes}
     return groups.join(
-        {name: jnp.broadcast_to(function(v), v.shape) for name, v in parts.items()}
+        {k: jnp.broadcast_to(v, (groups.sizes[k],)) for k, v in found.items()}
     )
 
 
 def magnitude(leaf: jax.Array) -> jax.Array:
-    """Magnitudes of the entries, at least float32."""
+    """Magnitudes of the entries.
+
+    Args:
+      leaf: any array.
+
+    Returns:
+      Real numbers of the same shape, at least float32.
+    """
     value = jnp.abs(leaf)
     return value.astype(jnp.promote_types(value.dtype, jnp.float32))
 

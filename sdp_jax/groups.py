@@ -406,18 +406,38 @@ class Groups:
             for f in self.frozen
             if f.path.startswith(start)
         )
-        flops = self.flops
-        if flops is not None:
-            places = {d.name: k for k, d in enumerate(dimensions)}
-            numbers = {k: places.get(d.name) for k, d in enumerate(self.dimensions)}
-            flops = flops.substitute(numbers, list(self.sizes.values()))
         return dataclasses.replace(
             self,
             dimensions=tuple(dimensions),
             leaves=leaves,
             frozen=frozen,
-            flops=flops,
+            flops=self._flops_of(dimensions),
         )
+
+    def without(self, *names: str) -> "Groups":
+        """The same groups less some dimensions, which stay at their full width.
+
+        Args:
+          *names: names of dimensions.
+
+        Returns:
+          Groups of the same leaves.
+
+        Raises:
+          KeyError: if there is no dimension of that name.
+        """
+        gone = {self[name].name for name in names}
+        dimensions = tuple(d for d in self.dimensions if d.name not in gone)
+        flops = self._flops_of(dimensions)
+        return dataclasses.replace(self, dimensions=dimensions, flops=flops)
+
+    def _flops_of(self, dimensions: Sequence[Dimension]) -> Polynomial | None:
+        """The FLOPs in the widths of some of the dimensions."""
+        if self.flops is None:
+            return None
+        places = {d.name: k for k, d in enumerate(dimensions)}
+        numbers = {k: places.get(d.name) for k, d in enumerate(self.dimensions)}
+        return self.flops.substitute(numbers, list(self.sizes.values()))
 
     def to_json(self) -> str:
         """The groups as a JSON string."""

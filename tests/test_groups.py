@@ -240,3 +240,19 @@ def test_damaged_json_is_refused(change):
     change(raw)
     with pytest.raises(ValueError, match="not groups in JSON"):
         sdp_jax.Groups.from_json(json.dumps(raw))
+
+
+def test_what_is_left_out_stays_whole():
+    def fn(p, x):
+        return jnp.tanh(jnp.tanh(x @ p["a"]) @ p["b"]) @ p["c"]
+
+    params = {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 6)), "c": jnp.ones((6, 2))}
+    groups = sdp_jax.find_groups(fn, params, jnp.ones((1, 3)))
+    some = groups.without("b")
+    assert some.sizes == {"a": 4} and some.leaves == groups.leaves
+    for width in (4, 1):
+        assert some.flops.at([width]) == groups.flops.at([width, 6])
+        assert some.parameters.at([width]) == groups.parameters.at([width, 6])
+    assert groups.without() == groups
+    with pytest.raises(KeyError, match="no channel dimension 'd'"):
+        groups.without("d")

@@ -1,6 +1,5 @@
 """Gate Decorator: gates behind normalisations, and pruning in ticks and tocks."""
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -245,7 +244,7 @@ def gate_taylor(*, scales: Sequence[str] = DEFAULT_SCALES) -> Score:
         found = find_gates(groups, scales)
         values, slopes = producer_leaves(groups, params), producer_leaves(groups, grads)
         bare = tuple(d for d in groups if found[d.name][0].scale is None)
-        others = dataclasses.replace(groups, dimensions=bare)
+        others = groups.without(*(d.name for d in groups if d not in bare))
         products = others.split(channel_products(others, params, grads))
         out = {}
         for d in groups:

@@ -4,6 +4,7 @@ The other scores look at the producers of a channel. Here its consumers count as
 what is cut together is judged together.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, get_args
@@ -132,15 +133,8 @@ def group_importance(
                     place = (m.path, m.axis, m.role)
                     places[place] = places[place] + value if place in places else value
             raw[d.name] = _reduced(list(places.values()), reduce)
-        values = jnp.where(alive, groups.join(raw), 0)
-        if normalizer is None:
-            return values
-        level = each_dimension(
-            groups, jnp.max if normalizer == "max" else jnp.sum, values
-        )
-        if normalizer == "mean":
-            level = level / jnp.maximum(each_dimension(groups, jnp.sum, alive), 1)
-        return values / jnp.where(level == 0, 1, level)
+        over = functools.partial(_normalised, normalizer=normalizer)
+        return each_dimension(groups, over, groups.join(raw), alive)
 
     return score
 
@@ -254,10 +248,10 @@ def group_norm_regularizer(
         scores = importance(groups, params)
         unknown = alive & ~jnp.isfinite(scores)
         acts = alive & ~each_dimension(groups, jnp.any, unknown)
-        gamma = 2 ** (alpha * _weakness(groups, jnp.sqrt(scores), alive))
-        rates = jnp.where(acts, strengths * gamma, 0)
+        weak = each_dimension(groups, _weakness, jnp.sqrt(scores), alive)
+        rates = jnp.where(acts, strengths * 2 ** (alpha * weak), 0)
         if growing is not None:
-            more = growing * _weakness(groups, scores, alive)
+            more = growing * each_dimension(groups, _weakness, scores, alive)
             more = jnp.where((count % every == 0) & acts, more, 0)
             strengths = strengths + more.astype(strengths.dtype)
         out = add_decay(groups, updates, params, rates, decays)
@@ -267,16 +261,7 @@ def group_norm_regularizer(
 
 
 def is_bias(groups: Groups, dimension: Dimension, member: Member) -> bool:
-    """Whether a member is a bias, see :func:`group_importance`.
-
-    Args:
-      groups: the channel dimensions.
-      dimension: one of them.
-      member: one of its members.
-
-    Returns:
-      A Boolean.
-    """
+    """Whether a member is a bias, see :func:`group_importance`."""
     if member.role != "producer":
         return False
     module, _, key = member.path.rpartition("/")
@@ -337,10 +322,23 @@ def _reduced(values: list[jax.Array], reduce: Reduce) -> jax.Array:
     return jnp.sum(stack, axis=0) / (len(values) if reduce == "mean" else 1)
 
 
-def _weakness(groups: Groups, values: jax.Array, alive: jax.Array) -> jax.Array:
-    """0 for the largest of a dimension, 1 for the smallest; 0 where all are equal."""
-    top = each_dimension(groups, jnp.max, jnp.where(alive, values, -jnp.inf))
-    low = each_dimension(groups, jnp.min, jnp.where(alive, values, jnp.inf))
+def _normalised(
+    values: jax.Array, alive: jax.Array, normalizer: Normalizer | None
+) -> jax.Array:
+    """Importances over those of the living channels; the others are 0."""
+    values = jnp.where(alive, values, 0)
+    if normalizer is None:
+        return values
+    level = jnp.max(values) if normalizer == "max" else jnp.sum(values)
+    if normalizer == "mean":
+        level = level / jnp.maximum(jnp.sum(alive), 1)
+    return values / jnp.where(level == 0, 1, level)
+
+
+def _weakness(values: jax.Array, alive: jax.Array) -> jax.Array:
+    """0 for the largest of the living, 1 for the smallest; 0 where all are equal."""
+    top = jnp.max(jnp.where(alive, values, -jnp.inf))
+    low = jnp.min(jnp.where(alive, values, jnp.inf))
     spread = top > low
     return jnp.where(
         alive & spread, (top - values) / jnp.where(spread, top - low, 1), 0

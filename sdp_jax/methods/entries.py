@@ -15,18 +15,11 @@ from sdp_jax.tree import PyTree, leaf_table
 def entry_sums(
     groups: Groups, values: jax.Array, counted: Callable[[Dimension, Member], bool]
 ) -> dict[str, jax.Array]:
-    """For each entry the sum of a value over the channels that it belongs to.
+    """By path the sum of a value over the channels that an entry belongs to.
 
     Unlike :func:`sdp_jax.scale_channels` it reaches members of every role, and
-    an entry that is on two axes a channel gets the sum, not the product.
-
-    Args:
-      groups: the channel dimensions.
-      values: a vector ``(num_channels,)``.
-      counted: which members count.
-
-    Returns:
-      By path an array that broadcasts to the leaf, 0 where no channel is.
+    an entry that is on two axes a channel gets the sum, not the product. The arrays
+    broadcast to the leaves, and are 0 where no channel is.
     """
     parts = groups.split(values)
     found: dict[str, jax.Array] = {}
@@ -49,20 +42,7 @@ def entry_sums(
 def keep_channels(
     groups: Groups, tree: PyTree, keep: jax.Array, role: Role = "producer"
 ) -> PyTree:
-    """Exact zeros in the members of the other channels, also where they are NaN.
-
-    Args:
-      groups: the channel dimensions.
-      tree: a tree that has the producers of ``groups`` as leaves.
-      keep: which channels to keep, a Boolean vector ``(num_channels,)``.
-      role: which members are set to zero.
-
-    Returns:
-      A tree of the same structure, shapes and dtypes.
-
-    Raises:
-      ValueError: if a producer is missing or has another shape.
-    """
+    """Exact zeros in the members of the other channels, also where they are NaN."""
     table = producer_leaves(groups, tree)
     gone = entry_sums(groups, jnp.where(keep, 0, 1), lambda d, m: m.role == role)
     kept = {
@@ -80,17 +60,9 @@ def add_decay(
     rates: jax.Array,
     counted: Callable[[Dimension, Member], bool],
 ) -> PyTree:
-    """Adds ``rate · w`` to the gradients of the entries of each channel.
+    """Adds ``rate · w`` to the gradients of what counts, in their dtypes.
 
-    Args:
-      groups: the channel dimensions.
-      updates: the gradients; they keep their dtypes.
-      params: the parameters.
-      rates: a vector ``(num_channels,)``; an entry of two channels gets both terms.
-      counted: which members decay.
-
-    Returns:
-      The sum. Where the rate is 0, an entry that is not finite changes nothing.
+    Where the rate is 0, an entry that is not finite changes nothing.
     """
     sums = entry_sums(groups, rates, counted)
 

@@ -10,6 +10,7 @@ from sdp_jax.channels import (
     Weighting,
     channel_norms,
     channel_weights,
+    each_dimension,
     magnitude,
     reduce_channels,
 )
@@ -71,9 +72,12 @@ def l1_norm(*, weights: Weighting | Mapping[str, float] = "plain") -> Score:
 
     def norms(groups: Groups, params: PyTree) -> jax.Array:
         power = 2 if weights == "size" else 1
-        factor = channel_weights(groups, weights) ** power
+        factors = channel_weights(groups, weights) ** power
         sums = reduce_channels(groups, params, magnitude, jnp.sum, jnp.add)
-        return sums / jnp.asarray(factor, sums.dtype)
+        # By a number for each dimension: XLA rounds the division by a vector otherwise.
+        return each_dimension(
+            groups, lambda v, k: v / jnp.asarray(k[0], v.dtype), sums, factors
+        )
 
     return _of_params(norms)
 

@@ -29,21 +29,7 @@ class PenaltyState(NamedTuple):
 def penalty_in_front(
     name: str, groups: Groups, penalty: optax.ScalarOrSchedule, add: AddSlope
 ) -> optax.GradientTransformationExtraArgs:
-    """A transformation on gradients, made of what it adds to them.
-
-    Args:
-      name: name of the transformation, for messages.
-      groups: the channel dimensions.
-      penalty: the factor, a non-negative number or a schedule.
-      add: ``add(gradients, params, factor)`` returns the new gradients.
-
-    Returns:
-      The transformation; its ``update`` needs ``params``.
-
-    Raises:
-      ValueError: if ``penalty`` is negative.
-      TypeError: if an argument is of another kind.
-    """
+    """A transformation on gradients, made of what it adds to them."""
     check_kind(groups)
     if not callable(penalty):
         rule = "a non-negative number or a schedule"

@@ -86,18 +86,9 @@ def rank_changes(
     amplitude: chex.Numeric,
     ratio: chex.Numeric,
 ) -> tuple[jax.Array, jax.Array]:
-    """The increments of the channels by their ranks within their dimensions.
+    """How many a dimension has still to lose, and the increment, for each channel.
 
-    Args:
-      groups: the channel dimensions.
-      numbers: what :func:`pruned_numbers` returned.
-      norms: what the channels are ranked by.
-      gone: which channels are pruned; they have no rank.
-      amplitude: see :func:`ranking_increment`.
-      ratio: see :func:`ranking_increment`.
-
-    Returns:
-      For each channel how many its dimension has still to lose, and its increment.
+    Channels that are ``gone`` have no rank.
     """
     left = numbers - each_dimension(groups, jnp.sum, gone)
     free = jnp.where(gone, jnp.inf, norms)
@@ -110,21 +101,9 @@ def pruned_numbers(
     sparsity: float | Mapping[str, float],
     min_channels: int | jax.Array | Mapping[str, int],
 ) -> Any:
-    """How many channels the dimension of each channel loses at a share of them.
+    """For each channel how many its dimension loses at a share of them.
 
-    Args:
-      groups: the channel dimensions.
-      sparsity: the share, a number or one for each name (others lose none).
-      min_channels: channels that stay, a number or one for each name. Where an array
-        forbids the share, it wins.
-
-    Returns:
-      Integers ``(num_channels,)``; by NumPy unless a minimum is an array.
-
-    Raises:
-      ValueError: if a share is outside [0, 1), a name is unknown, or the minimum
-        forbids the share.
-      TypeError: if one is of another kind.
+    By NumPy, unless a minimum is an array: there it wins over the share.
     """
     check_kind(groups)
     floors = prox.resolve_floors(groups, min_channels)
@@ -164,16 +143,7 @@ def pruned_numbers(
 
 
 def check_increment(amplitude: Any, ratio: Any) -> None:
-    """Refuses parameters of :func:`ranking_increment` that are out of range.
-
-    Args:
-      amplitude: ``A``.
-      ratio: ``u``.
-
-    Raises:
-      ValueError: if ``amplitude`` is not positive or ``ratio`` outside (0, 1).
-      TypeError: if one is not a number.
-    """
+    """Refuses parameters of :func:`ranking_increment` that are out of range."""
     rule = "a positive number"
     check_number("amplitude", amplitude, low=math.nextafter(0, 1), rule=rule)
     low, high = math.nextafter(0, 1), math.nextafter(1, 0)

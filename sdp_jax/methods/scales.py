@@ -38,18 +38,7 @@ class Gate(NamedTuple):
 def find_gates(
     groups: Groups, scales: Sequence[str] = DEFAULT_SCALES
 ) -> dict[str, tuple[Gate, ...]]:
-    """The gates of each dimension: one for each scale, or one on all its producers.
-
-    Args:
-      groups: the channel dimensions.
-      scales: patterns for the last key of a scale's path.
-
-    Returns:
-      For each dimension its gates, at least one.
-
-    Raises:
-      TypeError: if ``scales`` is not a list or tuple of strings.
-    """
+    """The gates of each dimension: one for each scale, or one on all its producers."""
     check_scales(scales)
     found = {}
     for d in groups:
@@ -66,14 +55,7 @@ def find_gates(
 
 
 def check_scales(scales: Any) -> None:
-    """Refuses what is not a sequence of patterns.
-
-    Args:
-      scales: what was given.
-
-    Raises:
-      TypeError: if it is not a list or tuple of strings.
-    """
+    """Refuses what is not a list or tuple of patterns."""
     if not isinstance(scales, list | tuple) or not all(
         isinstance(s, str) for s in scales
     ):
@@ -86,18 +68,7 @@ def check_scales(scales: Any) -> None:
 def find_scales(
     groups: Groups, scales: Sequence[str] = DEFAULT_SCALES
 ) -> dict[str, tuple[Member, ...]]:
-    """The scales of each dimension.
-
-    Args:
-      groups: the channel dimensions.
-      scales: patterns for the last key of a scale's path.
-
-    Returns:
-      For each dimension its scales, none where it has none.
-
-    Raises:
-      TypeError: if ``scales`` is not a list or tuple of strings.
-    """
+    """The scales of each dimension, none where it has none."""
     gates = find_gates(groups, scales)
     return {
         name: tuple(g.scale for g in found if g.scale is not None)
@@ -109,13 +80,6 @@ def is_vector(groups: Groups, member: Member) -> bool:
     """Whether a member's leaf is a vector, or one that broadcasts, ``(1, 1, 1, C)``.
 
     A ``(C, 1)`` is none: that is the matrix of a layer with one input.
-
-    Args:
-      groups: the channel dimensions.
-      member: one of their members.
-
-    Returns:
-      A Boolean.
     """
     shape = groups.shapes[member.path]
     alone = math.prod(shape) == shape[member.axis]
@@ -123,16 +87,7 @@ def is_vector(groups: Groups, member: Member) -> bool:
 
 
 def take_entries(leaf: Any, member: Member, size: int) -> jax.Array:
-    """The entries of a vector that belong to the channels, at least float32.
-
-    Args:
-      leaf: the leaf of a member for which :func:`is_vector` holds.
-      member: the member.
-      size: number of channels.
-
-    Returns:
-      An array ``(outer, size, inner)``.
-    """
+    """The channels' entries of a vector, at least float32, ``(outer, size, inner)``."""
     leaf = jnp.asarray(leaf)
     wide = leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
     return wide.reshape(-1)[member.positions(size)]
@@ -141,32 +96,14 @@ def take_entries(leaf: Any, member: Member, size: int) -> jax.Array:
 def put_entries(
     leaf: jax.Array, member: Member, size: int, values: jax.Array
 ) -> jax.Array:
-    """Inverse of :func:`take_entries`: the leaf with these entries, in its dtype.
-
-    Args:
-      leaf: the leaf of a member for which :func:`is_vector` holds.
-      member: the member.
-      size: number of channels.
-      values: an array that broadcasts to ``(outer, size, inner)``.
-
-    Returns:
-      An array like ``leaf``.
-    """
+    """Inverse of :func:`take_entries`: the leaf with these entries, in its dtype."""
     where = member.positions(size)
     values = jnp.broadcast_to(values, where.shape).astype(leaf.dtype)
     return leaf.reshape(-1).at[where].set(values).reshape(leaf.shape)
 
 
 def replace_leaves(tree: PyTree, leaves: Mapping[str, Any]) -> PyTree:
-    """The tree with other leaves at some paths.
-
-    Args:
-      tree: any pytree.
-      leaves: the new leaves by path.
-
-    Returns:
-      A tree of the same structure.
-    """
+    """The tree with other leaves at some paths."""
     table = leaf_table(tree)
     return jax.tree.unflatten(
         jax.tree.structure(tree), [leaves.get(p, x) for p, x in table.items()]

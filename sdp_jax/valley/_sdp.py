@@ -20,7 +20,7 @@ from sdp_jax.channels import (
     scale_channels,
 )
 from sdp_jax.checks import check_number
-from sdp_jax.groups import Dimension, Groups, overlaps
+from sdp_jax.groups import Groups, overlaps
 from sdp_jax.tree import PyTree
 from sdp_jax.valley.vectors import (
     HIGHEST,
@@ -258,7 +258,7 @@ def sdp(
             f"dimensions {first.name!r} and {second.name!r} share entries of {path!r}, "
             "as heads and head dimensions do; the exact method needs groups that share "
             "none. Use method='first_order', or leave one of the two out: "
-            "dataclasses.replace(groups, dimensions=...)"
+            f"groups.without({second.name!r})"
         )
     scores = _scores(params, groups, basis, weights)
     solver = _Solver(params, groups, basis, weights, scores, method, floors, tol)
@@ -503,15 +503,15 @@ def _scores(params: PyTree, groups: Groups, basis: PyTree, weights: Any) -> jax.
 def _disjoint(groups: Groups) -> list[Groups]:
     """The dimensions in as few parts as it takes for none to share entries."""
     shared = {frozenset((a.name, b.name)) for _, a, b in overlaps(groups)}
-    parts: list[list[Dimension]] = []
-    for d in groups:
+    parts: list[list[str]] = []
+    for name in groups.sizes:
         for part in parts:
-            if not any(frozenset((d.name, other.name)) in shared for other in part):
-                part.append(d)
+            if not any(frozenset((name, other)) in shared for other in part):
+                part.append(name)
                 break
         else:
-            parts.append([d])
-    return [dataclasses.replace(groups, dimensions=tuple(p), flops=None) for p in parts]
+            parts.append([name])
+    return [groups.without(*(groups.sizes.keys() - set(names))) for names in parts]
 
 
 def _only_producers(groups: Groups, tree: PyTree) -> PyTree:

@@ -1,7 +1,5 @@
 """Structured Probabilistic Pruning against its equations in NumPy."""
 
-import math
-
 import hypothesis
 import hypothesis.strategies as st
 import jax
@@ -11,7 +9,7 @@ import optax
 import pytest
 
 import sdp_jax
-from sdp_jax.methods import ranking_increment, spp, spp_params
+from sdp_jax.methods import spp, spp_params
 from tests.toy import (
     assert_close,
     channel_entries,
@@ -31,34 +29,6 @@ def rank_alive(norms, gone):
         (j for j in range(len(norms)) if not gone[j]), key=lambda j: norms[j]
     )
     return {j: r for r, j in enumerate(order)}
-
-
-@hypothesis.given(
-    st.integers(0, 60), st.integers(1, 40), st.floats(0.01, 1), st.floats(0.05, 0.9)
-)
-def test_increment_is_the_papers(r, n, a, u):
-    hypothesis.assume(r < 5 * n)
-    with jax.enable_x64(True):
-        found = float(ranking_increment(r, n, a, u))
-    assert found == pytest.approx(increment(r, n, a, u), rel=1e-9, abs=1e-12)
-
-
-def test_increment_falls_through_its_symmetry_point_to_zero(x64):
-    n, a, u = 40, 0.05, 0.25
-    values = np.asarray(ranking_increment(np.arange(60), n))
-    assert values[0] == a and values[n] == 0
-    assert (np.diff(values) < 0).all() and (values[n + 1 :] < 0).all()
-    middle = -math.log(u) / math.log(2 / u) * n
-    assert float(ranking_increment(middle, n)) == pytest.approx(u * a)
-    off = np.array([0.5, 3.0, 11.0])
-    pair = ranking_increment(middle - off, n) + ranking_increment(middle + off, n)
-    np.testing.assert_allclose(pair, 2 * u * a)
-
-
-def test_increment_is_finite_far_beyond_and_zero_without_a_number():
-    far = ranking_increment(jnp.array([500, 10**6]), 1)
-    assert np.isfinite(far).all() and (far < -1e9).all()
-    assert (ranking_increment(jnp.arange(3), jnp.array([0, -1, 0])) == 0).all()
 
 
 @pytest.mark.parametrize("momentum", [None, 0.9])
