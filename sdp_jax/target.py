@@ -107,7 +107,7 @@ def target_sparsity(
     def init(groups: Groups, floors: prox.Floors) -> TargetState:
         if not len(groups):
             raise ValueError(
-                "target_sparsity ranks the channels of groups, and there are none here: "
+                "target_sparsity ranks channels, and these groups have none: "
                 "single entries, as soft_threshold has them, cannot be ranked"
             )
         if target == "channels":
