@@ -186,3 +186,17 @@ def test_channels_whose_squares_underflow_are_no_violation():
             updates, state = tx.update(jax.tree.map(jnp.zeros_like, p), state, p)
             p = optax.apply_updates(p, updates)
         sdp_jax.check_zeros(state)
+
+
+def test_a_strength_of_single_entries_looks_at_each(x64):
+    params = {"w": jnp.array([[4.0, -2.0, 0.5]]), "b": jnp.array([1.5])}
+    tx = sdp_jax.soft_threshold(sdp_jax.adaptive_strength(1.0, power=2.0))
+    state = tx.init(params)
+    for _ in range(2):
+        updates, state = tx.update(jax.tree.map(jnp.zeros_like, params), state, params)
+    new = optax.apply_updates(params, updates)
+    for name, value in params.items():
+        v = np.asarray(value)
+        expected = v * np.maximum(0, 1 - 1 / v**2)  # the non-negative garrote
+        np.testing.assert_allclose(new[name], expected, rtol=1e-12)
+    assert int(state.strength.count) == 2
