@@ -216,9 +216,7 @@ def grda(
         learning_rate, valley_strength(c, mu), None, False
     )
     return optax.chain(
-        optimizer,
-        averaging(candidates=True),
-        entry_threshold(rule, candidates=True),
+        optimizer, averaging(candidates=True), entry_threshold(rule, candidates=True)
     )
 
 

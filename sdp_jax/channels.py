@@ -92,10 +92,7 @@ def channel_weights(
 
 
 def channel_norms(
-    groups: Groups,
-    tree: PyTree,
-    *,
-    weights: Weighting | Mapping[str, float] = "plain",
+    groups: Groups, tree: PyTree, *, weights: Weighting | Mapping[str, float] = "plain"
 ) -> jax.Array:
     """Euclidean norm of each channel over its producers, divided by its weight.
 

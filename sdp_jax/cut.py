@@ -18,13 +18,7 @@ import numpy as np
 from sdp_jax.channels import PerChannel, scale_channels
 from sdp_jax.groups import Dimension, Groups, Leaf, Member
 from sdp_jax.matching import Matcher, is_hidden
-from sdp_jax.tree import (
-    PyTree,
-    leaf_dtype,
-    leaf_keys,
-    leaf_table,
-    missing_path_message,
-)
+from sdp_jax.tree import PyTree, leaf_dtype, leaf_keys, leaf_table, missing_path_message
 
 
 @dataclasses.dataclass(frozen=True)

@@ -489,12 +489,7 @@ class Groups:
                 raise TypeError("two leaves have the same path")
             if not all(d.producers for d in dimensions):
                 raise TypeError("a dimension has no producer")
-        except (
-            AttributeError,
-            KeyError,
-            TypeError,
-            ValueError,
-        ) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"not groups in JSON, as written by Groups.to_json: {error!r}"
             ) from error

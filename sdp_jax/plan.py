@@ -226,10 +226,7 @@ def _check_scores(groups: Groups, scores: Scores) -> np.ndarray:
 
 
 def _protected(
-    groups: Groups,
-    values: np.ndarray,
-    min_channels: int,
-    limits: Mapping[str, float],
+    groups: Groups, values: np.ndarray, min_channels: int, limits: Mapping[str, float]
 ) -> np.ndarray:
     """Channels that must stay: the best of each dimension."""
     names = {d.name: [d.name, *(m.path for m in d.members)] for d in groups}

@@ -312,9 +312,7 @@ def group_threshold(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def soft_threshold(
-    strength: StrengthLike,
-) -> optax.GradientTransformationExtraArgs:
+def soft_threshold(strength: StrengthLike) -> optax.GradientTransformationExtraArgs:
     """The same with every entry a group of its own: ``sign(v) max(0, |v| - t)``.
 
     Unlike :func:`group_soft_threshold` it works on all parameters and holds no floor.

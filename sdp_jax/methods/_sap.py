@@ -16,12 +16,7 @@ import optax
 
 from sdp_jax import prox
 from sdp_jax.base import check_inexact, check_kind, check_params, need_params
-from sdp_jax.channels import (
-    Weighting,
-    channel_norms,
-    channel_weights,
-    channels_alive,
-)
+from sdp_jax.channels import Weighting, channel_norms, channel_weights, channels_alive
 from sdp_jax.checks import check_number
 from sdp_jax.groups import Groups
 from sdp_jax.methods.entries import keep_channels

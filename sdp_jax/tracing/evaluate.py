@@ -51,10 +51,7 @@ class Evaluator:
     """Runs traced bodies with what is kept of every array."""
 
     def __init__(
-        self,
-        solution: Solution,
-        keep: np.ndarray,
-        rules: Mapping[str, Rule],
+        self, solution: Solution, keep: np.ndarray, rules: Mapping[str, Rule]
     ) -> None:
         """Prepares an evaluation.
 

@@ -14,13 +14,7 @@ from sdp_jax.tracing import rules_elementwise
 from sdp_jax.tracing.rule import Rule
 from sdp_jax.tracing.sizes import original
 from sdp_jax.tracing.source import is_jax
-from sdp_jax.tracing.trace import (
-    Body,
-    Nested,
-    Record,
-    Trace,
-    freeze_all,
-)
+from sdp_jax.tracing.trace import Body, Nested, Record, Trace, freeze_all
 from sdp_jax.tracing.values import Axis, Factor, Value, refill
 
 # Rules of derivatives call the function itself; this deep their rules are followed.

@@ -68,12 +68,7 @@ class Trace:
       depth: how many rules of derivatives deep the walk is.
     """
 
-    def __init__(
-        self,
-        rules: Mapping[str, Rule],
-        *,
-        derivatives: bool = True,
-    ) -> None:
+    def __init__(self, rules: Mapping[str, Rule], *, derivatives: bool = True) -> None:
         """Starts a walk.
 
         Args:
