@@ -56,8 +56,7 @@ def channel_weights(
     Example:
       >>> import jax.numpy as jnp, sdp_jax
       >>> params = {"w": jnp.ones((9, 2))}
-      >>> groups = sdp_jax.groups_from_axes(
-      ...     params, {"hidden": [sdp_jax.Member("w", 1)]})
+      >>> groups = sdp_jax.groups_from_axes(params, {"unit": [sdp_jax.Member("w", 1)]})
       >>> print(sdp_jax.channel_weights(groups, "size"))  # √9
       [3. 3.]
     """
@@ -113,8 +112,7 @@ def channel_norms(
     Example:
       >>> import jax.numpy as jnp, sdp_jax
       >>> params = {"w": jnp.array([[3., 0.], [4., 1.]])}
-      >>> groups = sdp_jax.groups_from_axes(
-      ...     params, {"hidden": [sdp_jax.Member("w", 1)]})
+      >>> groups = sdp_jax.groups_from_axes(params, {"unit": [sdp_jax.Member("w", 1)]})
       >>> print(sdp_jax.channel_norms(groups, params))
       [5. 1.]
     """
@@ -146,8 +144,7 @@ def channel_products(groups: Groups, first: PyTree, second: PyTree) -> jax.Array
     Example:
       >>> import jax.numpy as jnp, sdp_jax
       >>> params = {"w": jnp.array([[3., 0.], [4., 1.]])}
-      >>> groups = sdp_jax.groups_from_axes(
-      ...     params, {"hidden": [sdp_jax.Member("w", 1)]})
+      >>> groups = sdp_jax.groups_from_axes(params, {"unit": [sdp_jax.Member("w", 1)]})
       >>> print(sdp_jax.channel_products(groups, params, {"w": jnp.ones((2, 2))}))
       [7. 1.]
     """
@@ -196,8 +193,8 @@ def member_sums(
             if m.path not in table or np.shape(table[m.path]) != groups.shapes[m.path]:
                 raise ValueError(
                     f"dimension {d.name!r}: the tree has no leaf {m.path!r} of shape "
-                    f"{groups.shapes[m.path]}, which is counted here; give groups and "
-                    "parameters of the same model"
+                    f"{groups.shapes[m.path]}, a {m.role} that is counted here; give "
+                    "groups and parameters of the same model (and hide no member)"
                 )
             key = (m.path, m.axis)
             if key not in lines:
@@ -224,8 +221,7 @@ def channels_alive(groups: Groups, tree: PyTree) -> jax.Array:
     Example:
       >>> import jax.numpy as jnp, sdp_jax
       >>> params = {"w": jnp.array([[1., 0.], [2., 0.]])}
-      >>> groups = sdp_jax.groups_from_axes(
-      ...     params, {"hidden": [sdp_jax.Member("w", 1)]})
+      >>> groups = sdp_jax.groups_from_axes(params, {"unit": [sdp_jax.Member("w", 1)]})
       >>> print(sdp_jax.channels_alive(groups, params))
       [ True False]
     """
@@ -252,8 +248,7 @@ def scale_channels(groups: Groups, tree: PyTree, factors: jax.Array) -> PyTree:
     Example:
       >>> import jax.numpy as jnp, sdp_jax
       >>> params = {"w": jnp.ones((2, 2))}
-      >>> groups = sdp_jax.groups_from_axes(
-      ...     params, {"hidden": [sdp_jax.Member("w", 1)]})
+      >>> groups = sdp_jax.groups_from_axes(params, {"unit": [sdp_jax.Member("w", 1)]})
       >>> factors = jnp.array([1., 0.])
       >>> print(sdp_jax.scale_channels(groups, params, factors)["w"])
       [[1. 0.]
@@ -364,8 +359,7 @@ def reduce_channels(
     Example:
       >>> import jax.numpy as jnp, sdp_jax
       >>> params = {"w": jnp.array([[3., 0.], [-4., 1.]])}
-      >>> groups = sdp_jax.groups_from_axes(
-      ...     params, {"hidden": [sdp_jax.Member("w", 1)]})
+      >>> groups = sdp_jax.groups_from_axes(params, {"unit": [sdp_jax.Member("w", 1)]})
       >>> print(reduce_channels(groups, params, magnitude, jnp.sum, jnp.add))
       [7. 1.]
     """
@@ -399,8 +393,7 @@ def each_dimension(
     Example:
       >>> import jax.numpy as jnp, sdp_jax
       >>> params = {"w": jnp.ones((2, 3))}
-      >>> groups = sdp_jax.groups_from_axes(
-      ...     params, {"hidden": [sdp_jax.Member("w", 1)]})
+      >>> groups = sdp_jax.groups_from_axes(params, {"unit": [sdp_jax.Member("w", 1)]})
       >>> print(each_dimension(groups, jnp.max, jnp.array([1., 4., 2.])))
       [4. 4. 4.]
     """

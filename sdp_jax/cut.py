@@ -133,8 +133,7 @@ class Cut:
         Example:
           >>> import jax.numpy as jnp, sdp_jax
           >>> params = {"w": jnp.array([[3., 0.], [4., 0.]]), "b": jnp.array([1.])}
-          >>> groups = sdp_jax.groups_from_axes(
-          ...     params, {"hidden": [sdp_jax.Member("w", 1)]})
+          >>> groups = sdp_jax.groups_from_axes(params, {"h": [sdp_jax.Member("w", 1)]})
           >>> cut = sdp_jax.plan_cut(groups, params)
           >>> print(cut.take(params)["w"])
           [[3.]
@@ -183,8 +182,7 @@ class Cut:
         Example:
           >>> import jax.numpy as jnp, sdp_jax
           >>> params = {"w": jnp.array([[0., 3.], [0., 4.]])}
-          >>> groups = sdp_jax.groups_from_axes(
-          ...     params, {"hidden": [sdp_jax.Member("w", 1)]})
+          >>> groups = sdp_jax.groups_from_axes(params, {"h": [sdp_jax.Member("w", 1)]})
           >>> cut = sdp_jax.plan_cut(groups, params)
           >>> print(cut.fill(cut.take(params))["w"])
           [[0. 3.]
@@ -220,8 +218,7 @@ class Cut:
         Example:
           >>> import jax.numpy as jnp, sdp_jax
           >>> params = {"w": jnp.array([[1., 3.], [1., 4.]])}
-          >>> groups = sdp_jax.groups_from_axes(
-          ...     params, {"hidden": [sdp_jax.Member("w", 1)]})
+          >>> groups = sdp_jax.groups_from_axes(params, {"h": [sdp_jax.Member("w", 1)]})
           >>> print(sdp_jax.Cut(groups, ((1,),)).zero(params)["w"])
           [[0. 3.]
            [0. 4.]]
@@ -400,8 +397,7 @@ def _members_after(
 ) -> list[Member]:
     """A member as it sits on its axis once only the positions ``index`` are left.
 
-    Other dimensions may have been cut from the same axis: from within the channels
-    (head dimensions from heads), or from between them (concatenations).
+    Other dimensions may have been cut from within its channels, or from between them.
     """
     stays = np.zeros(length, bool)
     stays[index] = True

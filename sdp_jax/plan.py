@@ -83,13 +83,12 @@ def plan_cut(
     Example:
       >>> import jax.numpy as jnp, sdp_jax
       >>> params = {"w": jnp.array([[3., 0., 1.], [4., 0., 1.]])}
-      >>> groups = sdp_jax.groups_from_axes(
-      ...     params, {"hidden": [sdp_jax.Member("w", 1)]})
+      >>> groups = sdp_jax.groups_from_axes(params, {"unit": [sdp_jax.Member("w", 1)]})
       >>> sdp_jax.plan_cut(groups, params).widths
-      {'hidden': 2}
+      {'unit': 2}
       >>> scores = sdp_jax.channel_norms(groups, params)
       >>> sdp_jax.plan_cut(groups, params, scores=scores, sparsity=0.6).widths
-      {'hidden': 1}
+      {'unit': 1}
     """
     _check_counts(min_channels, round_to)
     if target not in get_args(Target):

@@ -81,18 +81,7 @@ def make_report(
     inputs: Sequence[Any],
     repeats: int,
 ) -> Report:
-    """Counts, times and compares dense and small function.
-
-    Args:
-      fn: the dense function.
-      params: the small parameters.
-      cut: the cut.
-      inputs: arrays to run them on, or none.
-      repeats: how often each is timed.
-
-    Returns:
-      The report; without inputs only of widths.
-    """
+    """Counts, times and compares both functions; without inputs only the widths."""
     if not inputs:
         return Report(cut)
     small, dense_params = narrow(fn, cut), cut.fill(params)

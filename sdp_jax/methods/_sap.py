@@ -15,7 +15,7 @@ import numpy as np
 import optax
 
 from sdp_jax import prox
-from sdp_jax.base import check_inexact, check_kind, check_params, need_params
+from sdp_jax.base import check_inexact, check_kind, check_params, transformation
 from sdp_jax.channels import Weighting, channel_norms, channel_weights, channels_alive
 from sdp_jax.checks import check_number
 from sdp_jax.groups import Groups
@@ -123,20 +123,13 @@ def keep_mask(mask: PyTree) -> optax.GradientTransformationExtraArgs:
       [0.5 0. ]
     """
 
-    def init_fn(params: optax.Params) -> KeepMaskState:
+    def init(params: optax.Params) -> KeepMaskState:
         if not jax.tree.leaves(params):
             return KeepMaskState(params)
         _check_mask(params, mask)
         return KeepMaskState(jax.tree.map(lambda m: jnp.array(m, bool), mask))
 
-    def update_fn(
-        updates: optax.Updates,
-        state: Any,
-        params: optax.Params | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, KeepMaskState]:
-        del extra_args
-        params = need_params(params, updates, "keep_mask")
+    def update(updates: Any, state: Any, params: Any, **_: Any) -> tuple[Any, Any]:
         kept = jax.tree.map(
             lambda u, p, m: jnp.where(m, u.astype(p.dtype), -p),
             updates,
@@ -145,7 +138,7 @@ def keep_mask(mask: PyTree) -> optax.GradientTransformationExtraArgs:
         )
         return kept, state
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return transformation("keep_mask", init, update)
 
 
 def sap(eta: float = 0.0, gamma: float = 1.0, beta: float = 0.9) -> PruningRule:

@@ -84,8 +84,7 @@ def until_compressed(
       >>> import jax.numpy as jnp, sdp_jax
       >>> from sdp_jax import methods
       >>> params = {"w": jnp.ones((1, 4))}
-      >>> groups = sdp_jax.groups_from_axes(
-      ...     params, {"hidden": [sdp_jax.Member("w", 1)]})
+      >>> groups = sdp_jax.groups_from_axes(params, {"unit": [sdp_jax.Member("w", 1)]})
       >>> strength = methods.until_compressed(lambda step: 0.5 * (step + 1), decay=0.)
       >>> state = strength.init(groups, [1])
       >>> norms = jnp.array([.4, 2., 2.1, 8.])

@@ -205,8 +205,7 @@ def index_of(
 ) -> jax.Array:
     """The index over all parts together, along an axis of each.
 
-    Powers are taken of ``|w| / max |w|``, through logarithms: the quotient itself may
-    be too small to be written down.
+    By logarithms of ``|w| / max |w|``, which may be too small to be written down.
     """
     zero = jnp.zeros((), jnp.float32)
     values = [(_magnitude(x, alive), alive) for x, alive in parts]

@@ -134,7 +134,7 @@ def _rebuild_sum(n: Any, record: Record, args: list[Any]) -> list[Any]:
         if n.is_lost(axis):
             dense = record.eqn.invars[0].aval.shape[d]
             absent = dense - n.size(axis, dense)
-            (rest,) = n.rebind(record, [n.background(record, d)])
+            (rest,) = n.rebind(record, [n.absent(record, 0, d)])
             out = out + rest * jnp.asarray(absent, out.dtype)
     return [out]
 
@@ -149,7 +149,7 @@ def _rebuild_extreme(n: Any, record: Record, args: list[Any]) -> list[Any]:
     (out,) = n.rebind(record, args)
     for d in record.eqn.params["axes"]:
         if n.is_cut(record.ins[0].axes[d]):
-            out = join(out, n.rebind(record, [n.background(record, d)])[0])
+            out = join(out, n.rebind(record, [n.absent(record, 0, d)])[0])
     return [out]
 
 

@@ -84,7 +84,6 @@ class Space:
     """Makes, splits, flattens and equates axes over one set of atoms."""
 
     def __init__(self) -> None:
-        """Starts without atoms."""
         self.atoms = Atoms()
         self._plain: dict[int, np.ndarray] = {}
         # Results by the identity of their arguments, which the values keep alive.
@@ -204,15 +203,7 @@ class Space:
         return [self.refine(axis, sizes) for axis in axes]
 
     def unify(self, axes: Sequence[Axis], reason: Reason) -> list[Axis]:
-        """Equates axes of one length, position by position.
-
-        Args:
-          axes: at least one axis.
-          reason: what to say where one of them is always kept and another is not.
-
-        Returns:
-          The axes with the same atoms, each with its own fills.
-        """
+        """Equates axes of one length; each keeps its own fills."""
         aligned = self.align(axes)
         out: list[list[Factor]] = [[] for _ in aligned]
         for factors in zip(*aligned, strict=True):
@@ -230,15 +221,7 @@ class Space:
         return [tuple(line) for line in out]
 
     def regroup(self, axes: Sequence[Axis], sizes: Sequence[int]) -> list[Axis] | None:
-        """Reads axes, in row-major order, as axes of other lengths.
-
-        Args:
-          axes: the axes.
-          sizes: the new lengths.
-
-        Returns:
-          The new axes, or ``None`` if the factors do not line up with them.
-        """
+        """Reads axes, in row-major order, as axes of other lengths, if they line up."""
         factors = tuple(f for axis in axes for f in axis)
         if all(self.is_plain(f) for f in factors):
             return [self.plain(n) for n in sizes]
