@@ -120,10 +120,11 @@ def channel_norms(
     if weights == "plain":
         return norms
     # By a number for each dimension: XLA rounds the division by a vector differently.
-    factors = groups.split(channel_weights(groups, weights))
-    parts = groups.split(norms)
-    return groups.join(
-        {k: v / jnp.asarray(factors[k][0], v.dtype) for k, v in parts.items()}
+    return each_dimension(
+        groups,
+        lambda v, k: v / jnp.asarray(k[0], v.dtype),
+        norms,
+        channel_weights(groups, weights),
     )
 
 
@@ -259,17 +260,12 @@ def scale_channels(groups: Groups, tree: PyTree, factors: jax.Array) -> PyTree:
     scales: dict[str, jax.Array] = {}
     for name, member, size in groups.producers:
         leaf = table[member.path]
-        length = leaf.shape[member.axis]
-        spread = _spread(
-            parts[name].astype(_real_dtype(leaf.dtype)), member, size, length
-        )
         shape = [1] * leaf.ndim
-        shape[member.axis] = length
-        spread = spread.reshape(shape)
-        scales[member.path] = (
-            scales[member.path] * spread if member.path in scales else spread
-        )
-
+        shape[member.axis] = length = leaf.shape[member.axis]
+        factor = parts[name].astype(jnp.finfo(leaf.dtype).dtype)
+        spread = _spread(factor, member, size, length).reshape(shape)
+        old = scales.get(member.path)
+        scales[member.path] = spread if old is None else old * spread
     leaves = [
         leaf * scales[path] if path in scales else leaf for path, leaf in table.items()
     ]
@@ -422,10 +418,6 @@ def _square(x: jax.Array) -> jax.Array:
     if jnp.iscomplexobj(x):
         return jnp.square(x.real) + jnp.square(x.imag)
     return jnp.square(x)
-
-
-def _real_dtype(dtype: Any) -> Any:
-    return jnp.finfo(dtype).dtype
 
 
 def _reduce_to_axis(

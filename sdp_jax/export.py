@@ -58,8 +58,7 @@ def export_stablehlo(
 
     Example:
       >>> import jax.numpy as jnp, sdp_jax
-      >>> def fn(params, x):
-      ...     return x @ params["w"]
+      >>> fn = lambda params, x: x @ params["w"]
       >>> exported = sdp_jax.export_stablehlo(fn, {"w": jnp.eye(3)}, jnp.ones((1, 3)))
       >>> exported.call({"w": jnp.eye(3)}, jnp.ones((5, 3))).shape
       (5, 3)

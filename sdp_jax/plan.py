@@ -125,7 +125,9 @@ def plan_cut(
     values = _check_scores(groups, scores)
     protected = _protected(groups, values, min_channels, limits or {})
     blocks = groups.blocks(ranking)
-    orders = [_order(block, values, protected) for block in blocks]
+    # Channels that may go, the lowest score first.
+    frees = [block[~protected[block]] for block in blocks]
+    orders = [free[np.argsort(values[free], kind="stable")] for free in frees]
 
     def cut_after(counts: Sequence[int]) -> Cut:
         """What stays when each block loses this many channels."""
@@ -249,12 +251,6 @@ def _protected(
         mask[np.argsort(-line, kind="stable")[:count]] = True
         protected.append(mask)
     return np.concatenate([np.zeros(0, bool), *protected])
-
-
-def _order(block: np.ndarray, values: np.ndarray, protected: np.ndarray) -> np.ndarray:
-    """Channels of a block that may go, the lowest score first."""
-    free = block[~protected[block]]
-    return free[np.argsort(values[free], kind="stable")]
 
 
 def _rounded(stay: np.ndarray, values: np.ndarray, round_to: int) -> tuple[int, ...]:

@@ -86,7 +86,8 @@ def pq_index(
     masks: dict[str, Any] = {}
     if mask is not None:
         masks = _check_mask(tree, mask)
-    _check_scope(scope, groups, of)
+    check_scope(scope, groups, ("global", "dimension", "channel"))
+    _check_of(of, groups, scope)
     arrays = {path: jnp.asarray(leaf) for path, leaf in table.items()}
 
     if groups is None:
@@ -291,15 +292,17 @@ def _namespace(*values: Any) -> Any:
     return jnp if any(isinstance(v, jax.Array) for v in values) else np
 
 
+def check_alike(rule: str, tree: PyTree, other: PyTree) -> None:
+    """Refuses a tree that has another structure or other shapes than the first."""
+    ours, theirs = (jax.tree.map(np.shape, t) for t in (tree, other))
+    if jax.tree.structure(tree) != jax.tree.structure(other) or ours != theirs:
+        raise ValueError(f"{rule}, {ours}; got {theirs}")
+
+
 def _check_mask(tree: PyTree, mask: PyTree) -> dict[str, jax.Array]:
     """The leaves of a mask by path, after checking that it fits the tree."""
-    shapes = [jax.tree.map(np.shape, t) for t in (tree, mask)]
-    have, want = jax.tree.structure(mask), jax.tree.structure(tree)
-    if have != want or shapes[0] != shapes[1]:
-        raise ValueError(
-            "mask must be a tree of Boolean arrays with the structure and the shapes "
-            f"of the tree, {shapes[0]}; got {shapes[1]}"
-        )
+    rule = "mask must be a tree of Boolean arrays with the structure and the shapes of"
+    check_alike(f"{rule} the tree", tree, mask)
     table = {}
     for path, leaf in leaf_table(mask).items():
         leaf = jnp.asarray(leaf)
@@ -324,14 +327,17 @@ def _check_beta(beta: Any) -> None:
     check_number("beta", beta, low=0, high=high, rule="a number in [0, 1)")
 
 
-def _check_scope(scope: Any, groups: Any, of: Any) -> None:
-    alone, grouped = ("global", "tensor", "row"), ("global", "dimension", "channel")
-    allowed = alone if groups is None else grouped
+def check_scope(scope: Any, groups: Any, grouped: tuple[str, ...]) -> None:
+    """Refuses a scope that does not go with groups, or goes only with them."""
+    allowed = ("global", "tensor", "row") if groups is None else grouped
     if scope not in allowed:
         raise ValueError(
             f"scope must be one of {allowed} {'without' if groups is None else 'with'} "
             f"groups; got {scope!r}"
         )
+
+
+def _check_of(of: Any, groups: Any, scope: Any) -> None:
     if of not in ("weights", "norms"):
         raise ValueError(f"of must be 'weights' or 'norms'; got {of!r}")
     if of == "norms" and (groups is None or scope == "channel"):

@@ -84,8 +84,7 @@ def find_groups(
     Example:
       >>> import jax.numpy as jnp, sdp_jax
       >>> params = {"in": jnp.ones((4, 8)), "out": jnp.ones((8, 3))}
-      >>> def fn(params, x):
-      ...     return jnp.tanh(x @ params["in"]) @ params["out"]
+      >>> fn = lambda params, x: jnp.tanh(x @ params["in"]) @ params["out"]
       >>> print(sdp_jax.find_groups(fn, params, jnp.ones((2, 4))))
       ... # doctest: +ELLIPSIS
       dimension  channels  entries/channel  members

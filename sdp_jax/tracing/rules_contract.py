@@ -10,7 +10,7 @@ from jax import lax
 from sdp_jax.tracing.rule import Rule, per_operand_entry
 from sdp_jax.tracing.rules_elementwise import joint_fill
 from sdp_jax.tracing.trace import INEXACT, Record, Trace, freeze_all, need_zero
-from sdp_jax.tracing.values import ZERO, Axis, Factor, Value, refill
+from sdp_jax.tracing.values import ZERO, Axis, Factor, Value, agree, refill
 
 
 def _contract(
@@ -247,18 +247,9 @@ def _window(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
                 t.freeze(eqn, line, "pools along this axis")
             axes.append(t.space.plain(shape[d]))
             continue
-        lines = t.unify(eqn, lines)
-        keeps = eqn.primitive.name != "reduce_window"
+        axis = agree(t.unify(eqn, lines))
         axes.append(
-            tuple(
-                Factor(
-                    fs[0].atoms,
-                    fs[0].fill
-                    if keeps and all(f.fill == fs[0].fill for f in fs)
-                    else None,
-                )
-                for fs in zip(*lines, strict=True)
-            )
+            axis if eqn.primitive.name != "reduce_window" else refill(axis, None)
         )
     return [Value(tuple(axes), any(v.data for v in ins))]
 

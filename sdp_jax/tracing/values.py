@@ -25,11 +25,8 @@ _LONGEST = 1 << 24
 class Factor:
     """A factor of an axis: its atoms and what absent positions hold.
 
-    Attributes:
-      atoms: an atom for each position.
-      fill: the fill.
-      even: whether all absent positions hold the same, which can be computed from
-        arrays of the same jaxpr. Said of fills that are not zero.
+    It is ``even`` where all of them hold the same, not zero, which can be computed from
+    arrays of the same jaxpr.
     """
 
     atoms: np.ndarray
@@ -47,21 +44,14 @@ Axis: TypeAlias = tuple[Factor, ...]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Value:
-    """What is known of an array.
-
-    Attributes:
-      axes: the factors of each axis.
-      data: whether it depends on the inputs (an activation), not on parameters alone.
-      zero: whether it is zero everywhere.
-      known: the entries, of scalars and small integer arrays that depend on nothing.
-      free: whether it depends on neither parameters nor inputs: each equation that
-        reads it may take another part of it.
-    """
+    """What is known of an array."""
 
     axes: tuple[Axis, ...]
-    data: bool
-    zero: bool = False
+    data: bool  # Depends on the inputs (an activation), not on parameters alone.
+    zero: bool = False  # Everywhere.
+    # The entries, of scalars and small integer arrays that depend on nothing.
     known: np.ndarray | None = None
+    # Depends on neither parameters nor inputs: each reader may take another part.
     free: bool = False
 
     @property
@@ -78,6 +68,14 @@ def length(axis: Axis) -> int:
 def refill(axis: Axis, fill: Fill) -> Axis:
     """The same axis with another fill."""
     return tuple(Factor(f.atoms, fill) for f in axis)
+
+
+def agree(axes: Sequence[Axis]) -> Axis:
+    """One of several axes with the same atoms, with the fills that all of them have."""
+    return tuple(
+        Factor(fs[0].atoms, fs[0].fill if len({f.fill for f in fs}) == 1 else None)
+        for fs in zip(*axes, strict=True)
+    )
 
 
 class Space:
