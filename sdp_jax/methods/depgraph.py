@@ -219,10 +219,8 @@ def group_norm_regularizer(
     def init(params: optax.Params) -> GroupNormRegularizerState:
         check_params(groups, params)
         if jax.tree.leaves(params):
-            # Says which member is missing.
-            jax.eval_shape(
-                lambda p: member_sums(groups, p, magnitude, roles=ROLES), params
-            )
+            # It says which member is missing.
+            member_sums(groups, params, magnitude, roles=ROLES)
         size, dtype = (groups.num_channels,), jnp.result_type(float)
         strengths = jnp.full(size, reg, dtype)
         return GroupNormRegularizerState(

@@ -248,9 +248,8 @@ def _window(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
             axes.append(t.space.plain(shape[d]))
             continue
         axis = agree(t.unify(eqn, lines))
-        axes.append(
-            axis if eqn.primitive.name != "reduce_window" else refill(axis, None)
-        )
+        known = eqn.primitive.name != "reduce_window"
+        axes.append(axis if known else refill(axis, None))
     return [Value(tuple(axes), any(v.data for v in ins))]
 
 
