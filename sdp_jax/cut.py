@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -319,15 +319,7 @@ class Cut:
             flops = self.dense.flops.at
             full, left = (list(w.values()) for w in (self.dense.sizes, self.widths))
             rows.append(("FLOPs", flops(full), flops(left)))
-        first = max([len(row[0]) for row in rows] + [9])
-        second = max([len(f"{row[1]:,.0f}") for row in rows] + [6])
-        lines = [f"{'dimension':<{first}}  {'before':>{second}}  {'after':>{second}}"]
-        for name, a, b in rows:
-            share = f"{b / max(a, 1):7.1%}"
-            lines.append(
-                f"{name:<{first}}  {a:{second},.0f}  {b:{second},.0f}  {share}"
-            )
-        return "\n".join(lines)
+        return "\n".join(before_and_after("dimension", rows))
 
     def __str__(self) -> str:
         return self.summary()
@@ -440,6 +432,17 @@ def _take(leaf: Any, index: np.ndarray, axis: int) -> Any:
     if isinstance(leaf, np.ndarray):
         return np.take(leaf, index, axis=axis)
     return jnp.take(leaf, index, axis=axis)
+
+
+def before_and_after(head: str, rows: Sequence[tuple[str, float, float]]) -> list[str]:
+    """The lines of a table of numbers before and after, and of their ratios."""
+    first = max([len(row[0]) for row in rows] + [len(head)])
+    second = max([len(f"{row[1]:,.0f}") for row in rows] + [6])
+    lines = [f"{head:<{first}}  {'before':>{second}}  {'after':>{second}}"]
+    for name, a, b in rows:
+        share = f"{b / max(a, 1e-12):7.1%}"
+        lines.append(f"{name:<{first}}  {a:{second},.0f}  {b:{second},.0f}  {share}")
+    return lines
 
 
 def check_like(small: PyTree, like: PyTree) -> None:

@@ -257,6 +257,9 @@ def _window_flops(eqn: Any, shapes: Sequence[Any], outs: Sequence[Any]) -> Any:
     return math.prod(outs[0]) * math.prod(eqn.params["window_dimensions"])
 
 
+WINDOWS = "reduce_window_sum reduce_window_max reduce_window_min reduce_window \
+select_and_scatter_add select_and_gather_add".split()
+
 RULES: dict[str, Rule] = {
     "dot_general": Rule(_dot, flops=_dot_flops),
     "conv_general_dilated": Rule(_conv, rebuild=_rebuild_conv, flops=_conv_flops),
@@ -276,17 +279,7 @@ RULES: dict[str, Rule] = {
     "sort": Rule(_sort),
     "top_k": Rule(_top_k),
     "fft": Rule(_fft),
-    **dict.fromkeys(
-        (
-            "reduce_window_sum",
-            "reduce_window_max",
-            "reduce_window_min",
-            "reduce_window",
-            "select_and_scatter_add",
-            "select_and_gather_add",
-        ),
-        Rule(_window, flops=_window_flops),
-    ),
+    **dict.fromkeys(WINDOWS, Rule(_window, flops=_window_flops)),
     "select_and_scatter": Rule(freeze_all, known=False, flops=_window_flops),
     **dict.fromkeys(
         ("reduce_scatter", "reduce_scatter_start", "reduce_scatter_done"),
