@@ -185,13 +185,7 @@ def increg(
         complete = each_dimension(groups, jnp.sum, gone) >= numbers
         coefficients = jnp.where(gone | complete, 0, raised)
         point = keep_channels(groups, candidate, ~gone)
-        new_state = IncRegState(
-            base_state,
-            count,
-            PerChannel(coefficients),
-            PerChannel(start),
-            PerChannel(gone),
-        )
-        return step_to(point, params), new_state
+        vectors = map(PerChannel, (coefficients, start, gone))
+        return step_to(point, params), IncRegState(base_state, count, *vectors)
 
     return transformation("increg", init, update)

@@ -215,8 +215,7 @@ def perspective_regularizer(
 
 def _check_perspective(alpha: Any, bound: Any) -> None:
     """Refuses parameters of :func:`perspective` that are out of range."""
-    least = math.nextafter(0, 1)
-    high = math.nextafter(1, 0)
+    least, high = math.nextafter(0, 1), math.nextafter(1, 0)
     check_number("alpha", alpha, low=least, high=high, rule="a number in (0, 1)")
     check_number("bound", bound, low=least, rule="a positive number")
 

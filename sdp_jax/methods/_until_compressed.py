@@ -106,15 +106,9 @@ def until_compressed(
 
     def bind(rate: Any, momentum: Any) -> Strength:
         assert inner.bind is not None
-        return until_compressed(
-            inner.bind(rate, momentum),
-            p=p,
-            q=q,
-            rise=rise,
-            decay=decay,
-            begin_step=begin_step,
-            scope=scope,
-        )
+        numbers = {"p": p, "q": q, "rise": rise, "decay": decay}
+        bound = inner.bind(rate, momentum)
+        return until_compressed(bound, **numbers, begin_step=begin_step, scope=scope)
 
     def init(groups: Groups, floors: prox.Floors) -> UntilCompressedState:
         dtype = jnp.result_type(float)

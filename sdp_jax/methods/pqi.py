@@ -83,9 +83,7 @@ def pq_index(
     """
     check_exponents(p, q)
     table = leaf_table(tree)
-    masks: dict[str, Any] = {}
-    if mask is not None:
-        masks = _check_mask(tree, mask)
+    masks = {} if mask is None else _check_mask(tree, mask)
     check_scope(scope, groups, ("global", "dimension", "channel"))
     _check_of(of, groups, scope)
     arrays = {path: jnp.asarray(leaf) for path, leaf in table.items()}
@@ -94,13 +92,10 @@ def pq_index(
         pairs = [(leaf, masks.get(path)) for path, leaf in arrays.items()]
         if scope == "global":
             return index_of(pairs, p, q)
-        if scope == "tensor":
-            values = [index_of([pair], p, q) for pair in pairs]
-        else:
-            values = [
-                index_of([tuple(_rows(x, axis) for x in pair)], p, q, 1)
-                for pair in pairs
-            ]
+        over = None if scope == "tensor" else 1
+        if over:
+            pairs = [(_rows(x, axis), _rows(alive, axis)) for x, alive in pairs]
+        values = [index_of([pair], p, q, over) for pair in pairs]
         return jax.tree.unflatten(jax.tree.structure(tree), values)
 
     check_kind(groups)
@@ -193,7 +188,8 @@ def prune_count(
       153
     """
     check_number("gamma", gamma, low=0, rule="a non-negative number")
-    _check_beta(beta)
+    high = math.nextafter(1, 0)
+    check_number("beta", beta, low=0, high=high, rule="a number in [0, 1)")
     xp = _namespace(index, d)
     r = xp.ceil(pq_bound(index, d, p, q, eta))
     # The same as in the docstring, but exact where r and d are whole numbers.
@@ -320,11 +316,6 @@ def check_exponents(p: Any, q: Any) -> None:
         check_number(name, value, low=0, rule="a positive number, 0 < p < q")
     if not any(isinstance(x, jax.Array) for x in (p, q)) and not 0 < p < q:
         raise ValueError(f"exponents must fulfil 0 < p < q; got p={p!r}, q={q!r}")
-
-
-def _check_beta(beta: Any) -> None:
-    high = math.nextafter(1, 0)
-    check_number("beta", beta, low=0, high=high, rule="a number in [0, 1)")
 
 
 def check_scope(scope: Any, groups: Any, grouped: tuple[str, ...]) -> None:

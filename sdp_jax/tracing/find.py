@@ -15,9 +15,7 @@ from sdp_jax.tracing.members import find_dimensions
 from sdp_jax.tree import leaf_table
 
 # Running statistics by the names that Flax, Haiku and Equinox give them.
-STATE = tuple(
-    "*batch_stats* *running_* *moving_* *_ema/* mean */mean var */var".split()
-)
+STATE = "*batch_stats* *running_* *moving_* *_ema/* mean */mean var */var".split()
 
 _UNUSED = "is not used by the function at these input shapes"
 _UNEVEN = (

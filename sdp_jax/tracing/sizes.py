@@ -75,8 +75,7 @@ class Sizes:
                     self._symbols[name] = self._prime()
             # The text is what jax.export.symbolic_shape reads.
             scope = {"__builtins__": {}, **_FUNCTIONS, **self._symbols}
-            number = eval(text.replace("^", "**"), scope)
-            self._known[size] = number
+            self._known[size] = eval(text.replace("^", "**"), scope)
         return self._known[size]
 
     def _prime(self) -> int:
