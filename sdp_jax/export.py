@@ -85,10 +85,8 @@ def export_stablehlo(
 
     if embed_params:
         if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(params)):
-            raise ValueError(
-                "embed_params=True needs parameters with values; got a "
-                "jax.ShapeDtypeStruct"
-            )
+            told = "embed_params=True needs parameters with values"
+            raise ValueError(f"{told}; got a jax.ShapeDtypeStruct")
         function, args = functools.partial(call, params), moving
     else:
         function, args = call, [jax.tree.map(_shape, params), *moving]

@@ -39,7 +39,7 @@ def load(
     if not (path / "cut.json").is_file() or not (path / "params").is_dir():
         raise FileNotFoundError(
             f"{path} holds no saved cut: it needs cut.json and params/, as "
-            "sdp_jax.save writes them"
+            "Pruned.save writes them"
         )
     cut = Cut.from_json((path / "cut.json").read_text())
     target = None if like is None else cut.small_like(like)

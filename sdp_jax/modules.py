@@ -39,15 +39,13 @@ def take_apart(
     if found is not None:
         return *found, tuple(args)
     if not callable(fn):
+        hint = (
+            ". It is no function itself: give its method apply, and the parameters "
+            "that its method init makes"
+        )
         raise TypeError(
             "expected a function of parameters and inputs, a flax.nnx module or an "
-            f"equinox.Module; got {type(fn).__name__}"
-            + (
-                ". It is no function itself: give its method apply, and the parameters "
-                "that its method init makes"
-                if hasattr(fn, "apply")
-                else ""
-            )
+            f"equinox.Module; got {type(fn).__name__}{hint * hasattr(fn, 'apply')}"
         )
     if not args:
         raise TypeError(

@@ -46,12 +46,9 @@ class Report:
             ("parameters", self.dense.parameters, self.small.parameters),
             ("bytes", self.dense.parameter_bytes, self.small.parameter_bytes),
             ("FLOPs", self.dense.flops, self.small.flops),
-            (
-                "activation bytes",
-                self.dense.activation_bytes,
-                self.small.activation_bytes,
-            ),
         ]
+        sizes = self.dense.activation_bytes, self.small.activation_bytes
+        rows.append(("activation bytes", *sizes))
         assert self.dense_seconds is not None and self.small_seconds is not None
         times = 1e6 * self.dense_seconds, 1e6 * self.small_seconds
         rows.append(("microseconds", *times))

@@ -54,11 +54,9 @@ def _is_value(key: Any) -> bool:
 
 def missing_path_message(path: str, paths: Sequence[str]) -> str:
     """Says that a path is not in a tree, and which ones are near it."""
-    if any(path == f"{p.split('/')[0]}/{q}" for p in [path] for q in paths):
-        hint = (
-            f"the tree has {path.split('/', 1)[1]!r}: use "
-            f"groups.at({path.split('/')[0]!r}) here"
-        )
+    top, below, rest = path.partition("/")
+    if below and rest in paths:
+        hint = f"the tree has {rest!r}: use groups.at({top!r}) here"
     else:
         near = difflib.get_close_matches(path, paths, n=3, cutoff=0.3)
         hint = f"did you mean {near}?" if near else f"the tree has {list(paths)[:5]}"

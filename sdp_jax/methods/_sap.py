@@ -515,7 +515,7 @@ def _check_trained(params: PyTree, trained: PyTree, mask: PyTree) -> None:
     check_alike(rule, params, trained)
     masks = leaf_table(mask)
     for path, leaf in leaf_table(trained).items():
-        if np.any(np.isnan(np.asarray(leaf, np.float32))):
+        if np.any(np.isnan(_magnitude(leaf))):
             raise ValueError(
                 f"train returned NaN in leaf {path!r}; lower its learning rate"
             )

@@ -30,12 +30,8 @@ def pick_out(array: Any, index: np.ndarray, axis: int) -> Any:
     """The positions ``index`` of an array along an axis."""
     if len(index) and (np.diff(index) == 1).all():
         return lax.slice_in_dim(array, int(index[0]), int(index[-1]) + 1, axis=axis)
-    where = (slice(None),) * axis + (index,)
-    return (
-        jnp.asarray(array)
-        .at[where]
-        .get(mode="promise_in_bounds", wrap_negative_indices=False)
-    )
+    where = jnp.asarray(array).at[(slice(None),) * axis + (index,)]
+    return where.get(mode="promise_in_bounds", wrap_negative_indices=False)
 
 
 _NOTHING = contextlib.nullcontext()
@@ -191,22 +187,16 @@ class Evaluator:
                 jnp.zeros(self.shape(record, k), var.aval.dtype)
                 for k, var in enumerate(record.eqn.outvars)
             ]
-        cut = any(
-            self.is_cut(axis)
-            for value in (*record.ins, *record.outs)
-            for axis in value.axes
-        )
+        values = (*record.ins, *record.outs)
+        cut = any(self.is_cut(axis) for value in values for axis in value.axes)
         rule = self._rules.get(record.eqn.primitive.name, NO_RULE)
         if rule.rebuild is None or not cut:
             return self.rebind(record, args)
         return rule.rebuild(self, record, args)
 
     def _is_empty(self, value: Value) -> bool:
-        return any(
-            f.size and not self._factor(f.atoms)[0].any()
-            for axis in value.axes
-            for f in axis
-        )
+        factors = (f for axis in value.axes for f in axis)
+        return any(f.size and not self._factor(f.atoms)[0].any() for f in factors)
 
     def rebind(self, record: Record, args: Sequence[Any], **changed: Any) -> list[Any]:
         """Binds the primitive of an equation to other operands and parameters."""

@@ -216,11 +216,9 @@ def _weakened(t: Trace, eqn: Any, value: Value, tangent: Value) -> Value:
     axes = []
     for a, b in zip(value.axes, tangent.axes, strict=True):
         a, b = t.unify(eqn, [a, b])
+        pairs = zip(a, b, strict=True)
         axes.append(
-            tuple(
-                Factor(f.atoms, None if g.fill is None else f.fill)
-                for f, g in zip(a, b, strict=True)
-            )
+            tuple(Factor(f.atoms, None if g.fill is None else f.fill) for f, g in pairs)
         )
     return dataclasses.replace(value, axes=tuple(axes))
 

@@ -123,11 +123,8 @@ class Space:
         axes = []
         for axis in value.axes:
             even = all(f.even for f in axis)
-            axes.append(
-                tuple(
-                    Factor(f.atoms, fill, even) for f in self.fresh(length(axis), fill)
-                )
-            )
+            new = self.fresh(length(axis), fill)
+            axes.append(tuple(Factor(f.atoms, fill, even) for f in new))
         return dataclasses.replace(value, axes=tuple(axes))
 
     def freeze(self, axis: Axis, reason: Reason) -> Axis:
