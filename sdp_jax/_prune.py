@@ -254,8 +254,7 @@ def prune(
     Example:
       >>> import jax.numpy as jnp, sdp_jax
       >>> params = {"in": jnp.array([[1., 0.], [2., 0.]]), "out": jnp.ones((2, 3))}
-      >>> def fn(params, x):
-      ...     return jnp.tanh(x @ params["in"]) @ params["out"]
+      >>> fn = lambda params, x: jnp.tanh(x @ params["in"]) @ params["out"]
       >>> x = jnp.array([[0.1, 0.2]])
       >>> pruned = sdp_jax.prune(fn, params, x)
       >>> pruned.params["in"].shape

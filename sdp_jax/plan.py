@@ -83,13 +83,12 @@ def plan_cut(
     Example:
       >>> import jax.numpy as jnp, sdp_jax
       >>> params = {"w": jnp.array([[3., 0., 1.], [4., 0., 1.]])}
-      >>> groups = sdp_jax.groups_from_axes(
-      ...     params, {"hidden": [sdp_jax.Member("w", 1)]})
+      >>> groups = sdp_jax.groups_from_axes(params, {"unit": [sdp_jax.Member("w", 1)]})
       >>> sdp_jax.plan_cut(groups, params).widths
-      {'hidden': 2}
+      {'unit': 2}
       >>> scores = sdp_jax.channel_norms(groups, params)
       >>> sdp_jax.plan_cut(groups, params, scores=scores, sparsity=0.6).widths
-      {'hidden': 1}
+      {'unit': 1}
     """
     _check_counts(min_channels, round_to)
     if target not in get_args(Target):
@@ -126,7 +125,9 @@ def plan_cut(
     values = _check_scores(groups, scores)
     protected = _protected(groups, values, min_channels, limits or {})
     blocks = groups.blocks(ranking)
-    orders = [_order(block, values, protected) for block in blocks]
+    # Channels that may go, the lowest score first.
+    frees = [block[~protected[block]] for block in blocks]
+    orders = [free[np.argsort(values[free], kind="stable")] for free in frees]
 
     def cut_after(counts: Sequence[int]) -> Cut:
         """What stays when each block loses this many channels."""
@@ -229,10 +230,7 @@ def _check_scores(groups: Groups, scores: Scores) -> np.ndarray:
 
 
 def _protected(
-    groups: Groups,
-    values: np.ndarray,
-    min_channels: int,
-    limits: Mapping[str, float],
+    groups: Groups, values: np.ndarray, min_channels: int, limits: Mapping[str, float]
 ) -> np.ndarray:
     """Channels that must stay: the best of each dimension."""
     names = {d.name: [d.name, *(m.path for m in d.members)] for d in groups}
@@ -256,12 +254,6 @@ def _protected(
         mask[np.argsort(-line, kind="stable")[:count]] = True
         protected.append(mask)
     return np.concatenate([np.zeros(0, bool), *protected])
-
-
-def _order(block: np.ndarray, values: np.ndarray, protected: np.ndarray) -> np.ndarray:
-    """Channels of a block that may go, the lowest score first."""
-    free = block[~protected[block]]
-    return free[np.argsort(values[free], kind="stable")]
 
 
 def _rounded(stay: np.ndarray, values: np.ndarray, round_to: int) -> tuple[int, ...]:

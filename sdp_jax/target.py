@@ -25,13 +25,7 @@ RISE = 0.3
 
 
 class TargetState(NamedTuple):
-    """State of :func:`target_sparsity`.
-
-    Attributes:
-      count: number of updates so far, int32 scalar.
-      thresholds: the latest thresholds, infinite for a channel that is zero; they stay
-        fixed once the end step is reached.
-    """
+    """Updates so far, and thresholds: infinite where zero, fixed from the end on."""
 
     count: jax.Array
     thresholds: PerChannel
@@ -87,8 +81,7 @@ def target_sparsity(
     Example:
       >>> import jax.numpy as jnp, sdp_jax
       >>> params = {"w": jnp.ones((2, 4))}
-      >>> groups = sdp_jax.groups_from_axes(
-      ...     params, {"hidden": [sdp_jax.Member("w", 1)]})
+      >>> groups = sdp_jax.groups_from_axes(params, {"unit": [sdp_jax.Member("w", 1)]})
       >>> strength = sdp_jax.target_sparsity(0.5, begin_step=0, end_step=1)
       >>> state, norms = strength.init(groups, [1]), jnp.array([1., 4., 2., 3.])
       >>> thresholds, state = strength.update(state, norms, groups, [1])
@@ -203,8 +196,7 @@ def _wanted(
 ) -> list[jax.Array]:
     """How many channels of each block must go until ``goal`` of a count is left.
 
-    Channels go in the order of their norms, or of their ranks within their blocks
-    as shares of these. While the target rises a part of a channel counts.
+    They go by norm, or by rank as a share of their block; in between a part counts.
     """
     sizes = list(groups.sizes.values())
     flat = jnp.where(prox.largest_each(groups, norms, floors), jnp.inf, norms)

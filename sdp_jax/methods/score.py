@@ -1,6 +1,6 @@
 """What all scores have in common: their signature, checks, and a unit of length."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -30,8 +30,23 @@ class Score(Protocol):
         ...
 
 
+def of_params(function: Callable[[Groups, PyTree], jax.Array]) -> Score:
+    """A score that looks at the parameters alone."""
+
+    def score(
+        groups: Groups,
+        params: PyTree,
+        grads: PyTree | None = None,
+        activations: Any = None,
+    ) -> jax.Array:
+        del grads, activations
+        return function(groups, params)
+
+    return score
+
+
 def need_gradients(grads: PyTree | None, name: str) -> PyTree:
-    """The gradients, after checking that the score of this name got some."""
+    """Returns the gradients, after checking that they are there."""
     if grads is None:
         raise ValueError(
             f"{name} needs gradients: call score(groups, params, grads), or put the "
@@ -51,7 +66,7 @@ def check_score(score: Any) -> None:
 
 
 def check_scores(groups: Groups, scores: Any) -> jax.Array:
-    """A vector, or one for each dimension name, as one float32 vector."""
+    """All scores as one float32 vector, from a vector or arrays by dimension name."""
     if isinstance(scores, Mapping):
         try:
             scores = groups.join(scores)

@@ -14,14 +14,8 @@ from sdp_jax.tracing import rules_elementwise
 from sdp_jax.tracing.rule import Rule
 from sdp_jax.tracing.sizes import original
 from sdp_jax.tracing.source import is_jax
-from sdp_jax.tracing.trace import (
-    Body,
-    Nested,
-    Record,
-    Trace,
-    freeze_all,
-)
-from sdp_jax.tracing.values import Axis, Factor, Value, refill
+from sdp_jax.tracing.trace import Body, Nested, Record, Trace, freeze_all
+from sdp_jax.tracing.values import Axis, Factor, Value, agree, refill
 
 # Rules of derivatives call the function itself; this deep their rules are followed.
 MAX_DEPTH = 2
@@ -169,18 +163,8 @@ def _cond(t: Trace, eqn: Any, ins: list[Value]) -> Nested:
     for values in zip(*(b.outs for b in bodies), strict=True):
         data = ins[0].data or any(v.data for v in values)
         values = [t.settled(dataclasses.replace(v, data=data)) for v in values]
-        axes = []
-        for lines in zip(*(v.axes for v in values), strict=True):
-            lines = t.unify(eqn, lines)
-            axes.append(
-                tuple(
-                    Factor(
-                        fs[0].atoms,
-                        fs[0].fill if all(f.fill == fs[0].fill for f in fs) else None,
-                    )
-                    for fs in zip(*lines, strict=True)
-                )
-            )
+        lines = zip(*(v.axes for v in values), strict=True)
+        axes = [agree(t.unify(eqn, line)) for line in lines]
         outs.append(Value(tuple(axes), data, all(v.zero for v in values)))
     return outs, bodies
 
@@ -232,11 +216,9 @@ def _weakened(t: Trace, eqn: Any, value: Value, tangent: Value) -> Value:
     axes = []
     for a, b in zip(value.axes, tangent.axes, strict=True):
         a, b = t.unify(eqn, [a, b])
+        pairs = zip(a, b, strict=True)
         axes.append(
-            tuple(
-                Factor(f.atoms, None if g.fill is None else f.fill)
-                for f, g in zip(a, b, strict=True)
-            )
+            tuple(Factor(f.atoms, None if g.fill is None else f.fill) for f, g in pairs)
         )
     return dataclasses.replace(value, axes=tuple(axes))
 

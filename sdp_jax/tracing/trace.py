@@ -23,23 +23,14 @@ INEXACT = "sums over channels that do not become zero"
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Record:
-    """An equation with the values around it and the traces of what it calls.
-
-    Attributes:
-      eqn: the equation.
-      view: the same with numbers for symbolic sizes.
-      ins: values of its operands.
-      outs: values of its results.
-      bodies: traces of the functions that it calls.
-      copied: operands of which it takes a part of its own.
-    """
+    """An equation with the values around it and the traces of what it calls."""
 
     eqn: Any
-    view: Any
+    view: Any  # The same with numbers for symbolic sizes.
     ins: list[Value]
     outs: list[Value]
     bodies: tuple["Body", ...] = ()
-    copied: frozenset[int] = frozenset()
+    copied: frozenset[int] = frozenset()  # Operands of which it takes its own part.
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -58,29 +49,11 @@ Nested: TypeAlias = tuple[list[Value], tuple[Body, ...]]
 
 
 class Trace:
-    """One walk: the space of atoms, and which parameter axes must be zero.
+    """One walk: the space of atoms, and which parameter axes must be zero."""
 
-    Attributes:
-      space: makes and equates axes.
-      sizes: numbers for symbolic sizes.
-      producers: numbers of the parameter axes whose zeros the fills rely on.
-      derivatives: whether to follow derivative rules of element-wise functions.
-      depth: how many rules of derivatives deep the walk is.
-    """
-
-    def __init__(
-        self,
-        rules: Mapping[str, Rule],
-        *,
-        derivatives: bool = True,
-    ) -> None:
-        """Starts a walk.
-
-        Args:
-          rules: what is known of each primitive.
-          derivatives: whether to follow the derivative rules of element-wise
-            functions, too; they ask for nothing new, but evaluation needs them.
-        """
+    def __init__(self, rules: Mapping[str, Rule], *, derivatives: bool = True) -> None:
+        # Derivative rules of element-wise functions: they ask for nothing new, but
+        # evaluation needs them.
         self.derivatives = derivatives
         self.space = Space()
         self.sizes = Sizes()
@@ -112,16 +85,7 @@ class Trace:
         return Reason(eqn.primitive.name, why, self._place or eqn.source_info)
 
     def run(self, jaxpr: Any, consts: Sequence[Any], ins: Sequence[Value]) -> Body:
-        """Walks a jaxpr.
-
-        Args:
-          jaxpr: an open jaxpr.
-          consts: arrays for its constant variables.
-          ins: values of its inputs.
-
-        Returns:
-          Its trace.
-        """
+        """Walks a jaxpr."""
         const_values = [self.constant(c) for c in consts]
         ins = [_uneven(v) for v in ins]
         env: dict[Any, Value] = {}
@@ -157,7 +121,7 @@ class Trace:
             outs = [self.settled(v) for v in outs]
             if not rule.even:
                 outs = [_uneven(v) for v in outs]
-            outs = [v if v.free == free else _set_free(v, free) for v in outs]
+            outs = [dataclasses.replace(v, free=free) for v in outs]
             if rule.known:
                 outs = self._compute(view, values, outs)
             records.append(Record(eqn, view, values, outs, bodies, copied))
@@ -178,10 +142,9 @@ class Trace:
         known = not isinstance(array, jax.core.Tracer) and np.size(array) <= 4096
         zero = known and not np.any(np.asarray(array))
         value = self.space.fresh_value(shape, data=False, zero=bool(zero))
-        value = _set_free(value, True)
-        if known and dtype is not None and _is_index(shape, dtype):
-            return dataclasses.replace(value, known=np.asarray(array))
-        return value
+        index = known and dtype is not None and _is_index(shape, dtype)
+        entries = np.asarray(array) if index else None
+        return dataclasses.replace(value, free=True, known=entries)
 
     def _compute(self, eqn: Any, ins: list[Value], outs: list[Value]) -> list[Value]:
         """Adds the entries of results whose operands are known: indices, often."""
@@ -243,10 +206,6 @@ def _uneven(value: Value) -> Value:
         return value
     axes = tuple(tuple(Factor(f.atoms, f.fill) for f in axis) for axis in value.axes)
     return dataclasses.replace(value, axes=axes)
-
-
-def _set_free(value: Value, free: bool) -> Value:
-    return dataclasses.replace(value, free=free)
 
 
 def _live(jaxpr: Any) -> list[Any]:
