@@ -44,7 +44,11 @@ class Record:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Body:
-    """The trace of one jaxpr at one place where it is called."""
+    """The trace of one jaxpr at one place where it is called.
+
+    Attributes:
+      copied: results of which the caller takes a part of its own.
+    """
 
     jaxpr: Any
     consts: Sequence[Any]
@@ -52,6 +56,7 @@ class Body:
     ins: list[Value]
     records: list[Record]
     outs: list[Value]
+    copied: frozenset[int] = frozenset()
 
 
 Nested: TypeAlias = tuple[list[Value], tuple[Body, ...]]
@@ -137,14 +142,11 @@ class Trace:
             return env[var]
 
         records = []
-        results = {v for v in jaxpr.outvars if not isinstance(v, Literal)}
         for eqn in _live(jaxpr):
             values = [read(v) for v in eqn.invars]
             free = all(v.free for v in values)
             copied = frozenset(
-                i
-                for i, (var, v) in enumerate(zip(eqn.invars, values, strict=True))
-                if v.free and v.axes and not free and var not in results
+                i for i, v in enumerate(values) if v.free and v.axes and not free
             )
             for i in copied:
                 values[i] = self.space.copy(values[i])
@@ -157,13 +159,21 @@ class Trace:
             outs = [self.settled(v) for v in outs]
             if not rule.even:
                 outs = [_uneven(v) for v in outs]
-            outs = [v if v.free == free else _set_free(v, free) for v in outs]
+            outs = [v if v.free == free else set_free(v, free) for v in outs]
             if rule.known:
                 outs = self._compute(view, values, outs)
             records.append(Record(eqn, view, values, outs, bodies, copied))
             env.update(zip(eqn.outvars, outs, strict=True))
         outs = [read(v) for v in jaxpr.outvars]
-        return Body(jaxpr, consts, const_values, list(ins), records, outs)
+        # What is free is whole in its body, whatever the caller takes of it.
+        copied = frozenset(
+            i
+            for i, v in enumerate(outs)
+            if v.free and v.axes and not all(v.free for v in ins)
+        )
+        for i in copied:
+            outs[i] = set_free(self.space.copy(outs[i]), False)
+        return Body(jaxpr, consts, const_values, list(ins), records, outs, copied)
 
     def run_closed(self, closed: Any, ins: Sequence[Value]) -> Body:
         """Walks a closed jaxpr."""
@@ -178,7 +188,7 @@ class Trace:
         known = not isinstance(array, jax.core.Tracer) and np.size(array) <= 4096
         zero = known and not np.any(np.asarray(array))
         value = self.space.fresh_value(shape, data=False, zero=bool(zero))
-        value = _set_free(value, True)
+        value = set_free(value, True)
         if known and dtype is not None and _is_index(shape, dtype):
             return dataclasses.replace(value, known=np.asarray(array))
         return value
@@ -245,7 +255,7 @@ def _uneven(value: Value) -> Value:
     return dataclasses.replace(value, axes=axes)
 
 
-def _set_free(value: Value, free: bool) -> Value:
+def set_free(value: Value, free: bool) -> Value:
     return dataclasses.replace(value, free=free)
 
 
@@ -287,11 +297,13 @@ def _nothing(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
     ]
 
 
-def freeze_all(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
+def freeze_all(
+    t: Trace, eqn: Any, ins: list[Value], why: str = "no rule for this primitive"
+) -> list[Value]:
     """Where there is no rule, nothing around the equation can be cut."""
     for value in ins:
         for axis in value.axes:
-            t.freeze(eqn, axis, "no rule for this primitive")
+            t.freeze(eqn, axis, why)
     data = any(v.data for v in ins)
     return [
         t.space.plain_value(getattr(v.aval, "shape", ()), data=data)
