@@ -28,12 +28,13 @@ def save(directory: str | os.PathLike[str], params: PyTree, cut: Cut) -> None:
 
     Example:
       >>> import tempfile, jax.numpy as jnp, sdp_jax
+      >>> from sdp_jax import files
       >>> params = {"w": jnp.array([[1., 0.], [2., 0.]])}
       >>> groups = sdp_jax.groups_from_axes(
       ...     params, {"hidden": [sdp_jax.Member("w", 1)]})
       >>> cut = sdp_jax.plan_cut(groups, params)
       >>> with tempfile.TemporaryDirectory() as folder:
-      ...     sdp_jax.save(f"{folder}/small", cut.take(params), cut)
+      ...     files.save(f"{folder}/small", cut.take(params), cut)
     """
     cut.check_small(params)
     checkpointing = _orbax()
@@ -73,13 +74,14 @@ def load(
 
     Example:
       >>> import tempfile, jax.numpy as jnp, sdp_jax
+      >>> from sdp_jax import files
       >>> params = {"w": jnp.array([[1., 0.], [2., 0.]])}
       >>> groups = sdp_jax.groups_from_axes(
       ...     params, {"hidden": [sdp_jax.Member("w", 1)]})
       >>> cut = sdp_jax.plan_cut(groups, params)
       >>> with tempfile.TemporaryDirectory() as folder:
-      ...     sdp_jax.save(folder + "/pruned", cut.take(params), cut)
-      ...     small, again = sdp_jax.load(folder + "/pruned", like=params)
+      ...     files.save(folder + "/pruned", cut.take(params), cut)
+      ...     small, again = files.load(folder + "/pruned", like=params)
       >>> print(small["w"].shape, again == cut)
       (2, 1) True
     """
@@ -88,7 +90,7 @@ def load(
     if not (path / "cut.json").is_file() or not (path / "params").is_dir():
         raise FileNotFoundError(
             f"{path} holds no saved cut: it needs cut.json and params/, as "
-            "sdp_jax.save writes them"
+            "Pruned.save writes them"
         )
     cut = Cut.from_json((path / "cut.json").read_text())
     target = None if like is None else cut.small_like(like)

@@ -210,9 +210,12 @@ def _check_tree(groups: Groups, params: PyTree) -> None:
 def _check_scores(groups: Groups, scores: Scores) -> np.ndarray:
     if isinstance(scores, Mapping):
         try:
-            scores = groups.join(scores)
+            groups.join(scores)
         except ValueError as error:
             raise ValueError(f"scores: {error}") from error
+        # Joined anew, so that scores of 64 bits are not rounded.
+        lines = [np.asarray(scores[name], np.float64) for name in groups.sizes]
+        scores = np.concatenate([np.zeros(0), *lines])
     values = np.asarray(scores, np.float64)
     if values.shape != (groups.num_channels,):
         raise ValueError(

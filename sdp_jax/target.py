@@ -105,6 +105,11 @@ def target_sparsity(
         raise ValueError(f"target is {target!r}; use one of {get_args(Target)}")
 
     def init(groups: Groups, floors: prox.Floors) -> TargetState:
+        if not len(groups):
+            raise ValueError(
+                "target_sparsity ranks channels, and these groups have none: "
+                "single entries, as soft_threshold has them, cannot be ranked"
+            )
         if target == "channels":
             _check_channels(sparsity, groups, floors, ranking)
         else:

@@ -321,7 +321,7 @@ def soft_threshold(
 
     Args:
       strength: a constant threshold, a schedule, or a :class:`sdp_jax.Strength` that
-        does not depend on the norms.
+        looks at each norm for itself: no target, which ranks channels.
 
     Returns:
       A transformation; its ``update`` needs ``params`` and emits their dtype.
@@ -359,11 +359,13 @@ def entry_threshold(
         del extra_args
         params = need_params(params, updates, "soft_threshold")
         candidate = updates if candidates else add_step(params, updates)
-        one = jnp.zeros((1,), jnp.result_type(float))
-        (threshold,), strength_state = rule.update(state.strength, one, nothing, ())
+        strength_state = state.strength
 
         def shrunk(leaf: jax.Array) -> jax.Array:
-            return leaf * prox.soft_threshold_factor(jnp.abs(leaf), threshold)
+            nonlocal strength_state
+            norms = jnp.abs(leaf)
+            thresholds, strength_state = rule.update(state.strength, norms, nothing, ())
+            return leaf * prox.soft_threshold_factor(norms, thresholds)
 
         point = jax.tree.map(shrunk, candidate)
         return step_to(point, params), SoftThresholdState(strength_state)

@@ -82,6 +82,12 @@ def test_scores_are_a_vector_or_arrays_by_name():
         assert plan(scores=scores, sparsity=0.5) == plan(sparsity=0.5)
 
 
+def test_scores_keep_their_64_bits():
+    near = {name: 1 + 1e-12 * np.arange(n)[::-1] for name, n in GROUPS.sizes.items()}
+    cut = plan(scores=near, sparsity=0.5, ranking="dimension")
+    assert cut.kept == (tuple(range(6)), tuple(range(4)))
+
+
 def test_latency_is_a_target_too():
     inputs = dict(target="latency", fn=toy.mlp_apply, inputs=(X,))
     assert plan(sparsity=0.0, **inputs).widths == GROUPS.sizes
