@@ -14,7 +14,7 @@ from jax.extend.core import Literal
 from sdp_jax.tracing.atoms import Solution
 from sdp_jax.tracing.rule import Rule
 from sdp_jax.tracing.trace import NO_RULE, Body, Record, is_empty
-from sdp_jax.tracing.values import Axis, Value
+from sdp_jax.tracing.values import Axis, Value, length
 
 
 @dataclasses.dataclass
@@ -105,6 +105,12 @@ class Evaluator:
         for d, axis in enumerate(value.axes):
             if self.is_cut(axis):
                 self.check_fixed(array.shape[d])
+                if array.shape[d] != length(axis):
+                    raise AssertionError(
+                        f"axis {d} of an array of shape {array.shape} was taken as one "
+                        f"of length {length(axis)}: a fault of sdp_jax; please report "
+                        "it with the function"
+                    )
                 array = pick_out(array, np.flatnonzero(self.mask(axis)), d)
         return array
 
@@ -130,9 +136,26 @@ class Evaluator:
             name_stack = str(record.eqn.source_info.name_stack)
             with jax.named_scope(name_stack) if name_stack else _NOTHING:
                 outs = self._evaluate(record, small)
+                self._check(record, outs)
             env.update(zip(record.eqn.outvars, outs, strict=True))
             frame.makers.update((v, record) for v in record.eqn.outvars)
-        return [v.val if isinstance(v, Literal) else env[v] for v in body.jaxpr.outvars]
+        outs = [v.val if isinstance(v, Literal) else env[v] for v in body.jaxpr.outvars]
+        for i in body.copied:
+            outs[i] = self.take(outs[i], body.outs[i])
+        return outs
+
+    def _check(self, record: Record, outs: Sequence[Any]) -> None:
+        """No array may have another size than what is kept of it."""
+        for k, (found, var) in enumerate(zip(outs, record.eqn.outvars, strict=True)):
+            if not hasattr(var.aval, "shape"):
+                continue
+            want = self.shape(record, k)
+            if tuple(np.shape(found)) != want:
+                raise AssertionError(
+                    f"{record.eqn.primitive.name} gave an array of shape "
+                    f"{np.shape(found)} where {want} is kept: a fault of sdp_jax; "
+                    "please report it with the function"
+                )
 
     def absent(self, record: Record, operand: int, dimension: int) -> Any:
         """What all absent positions of an operand along an axis hold, at length 1."""

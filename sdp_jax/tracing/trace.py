@@ -35,7 +35,11 @@ class Record:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Body:
-    """The trace of one jaxpr at one place where it is called."""
+    """The trace of one jaxpr at one place where it is called.
+
+    Attributes:
+      copied: results of which the caller takes a part of its own.
+    """
 
     jaxpr: Any
     consts: Sequence[Any]
@@ -43,6 +47,7 @@ class Body:
     ins: list[Value]
     records: list[Record]
     outs: list[Value]
+    copied: frozenset[int] = frozenset()
 
 
 Nested: TypeAlias = tuple[list[Value], tuple[Body, ...]]
@@ -101,14 +106,11 @@ class Trace:
             return env[var]
 
         records = []
-        results = {v for v in jaxpr.outvars if not isinstance(v, Literal)}
         for eqn in _live(jaxpr):
             values = [read(v) for v in eqn.invars]
             free = all(v.free for v in values)
             copied = frozenset(
-                i
-                for i, (var, v) in enumerate(zip(eqn.invars, values, strict=True))
-                if v.free and v.axes and not free and var not in results
+                i for i, v in enumerate(values) if v.free and v.axes and not free
             )
             for i in copied:
                 values[i] = self.space.copy(values[i])
@@ -127,7 +129,15 @@ class Trace:
             records.append(Record(eqn, view, values, outs, bodies, copied))
             env.update(zip(eqn.outvars, outs, strict=True))
         outs = [read(v) for v in jaxpr.outvars]
-        return Body(jaxpr, consts, const_values, list(ins), records, outs)
+        # What is free is whole in its body, whatever the caller takes of it.
+        copied = frozenset(
+            i
+            for i, v in enumerate(outs)
+            if v.free and v.axes and not all(v.free for v in ins)
+        )
+        for i in copied:
+            outs[i] = dataclasses.replace(self.space.copy(outs[i]), free=False)
+        return Body(jaxpr, consts, const_values, list(ins), records, outs, copied)
 
     def run_closed(self, closed: Any, ins: Sequence[Value]) -> Body:
         """Walks a closed jaxpr."""
@@ -246,11 +256,13 @@ def _nothing(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
     ]
 
 
-def freeze_all(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
+def freeze_all(
+    t: Trace, eqn: Any, ins: list[Value], why: str = "no rule for this primitive"
+) -> list[Value]:
     """Where there is no rule, nothing around the equation can be cut."""
     for value in ins:
         for axis in value.axes:
-            t.freeze(eqn, axis, "no rule for this primitive")
+            t.freeze(eqn, axis, why)
     data = any(v.data for v in ins)
     return [
         t.space.plain_value(getattr(v.aval, "shape", ()), data=data)
