@@ -270,9 +270,13 @@ def prune(
                 f"{leaf}: call it outside jit, on arrays. sdp_jax.plan_cut also takes "
                 "shapes, if it gets scores"
             )
-    decides = {"groups": groups, "scores": scores, "sparsity": sparsity}
     if cut is not None:
+        decides = {"groups": groups, "scores": scores, "sparsity": sparsity}
+        decides |= {"grads": grads, "activations": activations, "limits": limits}
         given = [name for name, value in decides.items() if value is not None]
+        shapes = (target, ranking, min_channels, round_to)
+        if shapes != ("channels", "global", 1, 1):
+            given.append("target, ranking, min_channels or round_to")
         if given:
             raise ValueError(
                 f"cut= says what goes; {given} decide it anew: give one or the other"

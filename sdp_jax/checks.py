@@ -49,3 +49,10 @@ def check_steps(begin_step: Any, end_step: Any) -> None:
             "steps must satisfy 0 <= begin_step < end_step < 2**31; got "
             f"begin_step={begin_step}, end_step={end_step}"
         )
+
+
+def check_share(name: str, value: Any) -> None:
+    """Refuses what is no Python number in ``[0, 1)``; arrays too."""
+    check_number(name, value, low=0, rule="a number in [0, 1)")
+    if isinstance(value, jax.Array) or value >= 1:
+        raise ValueError(f"{name} must be a number in [0, 1); got {value!r}")

@@ -13,6 +13,7 @@ import numpy as np
 
 from sdp_jax._narrow import narrow
 from sdp_jax.channels import channels_alive
+from sdp_jax.checks import check_number, check_share
 from sdp_jax.cut import Cut
 from sdp_jax.groups import Groups, Ranking, check_ranking
 from sdp_jax.measure import latency
@@ -115,8 +116,7 @@ def plan_cut(
             )
         return _cut_zeros(groups, params, min_channels, round_to)
     assert sparsity is not None
-    if not isinstance(sparsity, int | float) or not 0 <= sparsity < 1:
-        raise ValueError(f"sparsity must be a number in [0, 1); got {sparsity!r}")
+    check_share("sparsity", sparsity)
     if (target == "latency") != (fn is not None):
         raise ValueError(
             f"target={target!r} {'needs' if fn is None else 'has no use for'} fn= and "
@@ -235,10 +235,8 @@ def _protected(
     """Channels that must stay: the best of each dimension."""
     names = {d.name: [d.name, *(m.path for m in d.members)] for d in groups}
     for pattern, limit in limits.items():
-        if not isinstance(limit, int | float) or not 0 <= limit <= 1:
-            raise ValueError(
-                f"limit of {pattern!r} is {limit!r}; give a share between 0 and 1"
-            )
+        rule = "a share between 0 and 1"
+        check_number(f"limit of {pattern!r}", limit, low=0, high=1, rule=rule)
         if not any(fnmatch.filter(line, pattern) for line in names.values()):
             raise ValueError(
                 f"limit {pattern!r} matches none of the dimensions "

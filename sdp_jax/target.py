@@ -10,7 +10,7 @@ import optax
 
 from sdp_jax import prox
 from sdp_jax.channels import PerChannel
-from sdp_jax.checks import check_number, check_steps
+from sdp_jax.checks import check_number, check_share, check_steps
 from sdp_jax.groups import Groups, Ranking, check_ranking
 from sdp_jax.polynomial import Polynomial
 from sdp_jax.strength import Strength
@@ -88,9 +88,7 @@ def target_sparsity(
       >>> print(thresholds)
       [inf  2. inf  2.]
     """
-    check_number("sparsity", sparsity, low=0, rule="a number in [0, 1)")
-    if isinstance(sparsity, jax.Array) or sparsity >= 1:
-        raise ValueError(f"sparsity must be a number in [0, 1); got {sparsity!r}")
+    check_share("sparsity", sparsity)
     check_number("power", power, low=1e-6, rule="a positive number")
     check_steps(begin_step, end_step)
     check_ranking(ranking)
