@@ -1,1 +1,1 @@
-"""Models, data and scripts that reproduce what the README reports."""
+"""Models, data and scripts that reproduce what the docs report."""

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The MNIST table of the README: bash experiments/mnist.sh DIRECTORY_WITH_MNIST_NPZ
+# The MNIST table of docs/studies.md: bash experiments/mnist.sh DIRECTORY_WITH_MNIST_NPZ
 set -euo pipefail
 PYTHON=${PYTHON:-$(dirname "$0")/../.venv/bin/python}  # made by `make demo`
 train() { "$PYTHON" -m experiments.train --dataset mnist --data-dir "$1" "${@:2}"; }

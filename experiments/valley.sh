@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The tables of the valley in the README:
+# The tables of the valley in docs/studies.md:
 # bash experiments/valley.sh DIRECTORY_WITH_MNIST_NPZ_AND_CIFAR10_JPEG_TAR_XZ
 set -euo pipefail
 PYTHON=${PYTHON:-$(dirname "$0")/../.venv/bin/python}  # made by `make demo`

@@ -1,8 +1,9 @@
 """Structured pruning for JAX, one Optax transformation.
 
 Groups: :func:`find_groups`, :class:`Groups`. Training: :func:`altsdp`, its pieces and
-its strengths, for example :func:`target_sparsity`. Cutting: :func:`plan_cut`,
-:class:`Cut`, :func:`narrow`. Measuring: :func:`cost`, :func:`latency`.
+its strengths, for example :func:`target_sparsity`. Cutting: :func:`prune`, which makes
+a :class:`Pruned` (:func:`load` reads one), of :func:`plan_cut`, :class:`Cut` and
+:func:`narrow`. Measuring: :func:`cost`, :func:`latency`.
 
 Behind doors of their own: :mod:`sdp_jax.methods`, the other published methods;
 :mod:`sdp_jax.valley`, sharp directions and certificates; and for who writes a strength,

@@ -1,24 +1,26 @@
 """prune: from a model to a smaller one in one call, and what comes out of it."""
 
 import dataclasses
+import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.core
+import jax.numpy as jnp
+import numpy as np
 from jax import export as jax_export
 
 from sdp_jax import files
 from sdp_jax._narrow import narrow
-from sdp_jax.channels import producer_leaves
 from sdp_jax.compare import differences, rounding
 from sdp_jax.cut import Cut, check_like
 from sdp_jax.export import PLATFORMS, export_stablehlo
-from sdp_jax.groups import Groups, Ranking
+from sdp_jax.groups import Groups, Ranking, need_groups
 from sdp_jax.modules import split_module, take_apart
 from sdp_jax.plan import Scores, Target, plan_cut
-from sdp_jax.report import Report, make_report
+from sdp_jax.report import Report, make_report, need_values
 from sdp_jax.tracing.find import find_groups
 from sdp_jax.tracing.static import is_static
 from sdp_jax.tree import PyTree, leaf_table
@@ -270,7 +272,11 @@ def prune(
                 f"{leaf}: call it outside jit, on arrays. sdp_jax.plan_cut also takes "
                 "shapes, if it gets scores"
             )
+    if groups is not None:
+        need_groups(groups)
     if cut is not None:
+        if not isinstance(cut, Cut):
+            raise TypeError(f"cut must be a Cut, as plan_cut makes it; got {cut!r}")
         decides = {"groups": groups, "scores": scores, "sparsity": sparsity}
         decides |= {"grads": grads, "activations": activations, "limits": limits}
         given = [name for name, value in decides.items() if value is not None]
@@ -309,6 +315,7 @@ def prune(
     pruned = Pruned(fn, cut.take(params), cut)
     cut.check_small(pruned.params)
     if check and inputs:
+        need_values(inputs, "prune (or give check=False)")
         _check(pruned, params, inputs)
     return pruned
 
@@ -323,8 +330,8 @@ def load(
 
     Args:
       directory: where it is.
-      fn: the dense function, or the dense nnx or Equinox module (whose values do not
-        matter).
+      fn: the dense function, or the dense nnx or Equinox module, in the mode in which
+        it was pruned (evaluation); its values do not matter.
       *inputs: arrays or shapes; with them the function is traced to see whether it is
         one of these parameters.
       like: a tree of arrays or shapes with the structure of the dense or small
@@ -387,18 +394,42 @@ def _evaluate(
     activations: Any,
 ) -> Any:
     """A score, with gradients of all parameters or of those below one key."""
-    if grads is not None and jax.tree.structure(grads) != jax.tree.structure(params):
-        tops = {leaf.path.partition("/")[0] for leaf in groups.leaves}
-        for top in sorted(tops) if isinstance(params, Mapping) else ():
-            if top not in params:
-                continue
-            part = params[top]
-            if jax.tree.structure(part) == jax.tree.structure(grads):
-                below = groups.at(top)
-                if below.num_channels == groups.num_channels:
-                    return score(below, part, grads, activations)
-        producer_leaves(groups, grads)
+    try:
+        inspect.signature(score).bind(groups, params, grads, activations)
+    except TypeError as error:
+        raise TypeError(
+            "scores must be a function score(groups, params, grads, activations), as "
+            f"methods.taylor() is, or its result; got {score!r} ({error})"
+        ) from error
+    if grads is not None:
+        grads = _laid_out(groups, params, grads)
     return score(groups, params, grads, activations)
+
+
+def _laid_out(groups: Groups, params: PyTree, grads: PyTree) -> PyTree:
+    """Gradients in the structure of the parameters, zero where there are none."""
+    have = {path: tuple(np.shape(leaf)) for path, leaf in leaf_table(grads).items()}
+    needed = {m.path for d in groups for m in d.members if m.role != "state"}
+    tops = {f"{path.partition('/')[0]}/" for path in groups.shapes if "/" in path}
+    fitting = [
+        top
+        for top in ("", *sorted(tops))
+        if needed <= {top + path for path in have}
+        and all(groups.shapes.get(top + path) == shape for path, shape in have.items())
+    ]
+    if len(fitting) != 1:
+        lacking = sorted(needed - have.keys())[:3]
+        raise ValueError(
+            "grads must be shaped like the parameters, or like the part of them below "
+            f"one key, with a leaf for each member; got the leaves {list(have)[:5]}"
+            + (f", without {lacking}" if lacking else "")
+        )
+    table = {fitting[0] + path: leaf for path, leaf in leaf_table(grads).items()}
+    leaves = [
+        table[path] if path in table else jnp.zeros(np.shape(leaf))
+        for path, leaf in leaf_table(params).items()
+    ]
+    return jax.tree.unflatten(jax.tree.structure(params), leaves)
 
 
 def _check(pruned: Pruned, params: PyTree, inputs: Sequence[Any]) -> None:

@@ -16,7 +16,7 @@ import optax
 from sdp_jax import prox
 from sdp_jax.channels import Weighting, channel_weights, producer_leaves
 from sdp_jax.checks import check_momentum, check_number
-from sdp_jax.groups import Groups
+from sdp_jax.groups import Groups, need_groups
 from sdp_jax.strength import Strength, StrengthLike, as_strength
 from sdp_jax.tree import leaf_dtype, leaf_table
 
@@ -216,10 +216,7 @@ def check_kind(groups: Any) -> None:
       ValueError: if there is nothing to prune.
       TypeError: if it is not :class:`sdp_jax.Groups`.
     """
-    if not isinstance(groups, Groups):
-        raise TypeError(
-            f"groups must be sdp_jax.Groups, as find_groups makes them; got {groups!r}"
-        )
+    need_groups(groups)
     if not len(groups):
         raise ValueError("groups has no channel dimension: there is nothing to prune")
 

@@ -155,7 +155,9 @@ def channel_products(groups: Groups, first: PyTree, second: PyTree) -> jax.Array
         value = jnp.conj(a.astype(dtype)) * b.astype(dtype)
         return value.real if jnp.iscomplexobj(value) else value
 
-    products = jax.tree.map(product, first, second)
+    table, other = producer_leaves(groups, first), producer_leaves(groups, second)
+    paths = {member.path for _, member, _ in groups.producers}
+    products = {path: product(table[path], other[path]) for path in sorted(paths)}
     return reduce_channels(groups, products, lambda x: x, jnp.sum, jnp.add)
 
 

@@ -62,5 +62,5 @@ def _orbax() -> Any:
         return importlib.import_module("orbax.checkpoint")
     except ImportError as error:
         raise ImportError(
-            "saving and loading need orbax-checkpoint: pip install orbax-checkpoint"
+            "saving and loading need orbax-checkpoint: pip install 'sdp-jax[save]'"
         ) from error

@@ -33,6 +33,14 @@ Role = Literal["producer", "consumer", "state"]
 Ranking = Literal["global", "dimension", "isomorphic"]
 
 
+def need_groups(groups: Any) -> None:
+    """Refuses what is not :class:`Groups`."""
+    if not isinstance(groups, Groups):
+        raise TypeError(
+            f"groups must be sdp_jax.Groups, as find_groups makes them; got {groups!r}"
+        )
+
+
 def check_ranking(ranking: Any) -> None:
     """Refuses what is no ranking."""
     if ranking not in get_args(Ranking):

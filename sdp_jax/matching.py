@@ -23,6 +23,8 @@ class Matcher:
     def __init__(self, dense: Groups, cut: Mapping[str, set[int]]) -> None:
         """Takes the groups and, by path, the axes that are cut."""
         self._dense, self._cut = dense, cut
+        # Optimizers have no leaves for running statistics, keys and counts.
+        self._needed = {m.path for d in dense for m in d.members if m.role != "state"}
         whole = {
             tuple(leaf.path.split("/")) if leaf.path else (): leaf.path
             for leaf in dense.leaves
@@ -57,7 +59,8 @@ class Matcher:
             if shown
             and shown.keys() <= template.keys()
             and all(
-                any(keys[: len(h)] == h for h in hidden)
+                template[keys] not in self._needed
+                or any(keys[: len(h)] == h for h in hidden)
                 for keys in template.keys() - shown.keys()
             )
             and ((not name and () not in template) or self._fits(shown, template))

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from sdp_jax.tree import PyTree, leaf_dtype, leaf_table
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True)
 class NnxFunction:
     """An nnx module as a function of its state."""
 

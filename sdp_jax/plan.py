@@ -15,7 +15,7 @@ from sdp_jax._narrow import narrow
 from sdp_jax.channels import channels_alive
 from sdp_jax.checks import check_number, check_share
 from sdp_jax.cut import Cut
-from sdp_jax.groups import Groups, Ranking, check_ranking
+from sdp_jax.groups import Groups, Ranking, check_ranking, need_groups
 from sdp_jax.measure import latency
 from sdp_jax.tree import PyTree, leaf_table, missing_path_message
 
@@ -91,6 +91,7 @@ def plan_cut(
       >>> sdp_jax.plan_cut(groups, params, scores=scores, sparsity=0.6).widths
       {'unit': 1}
     """
+    need_groups(groups)
     _check_counts(min_channels, round_to)
     if target not in get_args(Target):
         raise ValueError(f"target is {target!r}; use one of {get_args(Target)}")

@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
+
 from sdp_jax._narrow import narrow
 from sdp_jax.compare import differences
 from sdp_jax.cut import Cut, before_and_after
@@ -75,6 +77,7 @@ def make_report(
     """Counts, times and compares both functions; without inputs only the widths."""
     if not inputs:
         return Report(cut)
+    need_values(inputs, "report")
     small, dense_params = narrow(fn, cut), cut.fill(params)
     found = differences((fn, dense_params), (small, params), inputs)
     worst = max(found, key=lambda d: d.size, default=None)
@@ -90,3 +93,13 @@ def make_report(
         worst.size if worst else 0.0,
         worst.largest if worst else 0.0,
     )
+
+
+def need_values(inputs: Sequence[Any], name: str) -> None:
+    """Refuses shapes where the functions are run."""
+    for leaf in jax.tree.leaves(inputs):
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            raise ValueError(
+                f"{name} runs both functions on the inputs, but one of them is {leaf}: "
+                "give arrays"
+            )

@@ -1,4 +1,4 @@
-"""How strong to prune when: tuning functions, ramps, and controllers that hit a target.
+"""How strong to prune when: tuning functions and ramps.
 
 A :class:`Strength` turns the channel norms of a step into one threshold per channel.
 Step ``n`` counts updates: the first update is ``n = 1``. All thresholds are in the

@@ -43,7 +43,8 @@ def target_sparsity(
     """Prunes exactly the asked-for share of channels, parameters or FLOPs.
 
     At step ``n`` the threshold is the norm below which those channels lie that make up
-    the share ``sparsity · (1 − (1 − (n − begin) / (end − begin))^power)`` of the
+    the share ``sparsity · (1 − (1 − (n − begin_step) / (end_step −
+    begin_step))^power)`` of the
     target; over the first 30 % of the ramp it rises to there from zero, linearly. Until
     ``end_step`` channels may return; after it the set stays fixed and the thresholds
     too, while training goes on. A share of channels is rounded to whole channels; of

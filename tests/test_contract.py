@@ -1,6 +1,7 @@
 """The contract that every transformation keeps, whatever its equations."""
 
 import functools
+import pathlib
 
 import chex
 import jax
@@ -37,7 +38,7 @@ HOSTS = {
         begin_step=2,
     ),
     "dhspg": lambda g: methods.dhspg(
-        g, AT_ONCE, learning_rate=0.1, penalty=9.0, begin_step=1, warm_up=3
+        g, AT_ONCE, learning_rate=0.1, penalty=9.0, begin_step=1, warm_up_steps=3
     ),
     "hesso": lambda g: methods.hesso(g, AT_ONCE, begin_step=1, end_step=5, periods=2),
     "gate_decorator": lambda g: methods.gate_decorator(
@@ -75,6 +76,11 @@ FINAL = {
     ),
     "altsdp_lion": lambda g: sdp_jax.altsdp(optax.lion(0.01), g, strength=VALLEY),
     "altsdp_radial": lambda g: sdp_jax.altsdp(0.1, g, strength=VALLEY, dual="radial"),
+    "radial": lambda g: optax.chain(
+        optax.sgd(0.1),
+        sdp_jax.radial_dual_averaging(g),
+        sdp_jax.group_soft_threshold(g, VALLEY),
+    ),
     "projected": lambda g: optax.chain(
         optax.sgd(0.1),
         sdp_jax.dual_averaging(),
@@ -83,6 +89,14 @@ FINAL = {
     ),
     "prox_sgd": lambda g: sdp_jax.prox_sgd(0.1, g, strength=2.0),
     "grda": lambda g: sdp_jax.grda(0.1, c=1.0, mu=0.6),
+    "keep_mask": lambda g: optax.chain(
+        optax.sgd(0.1),
+        methods.keep_mask(
+            jax.tree.map(
+                lambda p: np.arange(p.size).reshape(p.shape) % 3 > 0, params_of()
+            )
+        ),
+    ),
     "decay_pruning": lambda g: methods.decay_pruning(
         0.1, HOSTS["remove_l1"](g), g, steps=3, rate=9.0
     ),
@@ -106,7 +120,7 @@ FINAL = {
 PRUNING = [
     name
     for name in FINAL
-    if name not in ("soft_threshold", "grda", "remove_from_outside")
+    if name not in ("soft_threshold", "grda", "keep_mask", "remove_from_outside")
     and not name.endswith(("_regularizer", "_penalty"))
 ]
 final = pytest.mark.parametrize("name", FINAL)
@@ -282,3 +296,12 @@ def test_map_params_finds_the_parameter_shaped_state(name):
         owner = "/".join(path.split("/")[-2:])
         mapped = shapes.get(owner) == leaf.shape
         close(new[path], 2 * leaf if mapped else leaf, rtol=0, atol=0)
+
+
+def test_every_transformation_is_in_the_table():
+    text = pathlib.Path(__file__).read_text()
+    for module in (sdp_jax, methods, sdp_jax.valley):
+        for name in module.__all__:
+            annotations = getattr(getattr(module, name), "__annotations__", {})
+            if "GradientTransformation" in str(annotations.get("return")):
+                assert f".{name}(" in text, name

@@ -85,7 +85,7 @@ def test_target_rises_smoothly_and_then_stays_fixed():
         np.testing.assert_array_equal(factor == 0, np.isinf(after[k]))
 
 
-def test_target_per_dimension():
+def test_target_within_each_dimension():
     norms = {"a": jnp.arange(1.0, 9.0), "b": jnp.arange(101.0, 105.0)}
     strength = sdp_jax.target_sparsity(0.5, 0, 2, ranking="dimension")
     out, _ = toy.run_strength(strength, 2, norms, {"a": 1, "b": 1})

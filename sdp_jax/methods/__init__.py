@@ -26,22 +26,19 @@ score :func:`gate_taylor`, and gates by :func:`decorate` and :func:`apply_gates`
 """
 
 from sdp_jax.methods._gate_decorator import (
-    GateDecoratorState,
     apply_gates,
     decorate,
     gate_decorator,
     gate_taylor,
 )
-from sdp_jax.methods._hesso import HESSOState, hesso, hesso_score
+from sdp_jax.methods._hesso import hesso, hesso_score
 from sdp_jax.methods._hosted import (
-    ChannelHostState,
-    HostedState,
     HostStep,
     channel_host,
     hosted,
 )
-from sdp_jax.methods._hspg import DHSPGState, dhspg, dhspg_score, hspg
-from sdp_jax.methods._increg import IncRegState, increg
+from sdp_jax.methods._hspg import dhspg, dhspg_score, hspg
+from sdp_jax.methods._increg import increg
 from sdp_jax.methods._perspective import (
     perspective,
     perspective_penalty,
@@ -49,7 +46,6 @@ from sdp_jax.methods._perspective import (
 )
 from sdp_jax.methods._random_score import random_score
 from sdp_jax.methods._sap import (
-    KeepMaskState,
     PruningRound,
     PruningRule,
     apply_mask,
@@ -59,45 +55,30 @@ from sdp_jax.methods._sap import (
     pruning_rounds,
     sap,
 )
-from sdp_jax.methods._spp import SPPState, spp, spp_params
+from sdp_jax.methods._spp import spp, spp_params
 from sdp_jax.methods._taylor import taylor
-from sdp_jax.methods._until_compressed import UntilCompressedState, until_compressed
+from sdp_jax.methods._until_compressed import until_compressed
 from sdp_jax.methods.depgraph import (
-    GroupNormRegularizerState,
     group_importance,
     group_norm_regularizer,
 )
 from sdp_jax.methods.discriminant import discriminant_information, discriminant_score
-from sdp_jax.methods.dpm import DecayPruningState, decay_pruning
+from sdp_jax.methods.dpm import decay_pruning
 from sdp_jax.methods.filter_norm import l1_norm, l2_norm
 from sdp_jax.methods.half_space import half_space_factor
 from sdp_jax.methods.network_slimming import scale_penalty, scale_score
-from sdp_jax.methods.penalty import PenaltyState
 from sdp_jax.methods.pqi import pq_bound, pq_index, prune_count
 from sdp_jax.methods.ranking import ranking_increment
-from sdp_jax.methods.remove import RemoveLowestState, remove_lowest, set_scores
+from sdp_jax.methods.remove import remove_lowest, set_scores
 from sdp_jax.methods.scales import DEFAULT_SCALES
 from sdp_jax.methods.score import Score
 
 __all__ = [
-    "ChannelHostState",
     "DEFAULT_SCALES",
-    "DHSPGState",
-    "DecayPruningState",
-    "GateDecoratorState",
-    "GroupNormRegularizerState",
-    "HESSOState",
     "HostStep",
-    "HostedState",
-    "IncRegState",
-    "KeepMaskState",
-    "PenaltyState",
     "PruningRound",
     "PruningRule",
-    "RemoveLowestState",
-    "SPPState",
     "Score",
-    "UntilCompressedState",
     "apply_gates",
     "apply_mask",
     "channel_host",

@@ -174,8 +174,8 @@ def dhspg(
     ceiling: chex.Numeric = 10.0,
     epsilon: chex.Numeric = 0.95,
     begin_step: int = 0,
-    project_from_step: int | None = None,
-    warm_up: int = 0,
+    project_begin_step: int | None = None,
+    warm_up_steps: int = 0,
     enough: chex.Numeric | None = None,
     min_channels: int | jax.Array | Mapping[str, int] = 1,
 ) -> optax.GradientTransformationExtraArgs:
@@ -209,9 +209,9 @@ def dhspg(
       ceiling: how far above ``λ`` this may lie, at least 1.
       epsilon: ``ε`` of the half space, in [0, 1).
       begin_step: last update at which no channel is shortened.
-      project_from_step: last update without the projection; ``None`` for
+      project_begin_step: last update without the projection; ``None`` for
         ``begin_step``.
-      warm_up: number of updates during which ``λ_g = λ``.
+      warm_up_steps: number of updates during which ``λ_g = λ``.
       enough: share of all channels that, when it is exactly zero, ends the shortening
         (in the paper the wanted sparsity, 0.05 below that of the redundant set);
         ``None`` shortens until the whole set is zero.
@@ -250,9 +250,9 @@ def dhspg(
     check_number("amplification", amplification, low=1, rule="a number of at least 1")
     check_number("ceiling", ceiling, low=1, rule="a number of at least 1")
     check_whole("begin_step", begin_step)
-    check_whole("warm_up", warm_up)
-    first = begin_step if project_from_step is None else project_from_step
-    check_whole("project_from_step", first)
+    check_whole("warm_up_steps", warm_up_steps)
+    first = begin_step if project_begin_step is None else project_begin_step
+    check_whole("project_begin_step", first)
     if enough is not None:
         check_number("enough", enough, low=0, high=1, rule="a share in [0, 1] or None")
 
@@ -276,7 +276,7 @@ def dhspg(
 
         plain = _rate_at(learning_rate, step.count, norms.dtype) * penalty
         lengths = penalty_lengths(products, norms, steps, plain, amplification, ceiling)
-        lengths = jnp.where(step.count > warm_up, lengths, plain)
+        lengths = jnp.where(step.count > warm_up_steps, lengths, plain)
         shrinking = redundant & (step.count > begin_step)
         if enough is not None:
             shrinking &= jnp.mean(norms == 0) < enough

@@ -96,7 +96,7 @@ def project_onto_valley(
     lower and more. On networks a few leading eigenvectors of the Hessian do not help:
     along them the gradient pulls back at once anyway. The span of the last few steps
     (a small ``decay``) helped much in short training without batch normalisation, and
-    did harm in one with it and momentum: see the README. It is off by default.
+    did harm in one with it and momentum.
 
     Args:
       groups: the channel dimensions.

@@ -150,7 +150,7 @@ def lambda_of(x, g, penalty, amplification, ceiling):
 @pytest.mark.parametrize("enough", [None, 0.2])
 def test_dhspg_follows_its_equations(x64, enough):
     # Chosen at the third update; the parameters before it are those of SGD.
-    begin, warm_up, project_from, steps, rate = 2, 4, 5, 14, 0.2
+    begin, warm_up_steps, project_from, steps, rate = 2, 4, 5, 14, 0.2
     penalty, epsilon, wanted = 0.3, 0.4, 4
     params, groups = make(jnp.float64, seed=3)
     host = methods.dhspg(
@@ -162,8 +162,8 @@ def test_dhspg_follows_its_equations(x64, enough):
         ceiling=4.0,
         epsilon=epsilon,
         begin_step=begin,
-        project_from_step=project_from,
-        warm_up=warm_up,
+        project_begin_step=project_from,
+        warm_up_steps=warm_up_steps,
         enough=enough,
     )
     tx = methods.hosted(rate, host)
@@ -186,7 +186,7 @@ def test_dhspg_follows_its_equations(x64, enough):
                 size = np.sqrt(x @ x)
                 if size > 0 and shrinking and n >= begin:
                     value = penalty
-                    if n >= warm_up:
+                    if n >= warm_up_steps:
                         value = lambda_of(x, g, penalty, 1.5, 4.0)
                         branches.add(
                             "plain"
@@ -277,7 +277,7 @@ def test_without_penalty_they_are_their_base():
     for host in (
         methods.hspg(groups, penalty=0.0, begin_step=9, **rate),
         methods.dhspg(groups, 0.0, **rate),
-        methods.dhspg(groups, TARGET, penalty=0.0, project_from_step=9, **rate),
+        methods.dhspg(groups, TARGET, penalty=0.0, project_begin_step=9, **rate),
     ):
         got, _ = train(methods.hosted(optax.sgd(0.3, 0.9), host), params, 4)
         for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(plain), strict=True):
@@ -342,8 +342,8 @@ def test_bad_input():
         hspg(epsilon=1.0)
     with pytest.raises(TypeError, match="begin_step must be an integer"):
         hspg(begin_step=1.5)
-    with pytest.raises(ValueError, match="project_from_step must be .* at least 0"):
-        dhspg(project_from_step=-1)
+    with pytest.raises(ValueError, match="project_begin_step must be .* at least 0"):
+        dhspg(project_begin_step=-1)
     with pytest.raises(ValueError, match="amplification must be .* at least 1"):
         dhspg(amplification=0.5)
     with pytest.raises(ValueError, match="enough must be a share"):
