@@ -2,14 +2,16 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Literal
 
 from sdp_jax.tracing.rule import Flops, Rule, moves, per_entry
-from sdp_jax.tracing.trace import Trace
+from sdp_jax.tracing.trace import Record, Trace, freeze_all, number_of
 from sdp_jax.tracing.values import ZERO, Factor, Fill, Value, length
 
 # f(x) = x
@@ -37,9 +39,19 @@ FIRST = "div rem".split()
 
 
 def combine(
-    t: Trace, eqn: Any, ins: Sequence[Value], fills: str, *, skip: int = 0
+    t: Trace,
+    eqn: Any,
+    ins: Sequence[Value],
+    fills: str,
+    *,
+    skip: int = 0,
+    otherwise: Callable[[Sequence[Fill]], Fill] = lambda given: None,
 ) -> Value:
-    """Equates all operands position by position; the first ``skip`` have no fills."""
+    """Equates all operands position by position.
+
+    The first ``skip`` do not count for the fills. Where these give none, ``otherwise``
+    may, from the fills of all operands.
+    """
     data = any(v.data for v in ins)
     arrays = [i for i, v in enumerate(ins) if v.axes]
     zero = _zero([v.zero for v in ins[skip:]], fills)
@@ -61,6 +73,7 @@ def combine(
             if any(f is not None for f in poles):
                 factors = t.freeze(eqn, factors[:1], "is not finite at zero")
             fill = joint_fill(t, given[skip:], fills)
+            fill = otherwise(given) if fill is None else fill
             even = fill is None and all(
                 ins[i].zero or f.fill == ZERO or f.even
                 for i, f in zip(along, operands, strict=True)
@@ -93,7 +106,38 @@ def joint_fill(t: Trace, fills: Sequence[Fill], how: str) -> Fill:
 
 
 def _map(fills: str, t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
-    return [combine(t, eqn, ins, fills)] * len(eqn.outvars)
+    at_zero = functools.partial(_evaluated, eqn, ins)
+    return [combine(t, eqn, ins, fills, otherwise=at_zero)] * len(eqn.outvars)
+
+
+def _evaluated(eqn: Any, ins: Sequence[Value], given: Sequence[Fill]) -> Fill:
+    """The fill of f(0, constants), by evaluation."""
+    numbers, fill = [], ZERO
+    for value, one, var in zip(ins, given, eqn.invars, strict=True):
+        dtype = var.aval.dtype
+        if jnp.issubdtype(dtype, jax.dtypes.extended):
+            return None
+        if one is not None:
+            numbers.append((0, dtype))
+            fill |= one
+        elif (number := number_of(value.known)) is not None:
+            numbers.append((number.item(), dtype))
+        else:
+            return None
+    if all(one is None for one in given):
+        return None  # no operand is absent anywhere
+    try:
+        params = tuple(sorted(eqn.params.items()))
+        return fill if _is_zero(eqn.primitive, params, tuple(numbers)) else None
+    except TypeError:  # parameters without a hash or an order
+        return None
+
+
+@functools.cache
+def _is_zero(primitive: Any, params: Any, numbers: Any) -> bool:
+    with jax.ensure_compile_time_eval():
+        found = primitive.bind(*(np.asarray(*n) for n in numbers), **dict(params))
+        return all(not np.any(np.asarray(x)) for x in jax.tree.leaves(found))
 
 
 def _literal(eqn: Any, position: int) -> float | None:
@@ -106,22 +150,19 @@ def _literal(eqn: Any, position: int) -> float | None:
 def _select(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
     which = ins[0].known
     if which is None or which.ndim:
-        return [combine(t, eqn, ins, "all", skip=1)]
+        # Where the condition is zero, the first case is taken.
+        def first(given: Sequence[Fill]) -> Fill:
+            if given[0] is None or given[1] is None:
+                return None
+            return given[0] | given[1]
+
+        return [combine(t, eqn, ins, "all", skip=1, otherwise=first)]
     # The others only lend their shape.
     value = combine(t, eqn, ins, "lose")
     chosen = combine(t, eqn, [ins[1 + int(which)]], "all")
     if not chosen.axes:
         return [dataclasses.replace(value, zero=chosen.zero)]
     return [dataclasses.replace(chosen, data=value.data)]
-
-
-def _clamp(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
-    low, high = _literal(eqn, 0), _literal(eqn, 2)
-    keeps = low is not None and high is not None and low <= 0 <= high
-    low_value, x, high_value = ins
-    if not low_value.axes and not high_value.axes:
-        return [combine(t, eqn, [x], "all" if keeps else "lose")]
-    return [combine(t, eqn, ins, "lose")]
 
 
 def _integer_pow(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
@@ -143,6 +184,12 @@ def _many(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
     return list(ins)
 
 
+def _across(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
+    if not all(isinstance(axis, str) for axis in eqn.params["axes"]):
+        return freeze_all(t, eqn, ins)
+    return list(ins)
+
+
 def _bitcast(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
     x = ins[0]
     shape = eqn.outvars[0].aval.shape
@@ -156,6 +203,17 @@ def _bitcast(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
 def _look(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
     """Effects that only look at values, whatever their shape."""
     return []
+
+
+def _rebuild_sharding(n: Any, record: Record, args: list[Any]) -> list[Any]:
+    """A constraint on small arrays, if its mesh divides them."""
+    eqn = record.eqn
+    sharding = eqn.params.get("sharding", eqn.params.get("dst_sharding"))
+    try:
+        sharding.shard_shape(args[0].shape)
+    except ValueError:
+        return args
+    return n.rebind(record, args)
 
 
 def _each(
@@ -174,10 +232,25 @@ RULES: dict[str, Rule] = {
     **_each(POLE, "pole"),
     **_each(FIRST, "first"),
     "select_n": Rule(_select, even=True, flops=moves),
-    "clamp": Rule(_clamp, even=True),
+    "clamp": Rule(functools.partial(_map, "lose"), even=True),
     "integer_pow": Rule(_integer_pow, even=True),
     "pow": Rule(_pow, even=True),
     "optimization_barrier": Rule(_many, flops=moves),
     "bitcast_convert_type": Rule(_bitcast, flops=moves),
+    **dict.fromkeys(
+        ("sharding_constraint", "reshard"),
+        Rule(
+            functools.partial(_map, "all"),
+            rebuild=_rebuild_sharding,
+            known=False,
+            even=True,
+            flops=moves,
+        ),
+    ),
+    **_each(["pvary"], "all", moves),
+    # Over axes of the mesh, not of the arrays.
+    **dict.fromkeys(
+        ("psum", "psum_invariant", "pmax", "pmin"), Rule(_across, known=False)
+    ),
     **dict.fromkeys(("debug_callback", "debug_print"), Rule(_look, known=False)),
 }

@@ -158,12 +158,10 @@ class Trace:
 
     def _compute(self, eqn: Any, ins: list[Value], outs: list[Value]) -> list[Value]:
         """Adds the entries of results whose operands are known: indices, often."""
-        if (
-            any(v.known is None for v in ins)
-            or isinstance(eqn, Equation)
-            or not all(_is_index(v.aval.shape, v.aval.dtype) for v in eqn.outvars)
-        ):
+        if any(v.known is None for v in ins) or isinstance(eqn, Equation):
             return outs
+        if not all(_is_index(v.aval.shape, v.aval.dtype) for v in eqn.outvars):
+            return self._uniform(eqn, ins, outs)
         with jax.ensure_compile_time_eval():
             found = eqn.primitive.bind(*(v.known for v in ins), **eqn.params)
             entries = map(np.asarray, jax.tree.leaves(found))
@@ -171,6 +169,19 @@ class Trace:
             dataclasses.replace(v, known=x, zero=not x.any())
             for v, x in zip(outs, entries, strict=True)
         ]
+
+    def _uniform(self, eqn: Any, ins: list[Value], outs: list[Value]) -> list[Value]:
+        """Adds the one number that all entries of a result are, without memory."""
+        numbers = [number_of(v.known) for v in ins]
+        name = eqn.primitive.name
+        if None in numbers or len(outs) != 1 or not self._rules[name].even:
+            return outs
+        (found,) = numbers[:1]
+        if name != "broadcast_in_dim":
+            with jax.ensure_compile_time_eval():
+                found = np.asarray(eqn.primitive.bind(*numbers, **eqn.params))
+        known = np.broadcast_to(found, eqn.outvars[0].aval.shape)
+        return [dataclasses.replace(outs[0], known=known)]
 
     def settle(self, fill: Fill) -> Fill:
         """Makes a fill unconditional: its parameter axes become producers."""
@@ -235,6 +246,13 @@ def _is_index(shape: Sequence[int], dtype: Any) -> bool:
         return True
     whole = jnp.issubdtype(dtype, jnp.integer) or jnp.issubdtype(dtype, jnp.bool_)
     return whole and math.prod(shape) <= _SMALL
+
+
+def number_of(known: np.ndarray | None) -> np.generic | None:
+    """The one number that all entries are, if that can be seen."""
+    if known is None or not known.size or (known.size > 1 and any(known.strides)):
+        return None
+    return known.reshape(-1)[0]
 
 
 def is_empty(var: Any) -> bool:

@@ -1,0 +1,97 @@
+"""Zeros are followed through what functions of one channel do at zero."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import sdp_jax
+from tests import promise
+
+X = jnp.asarray(np.random.default_rng(0).normal(size=(5, 3)))
+SHAPES = {"a": (3, 8), "b": (8, 2)}
+TINY = jnp.finfo(jnp.float32).eps
+
+
+def quantised(x, bits=4):
+    """Symmetric fake quantisation with a straight-through gradient."""
+    top = 2.0 ** (bits - 1) - 1
+    scale = jnp.maximum(jnp.max(jnp.abs(x)), TINY) / top
+    rounded = jnp.clip(jnp.round(x / scale), -top, top) * scale
+    return x + jax.lax.stop_gradient(rounded - x)
+
+
+KEEPS = {
+    "relu6": jax.nn.relu6,
+    "clip": lambda y: jnp.clip(y, -1, 1),
+    "clip of one side": lambda y: jnp.minimum(y, 0.3),
+    "clamp": lambda y: jax.lax.clamp(-0.2, y, 0.3),
+    "hard tanh": jax.nn.hard_tanh,
+    "hard swish": jax.nn.hard_swish,
+    "whole numbers and back": lambda y: jnp.round(3 * y).astype(jnp.int8) / 3.0,
+    "sign above": lambda y: jnp.where(y > 0.1, jnp.sign(y), y),
+    "the other case": lambda y: jnp.where(jnp.abs(y) > 0.1, 1.0, y),
+    "full": lambda y: jnp.minimum(y, jnp.full(y.shape, 0.2)),
+    "remainder": lambda y: jnp.floor(y * 4) / 4,
+    "quantised": quantised,
+}
+LOSES = {
+    "above": lambda y: jnp.maximum(y, 0.1),
+    "clip above zero": lambda y: jnp.clip(y, 0.1, 1.0),
+    "shift": lambda y: y + 0.1,
+    "the other case": lambda y: jnp.where(y < 0.1, 1.0, y),
+    "compare": lambda y: (y >= 0).astype(y.dtype),
+}
+
+
+def of(activation):
+    return lambda p, x: activation(x @ p["a"]) @ p["b"]
+
+
+def randoms():
+    shapes = {k: jax.ShapeDtypeStruct(s, jnp.float64) for k, s in SHAPES.items()}
+    return promise.randomise(shapes)
+
+
+@pytest.mark.parametrize("name", KEEPS)
+def test_what_is_zero_at_zero_asks_for_producers_alone(name, x64):
+    groups = promise.check(of(KEEPS[name]), randoms(), (X,), shares=(0.5, 0.8))
+    roles = {m.path: m.role for m in groups["a"].members}
+    assert roles == {"a": "producer", "b": "consumer"}
+    # So a channel whose producer is zero is cut.
+    params = randoms() | {"a": randoms()["a"].at[:, [1, 4]].set(0)}
+    assert sdp_jax.plan_cut(groups, params).widths == {"a": 6}
+
+
+@pytest.mark.parametrize("name", LOSES)
+def test_what_is_not_asks_for_the_readers(name, x64):
+    groups = promise.check(of(LOSES[name]), randoms(), (X,))
+    roles = {m.path: m.role for d in groups for m in d.members}
+    assert roles.get("b", "producer") == "producer"
+
+
+def test_quantised_weights(x64):
+    def fn(p, x):
+        return jax.nn.relu6(x @ quantised(p["a"])) @ quantised(p["b"])
+
+    groups = promise.check(fn, randoms(), (X,))
+    assert groups.sizes == {"a": 8}
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto])
+@pytest.mark.parametrize("where", ["channels", "examples"])
+def test_sharding_constraints_pass(kind, where, x64):
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(kind,))
+    spec = PartitionSpec(None, "x") if where == "channels" else PartitionSpec("x", None)
+    sharding = NamedSharding(mesh, spec)
+    x = jnp.concatenate([X, X[:1]])
+
+    def fn(p, x):
+        y = jax.lax.with_sharding_constraint(x @ p["a"], sharding)
+        return jnp.tanh(y) @ p["b"]
+
+    # Also where the mesh does not divide what is left: 5 of 8.
+    for share in (0.5, 0.4):
+        groups = promise.check(fn, randoms(), (x,), shares=(share,))
+        assert groups.sizes == {"a": 8}
