@@ -49,7 +49,8 @@ class Pruned:
     def __call__(self, *inputs: Any, **keywords: Any) -> Any:
         """What the dense function gives for these inputs, with the channels zero.
 
-        It is compiled once for each shape of the inputs.
+        It is compiled once for each shape of the inputs, and for each number or string
+        among them; with other objects that are no arrays it is not compiled.
 
         Args:
           *inputs: as the dense function takes them behind the parameters.
@@ -64,13 +65,12 @@ class Pruned:
         """
         leaves, treedef = jax.tree.flatten((inputs, keywords))
         moving = [None if is_static(leaf) else leaf for leaf in leaves]
-        # 1, 1.0 and True are equal; they need not mean the same.
-        fixed = tuple((type(x), x) if is_static(x) else None for x in leaves)
-        try:
-            hash((self.fn, fixed, treedef))
-        except TypeError:
+        fixed = tuple(_Fixed(x) if is_static(x) else None for x in leaves)
+        if not all(f is None or isinstance(f.value, _PLAIN) for f in fixed):
+            # An object may change between two calls.
             return self.apply(self.params, *inputs, **keywords)
-        return _call(self.fn, self.cut, treedef, fixed, self.params, moving)
+        fn = _Same(self.fn)
+        return _call(fn, self.cut, treedef, fixed, self.params, moving)
 
     @property
     def apply(self) -> Callable[..., Any]:
@@ -266,6 +266,11 @@ def prune(
     """
     fn, params, inputs = take_apart(fn, args)
     for path, leaf in leaf_table(params).items():
+        if is_static(leaf) and not isinstance(leaf, int | float | complex):
+            raise TypeError(
+                f"the parameters must be arrays, but leaf {path!r} is {leaf!r}: take "
+                "the arrays out, as equinox.partition(model, equinox.is_array) does"
+            )
         if isinstance(leaf, jax.core.Tracer | jax.ShapeDtypeStruct):
             raise ValueError(
                 f"prune needs the values of the parameters, but leaf {path!r} is "
@@ -375,12 +380,44 @@ def load(
     return pruned
 
 
+_PLAIN = (bool, int, float, complex, str, bytes, type(None))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Fixed:
+    """A value by how it is written: 1, 1.0 and True are equal, and 0.0 and -0.0."""
+
+    value: Any
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Fixed) and self._key() == other._key()
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+    def _key(self) -> tuple[type, str]:
+        return type(self.value), repr(self.value)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Same:
+    """A function by its identity, whether it can be hashed or not."""
+
+    fn: Callable[..., Any]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.fn is other.fn
+
+    def __hash__(self) -> int:
+        return id(self.fn)
+
+
 def _apply(
-    fn: Any, cut: Cut, treedef: Any, fixed: Any, params: Any, moving: Any
+    fn: _Same, cut: Cut, treedef: Any, fixed: Any, params: Any, moving: Any
 ) -> Any:
-    leaves = [a if f is None else f[1] for a, f in zip(moving, fixed, strict=True)]
+    leaves = [a if f is None else f.value for a, f in zip(moving, fixed, strict=True)]
     inputs, keywords = jax.tree.unflatten(treedef, leaves)
-    return narrow(fn, cut)(params, *inputs, **keywords)
+    return narrow(fn.fn, cut)(params, *inputs, **keywords)
 
 
 _call = jax.jit(_apply, static_argnums=(0, 1, 2, 3))
@@ -403,7 +440,10 @@ def _evaluate(
         ) from error
     if grads is not None:
         grads = _laid_out(groups, params, grads)
-    return score(groups, params, grads, activations)
+    found = score(groups, params, grads, activations)
+    if found is None:
+        raise TypeError(f"the score {score!r} returned None; it must return numbers")
+    return found
 
 
 def _laid_out(groups: Groups, params: PyTree, grads: PyTree) -> PyTree:
@@ -436,7 +476,9 @@ def _check(pruned: Pruned, params: PyTree, inputs: Sequence[Any]) -> None:
     """Compares small and dense function; rounding of the coarsest dtype is allowed."""
     dense, small = (pruned.fn, pruned.cut.zero(params)), (pruned.apply, pruned.params)
     allowed = rounding(*small, inputs) ** 0.5
-    for d in differences(dense, small, inputs):
+    if pruned.cut.dense.prune_outputs:
+        return  # The results are others.
+    for d in differences(dense, small, inputs, pruned.cut.take_output):
         if not d.size <= allowed * d.largest:
             raise ValueError(
                 f"small and dense function differ by {d.size:.3g} in output {d.path!r} "

@@ -10,7 +10,7 @@ import numpy as np
 
 from sdp_jax.measure import bodies
 from sdp_jax.tracing.static import separate
-from sdp_jax.tree import PyTree, leaf_table
+from sdp_jax.tree import PyTree, leaf_keys
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,8 +28,12 @@ def differences(
     first: tuple[Callable[..., Any], PyTree],
     second: tuple[Callable[..., Any], PyTree],
     inputs: Sequence[Any],
+    take: Callable[[str, Any], Any] = lambda path, output: output,
 ) -> list[Difference]:
-    """The largest difference of each floating-point output of two functions."""
+    """The largest difference of each floating-point output of two functions.
+
+    ``take`` cuts outputs of the first as the second gives them.
+    """
     moving, join = separate(inputs)
     with jax.default_matmul_precision("highest"):
         results = [
@@ -39,8 +43,14 @@ def differences(
             for fn, params in (first, second)
         ]
     out = []
-    names = leaf_table(results[0])
+    names = ["/".join(keys) for keys, _ in leaf_keys(results[0])]
     for path, a, b in zip(names, *map(jax.tree.leaves, results), strict=True):
+        a = take(path, a)
+        if np.shape(a) != np.shape(b):
+            raise ValueError(
+                f"output {path!r} has shape {np.shape(a)} in the dense function, but "
+                f"{np.shape(b)} in the small one"
+            )
         if not jnp.issubdtype(a.dtype, jnp.inexact) or not a.size:
             continue
         a, b = (np.asarray(x).astype(np.complex128) for x in (a, b))

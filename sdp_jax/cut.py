@@ -18,7 +18,14 @@ import numpy as np
 from sdp_jax.channels import PerChannel, scale_channels
 from sdp_jax.groups import Dimension, Groups, Leaf, Member
 from sdp_jax.matching import Matcher, is_hidden
-from sdp_jax.tree import PyTree, leaf_dtype, leaf_keys, leaf_table, missing_path_message
+from sdp_jax.tree import (
+    PyTree,
+    leaf_dtype,
+    leaf_keys,
+    leaf_table,
+    missing_path_message,
+    owner_of,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +48,10 @@ class Cut:
 
     def __hash__(self) -> int:
         return self._hash
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What is cached, the hash above all, is of this process.
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
 
     @functools.cached_property
     def _hash(self) -> int:
@@ -226,6 +237,17 @@ class Cut:
         factors = np.zeros(self.dense.num_channels)
         factors[self._channels] = 1
         return scale_channels(self.dense, params, jnp.asarray(factors))
+
+    def take_output(self, path: str, output: Any) -> Any:
+        """An output of the dense function as the small one gives it.
+
+        New running statistics, known by path and shape, are cut as the old ones.
+        """
+        dense = self.dense
+        states = {m.path for d in dense for m in d.members if m.role == "state"}
+        shapes = {state: dense.shapes[state] for state in states}
+        owner = owner_of([path], np.shape(output), shapes)
+        return self._take_leaf(path, owner, output) if owner else output
 
     def index(self, path: str, axis: int) -> np.ndarray | None:
         """Positions along an axis of a leaf that stay, or ``None`` if all do."""

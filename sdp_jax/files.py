@@ -1,14 +1,18 @@
 """Saving small parameters together with the cut that made them."""
 
 import importlib
+import json
 import os
 import pathlib
 import shutil
-import tempfile
+import uuid
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 from sdp_jax.cut import Cut
-from sdp_jax.tree import PyTree
+from sdp_jax.tree import PyTree, leaf_dtype, leaf_table
 
 
 def save(directory: str | os.PathLike[str], params: PyTree, cut: Cut) -> None:
@@ -19,9 +23,14 @@ def save(directory: str | os.PathLike[str], params: PyTree, cut: Cut) -> None:
     if path.exists():
         raise FileExistsError(f"{path} exists; choose another directory or remove it")
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = pathlib.Path(tempfile.mkdtemp(prefix=path.name, dir=path.parent))
+    table = leaf_table(params)
+    dtypes = {p: str(leaf_dtype(x)) for p, x in table.items()}
+    record = json.loads(cut.to_json()) | {"dtypes": dtypes}
+    # Not by tempfile, whose directories nobody else may read.
+    scratch = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
+    scratch.mkdir()
     try:
-        (scratch / "cut.json").write_text(cut.to_json())
+        (scratch / "cut.json").write_text(json.dumps(record))
         with checkpointing.StandardCheckpointer() as checkpointer:
             checkpointer.save(scratch / "params", params)
         scratch.rename(path)
@@ -41,8 +50,12 @@ def load(
             f"{path} holds no saved cut: it needs cut.json and params/, as "
             "Pruned.save writes them"
         )
-    cut = Cut.from_json((path / "cut.json").read_text())
-    target = None if like is None else cut.small_like(like)
+    text = (path / "cut.json").read_text()
+    cut = Cut.from_json(text)
+    target = None
+    if like is not None:
+        dtypes = json.loads(text).get("dtypes", {})
+        target = _of_dtypes(cut.small_like(like), dtypes)
     with checkpointing.StandardCheckpointer() as checkpointer:
         params = checkpointer.restore(path / "params", target)
     if like is None:
@@ -55,6 +68,16 @@ def load(
             ) from error
     cut.check_small(params)
     return params, cut
+
+
+def _of_dtypes(shapes: PyTree, dtypes: dict[str, str]) -> PyTree:
+    """Shapes with the dtypes that were saved."""
+    leaves = []
+    for path, leaf in leaf_table(shapes).items():
+        if path in dtypes and not jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
+            leaf = jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtypes[path]))
+        leaves.append(leaf)
+    return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
 
 
 def _orbax() -> Any:

@@ -164,6 +164,10 @@ class Groups:
     def __hash__(self) -> int:
         return self._hash
 
+    def __getstate__(self) -> dict[str, Any]:
+        # What is cached, the hash above all, is of this process.
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+
     @functools.cached_property
     def _hash(self) -> int:
         fields = dataclasses.fields(self)
@@ -174,6 +178,9 @@ class Groups:
 
     def __iter__(self) -> Iterator[Dimension]:
         return iter(self.dimensions)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.sizes or name in self.dimensions
 
     def __getitem__(self, name: str) -> Dimension:
         for dimension in self.dimensions:

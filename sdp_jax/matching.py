@@ -101,10 +101,11 @@ class Matcher:
         shape, path = tuple(np.shape(leaf)), "/".join(keys)
         for owner, axes in self._cut.items():
             dense = self._dense.shapes[owner]
-            if (
-                owner
-                and f"/{path}".endswith(f"/{owner}")
-                and shape[-len(dense) :] == dense
+            # Below its top key, too, if that leaves more than a name like "kernel".
+            below = owner.partition("/")[2]
+            names = [name for name in (owner, below if "/" in below else "") if name]
+            if shape[-len(dense) :] == dense and any(
+                f"/{path}".endswith(f"/{name}") for name in names
             ):
                 raise ValueError(
                     f"leaf {path!r} has the name and shape of {owner!r} in the "
@@ -113,7 +114,8 @@ class Matcher:
                     "trees to take"
                 )
             lengths = {dense[axis] for axis in axes}
-            if owner and f"/{owner}/" in f"/{path}/" and lengths & set(shape):
+            within = any(f"/{name}/" in f"/{path}/" for name in names)
+            if within and lengths & set(shape):
                 raise ValueError(self.no_form(path, shape, owner))
         total = sum(math.prod(s) for s in self._dense.shapes.values())
         if shape == (total,) and len(self._dense.leaves) > 1:

@@ -123,6 +123,14 @@ def plan_cut(
             f"target={target!r} {'needs' if fn is None else 'has no use for'} fn= and "
             "inputs=, the function to time"
         )
+    if sparsity > 0 and not len(groups):
+        why = "; ".join(
+            f"{f.path}[{f.axis}]: {f.reasons[0]}" for f in groups.frozen[:3]
+        )
+        raise ValueError(
+            f"sparsity {sparsity} cannot be met: these groups have no channel that can "
+            f"be cut{f' ({why})' if why else ''}; see groups.summary()"
+        )
     values = _check_scores(groups, scores)
     protected = _protected(groups, values, min_channels, limits or {})
     blocks = groups.blocks(ranking)

@@ -79,7 +79,10 @@ def make_report(
         return Report(cut)
     need_values(inputs, "report")
     small, dense_params = narrow(fn, cut), cut.fill(params)
-    found = differences((fn, dense_params), (small, params), inputs)
+    # With pruned outputs the results are others.
+    pairs = (fn, dense_params), (small, params)
+    compared = not cut.dense.prune_outputs
+    found = differences(*pairs, inputs, cut.take_output) if compared else []
     worst = max(found, key=lambda d: d.size, default=None)
     dense_time, small_time = latency(
         fn, small, args=[(dense_params, *inputs), (params, *inputs)], repeats=repeats

@@ -2,7 +2,7 @@
 
 import collections
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -61,3 +61,18 @@ def missing_path_message(path: str, paths: Sequence[str]) -> str:
         near = difflib.get_close_matches(path, paths, n=3, cutoff=0.3)
         hint = f"did you mean {near}?" if near else f"the tree has {list(paths)[:5]}"
     return f"no leaf {path!r} in the tree; {hint}"
+
+
+def owner_of(
+    keys: Sequence[str], shape: Sequence[int], shapes: Mapping[str, Sequence[int]]
+) -> str:
+    """The leaf of which an output is the new value, by path and shape, or ``""``."""
+    found = {0: ""}
+    keys = "/".join(keys).split("/")  # Haiku has slashes in its keys.
+    for path, old in shapes.items():
+        parts = path.split("/")
+        # Without its first key only if that leaves more than a name like "mean".
+        for tail in (parts, parts[1:] if len(parts) > 2 else []):
+            if tail and keys[-len(tail) :] == tail and tuple(old) == tuple(shape):
+                found.setdefault(len(tail), path)
+    return found[max(found)]

@@ -95,3 +95,16 @@ def test_sharding_constraints_pass(kind, where, x64):
     for share in (0.5, 0.4):
         groups = promise.check(fn, randoms(), (x,), shares=(share,))
         assert groups.sizes == {"a": 8}
+
+
+def test_means_over_a_named_axis_of_vmap(x64):
+    """Batch normalisation as Equinox writes it."""
+
+    def fn(p, x):
+        def one(v):
+            y = v @ p["a"]
+            return jax.nn.relu(y - jax.lax.pmean(y, "batch")) @ p["b"]
+
+        return jax.vmap(one, axis_name="batch")(x)
+
+    assert promise.check(fn, randoms(), (X,)).sizes == {"a": 8}

@@ -1,5 +1,9 @@
 """From a model to a smaller one in one call: the user's lines, for every library."""
 
+import functools
+import os
+import pickle
+
 import equinox as eqx
 import flax.linen as nn
 import haiku as hk
@@ -431,3 +435,139 @@ def test_kinds_are_told():
     with pytest.raises(ValueError, match="give arrays"):
         pruned.report(shape)
     assert sdp_jax.prune(pruned.fn, params, shape, cut=pruned.cut, check=False)
+
+
+class Trained(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.BatchNorm(use_running_average=False)(nn.Dense(8)(x)))
+        return nn.Dense(3)(x)
+
+
+@pytest.mark.parametrize("sparsity", [0.5, 0.875])
+def test_a_training_mode_returns_its_small_statistics(sparsity):
+    model = Trained()
+    variables = model.init(jax.random.key(0), X)
+
+    def fn(variables, x):
+        return model.apply(variables, x, mutable=["batch_stats"])
+
+    pruned = sdp_jax.prune(
+        fn, variables, X, scores=methods.l2_norm(), sparsity=sparsity
+    )
+    _, new = pruned(X)
+    width = round(8 * (1 - sparsity))
+    assert new["batch_stats"]["BatchNorm_0"]["mean"].shape == (width,)
+    assert pruned.report(X, repeats=1).difference < 1e-5
+
+
+def test_methods_and_parts_of_modules():
+    class Coder(nnx.Module):
+        def __init__(self):
+            self.a = nnx.Linear(4, 8, rngs=nnx.Rngs(0))
+            self.b = nnx.Linear(8, 2, rngs=nnx.Rngs(1))
+
+        def encode(self, x, *, scale=1.0):
+            return self.b(jnp.tanh(self.a(x))) * scale
+
+    model, common = Coder(), {"scores": methods.l2_norm(), "sparsity": 0.5}
+    pruned = sdp_jax.prune(model.encode, X, **common)
+    assert list(pruned.cut.widths.values()) == [4]
+    twice = sdp_jax.prune(functools.partial(model.encode, scale=2.0), X, **common)
+    np.testing.assert_allclose(twice(X), 2 * pruned(X), rtol=1e-6)
+    mlp = eqx.nn.MLP(4, 2, 8, 1, key=jax.random.key(0))
+    part = sdp_jax.prune(functools.partial(mlp, key=None), X[0], **common)
+    np.testing.assert_allclose(part(X[0]), sdp_jax.prune(mlp, X[0], **common)(X[0]))
+    for hidden in (jax.vmap(mlp), jax.jit(mlp)):
+        with pytest.raises(TypeError, match="wraps a module, whose arrays it hides"):
+            sdp_jax.prune(hidden, X)
+    with pytest.raises(TypeError, match=r"equinox.is_array"):
+        sdp_jax.prune(lambda m, x: jax.vmap(m)(x), mlp, X, **common)
+
+
+def test_values_that_only_look_alike():
+    def fn(params, x, scale):
+        return jnp.tanh(x @ params["a"]) @ params["b"] * jnp.copysign(1.0, scale)
+
+    params = {"a": jnp.ones((4, 8)).at[:, 3].set(0), "b": jnp.ones((8, 2))}
+    pruned = sdp_jax.prune(fn, params, X, 1.0)
+    np.testing.assert_array_equal(pruned(X, 0.0), -pruned(X, -0.0))
+
+    class Setting:
+        scale = 1.0
+
+    setting = Setting()
+    by_object = sdp_jax.prune(lambda p, x, s: fn(p, x, s.scale), params, X, setting)
+    first = by_object(X, setting)
+    setting.scale = -1.0
+    np.testing.assert_array_equal(by_object(X, setting), -first)
+
+
+def test_nothing_to_prune_is_said():
+    params = {"a": jnp.ones((4, 8)), "b": jnp.ones((8, 2))}
+    for ranking in ("global", "dimension", "isomorphic"):
+        with pytest.raises(ValueError, match="no channel that can be cut .*sort"):
+            sdp_jax.prune(
+                lambda p, x: jnp.sort(x @ p["a"]) @ p["b"],
+                params,
+                X,
+                scores=methods.l2_norm(),
+                sparsity=0.5,
+                ranking=ranking,
+            )
+
+
+def test_factored_state_of_parameters_is_refused():
+    model = Linen()
+    variables = model.init(jax.random.key(0), X)
+    scores = methods.l2_norm()
+    pruned = sdp_jax.prune(
+        model.apply,
+        variables,
+        scores=scores,
+        sparsity=0.5,
+        groups=sdp_jax.find_groups(model.apply, variables, X),
+    )
+    for tx in (optax.adafactor(1e-3, min_dim_size_to_factor=2), optax.sm3(1e-3)):
+        with pytest.raises(ValueError, match="cannot be cut"):
+            pruned.take(tx.init(variables["params"]))
+
+
+def test_gradients_of_other_shapes_are_refused():
+    params, pruned = small_mlp()
+    bad = jax.tree.map(lambda p: p[:1], params)
+    with pytest.raises(ValueError, match="has shape|has another"):
+        methods.taylor()(pruned.cut.dense, params, bad)
+    with pytest.raises(ValueError, match="grads must be shaped like the parameters"):
+        sdp_jax.prune(
+            pruned.fn, params, X, scores=methods.taylor(), sparsity=0.5, grads=bad
+        )
+
+
+def test_what_is_saved_comes_back_as_it_was(tmp_path):
+    model = nnx.Sequential(
+        nnx.Linear(4, 8, rngs=nnx.Rngs(0)), jnp.tanh, nnx.Linear(8, 2, rngs=nnx.Rngs(1))
+    )
+    half = jax.tree.map(lambda p: p.astype(jnp.bfloat16), nnx.state(model))
+    nnx.update(model, half)
+    pruned = sdp_jax.prune(model, X, scores=methods.l2_norm(), sparsity=0.5)
+    before = os.umask(0o022)
+    try:
+        pruned.save(tmp_path / "pruned")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "pruned").stat().st_mode & 0o777 == 0o755
+    fresh = nnx.Sequential(
+        nnx.Linear(4, 8, rngs=nnx.Rngs(2)), jnp.tanh, nnx.Linear(8, 2, rngs=nnx.Rngs(3))
+    )
+    again = sdp_jax.load(tmp_path / "pruned", fresh, X)
+    assert {x.dtype for x in jax.tree.leaves(again)} == {jnp.dtype(jnp.bfloat16)}
+    np.testing.assert_array_equal(again(X), pruned(X))
+
+
+def test_what_is_cached_is_not_pickled():
+    _, pruned = small_mlp()
+    hash(pruned.cut)
+    again = pickle.loads(pickle.dumps(pruned.cut))
+    assert again == pruned.cut and "_hash" not in vars(again)
+    assert "_hash" not in vars(again.dense)

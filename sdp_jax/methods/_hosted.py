@@ -106,6 +106,11 @@ def hosted(
       [[0.  0.9]
        [0.  0.9]]
     """
+    if not isinstance(host, optax.GradientTransformation):
+        raise TypeError(
+            f"host must be an Optax transformation, for example methods.hspg(...), and "
+            f"stands behind the base: hosted(base, host); got {host!r}"
+        )
     first = optax.with_extra_args_support(as_base(base))
     second = optax.with_extra_args_support(host)
 
@@ -203,9 +208,22 @@ def channel_host(
         count = jnp.asarray(optax.safe_increment(state.count))
         if released is None:
             released = jnp.zeros((groups.num_channels,), bool)
-        factors, inner, *other = decide(
+        decided = decide(
             HostStep(state.inner, count, params, updates, gradients, released)
         )
+        if not isinstance(decided, tuple) or len(decided) not in (2, 3):
+            raise TypeError(
+                f"decide of {name} must return (factors, state) or (factors, state, "
+                f"point); got {type(decided).__name__}"
+                + (f" of {len(decided)}" if isinstance(decided, tuple) else "")
+            )
+        factors, inner, *other = decided
+        if jnp.shape(factors) != (groups.num_channels,):
+            raise ValueError(
+                f"decide of {name} must return a factor for each of "
+                f"{groups.num_channels} channels; got shape {jnp.shape(factors)}"
+            )
+        factors = jnp.asarray(factors)
         candidate = other[0] if other else add_step(params, updates)
         point = scale_channels(groups, candidate, factors)
         return step_to(point, params), ChannelHostState(count, inner)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import fnmatch
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ from sdp_jax.tracing.rules import RULES
 from sdp_jax.tracing.static import separate
 from sdp_jax.tracing.trace import NO_RULE, Body, Trace
 from sdp_jax.tracing.values import Value
-from sdp_jax.tree import PyTree, leaf_dtype, leaf_keys, leaf_table
+from sdp_jax.tree import PyTree, leaf_dtype, leaf_keys, leaf_table, owner_of
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -100,7 +100,9 @@ def analyse(
     leaves = dict(zip(leaf_table(params), values, strict=False))
     why = Reason("output", "is an output of the function")
     for (keys, _), value in zip(leaf_keys(out_shape), body.outs, strict=True):
-        owner = _owner(keys, value, {path: leaves[path] for path in states})
+        shapes = {path: leaves[path].shape for path in states}
+        found = owner_of(keys, value.shape, shapes)
+        owner = leaves[found] if found else None
         for d, axis in enumerate(value.axes):
             if owner is not None:
                 space.unify([axis, owner.axes[d]], why)
@@ -155,18 +157,3 @@ def _used(body: Body, solution: Solution) -> np.ndarray:
 
     walk(body)
     return used
-
-
-def _owner(
-    keys: Sequence[str], value: Value, states: Mapping[str, Value]
-) -> Value | None:
-    """The running state of which an output is the new value, by path and shape."""
-    found: dict[int, Value] = {}
-    keys = "/".join(keys).split("/")  # Haiku has slashes in its keys.
-    for path, owner in states.items():
-        parts = path.split("/")
-        # Without its first key only if that leaves more than a name like "mean".
-        for tail in (parts, parts[1:] if len(parts) > 2 else []):
-            if tail and keys[-len(tail) :] == tail and owner.shape == value.shape:
-                found.setdefault(len(tail), owner)
-    return found[max(found)] if found else None

@@ -139,6 +139,15 @@ def _rebuild_sum(n: Any, record: Record, args: list[Any]) -> list[Any]:
     return [out]
 
 
+def _psum(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
+    """Over axes of the mesh, or of the arrays, as ``vmap`` makes of names."""
+    axes = [axis for axis in eqn.params["axes"] if isinstance(axis, int)]
+    for x in ins:
+        for d in axes:
+            need_zero(t, eqn, x.axes[d])
+    return [_drop(x, axes) for x in ins]
+
+
 def _extreme(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
     _even_out(t, eqn, ins[0], eqn.params["axes"])
     return [_drop(ins[0], eqn.params["axes"])]
@@ -263,6 +272,7 @@ select_and_scatter_add select_and_gather_add".split()
 RULES: dict[str, Rule] = {
     "dot_general": Rule(_dot, flops=_dot_flops),
     "conv_general_dilated": Rule(_conv, rebuild=_rebuild_conv, flops=_conv_flops),
+    "psum": Rule(_psum, known=False, flops=per_operand_entry),
     "reduce_sum": Rule(_sum, rebuild=_rebuild_sum, flops=per_operand_entry),
     **dict.fromkeys(("reduce_or", "reduce_xor"), Rule(_bits, flops=per_operand_entry)),
     **dict.fromkeys(

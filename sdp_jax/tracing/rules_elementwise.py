@@ -249,8 +249,6 @@ RULES: dict[str, Rule] = {
     ),
     **_each(["pvary"], "all", moves),
     # Over axes of the mesh, not of the arrays.
-    **dict.fromkeys(
-        ("psum", "psum_invariant", "pmax", "pmin"), Rule(_across, known=False)
-    ),
+    **dict.fromkeys(("psum_invariant", "pmax", "pmin"), Rule(_across, known=False)),
     **dict.fromkeys(("debug_callback", "debug_print"), Rule(_look, known=False)),
 }

@@ -248,7 +248,7 @@ def _is_index(shape: Sequence[int], dtype: Any) -> bool:
     return whole and math.prod(shape) <= _SMALL
 
 
-def number_of(known: np.ndarray | None) -> np.generic | None:
+def number_of(known: np.ndarray | None) -> Any:
     """The one number that all entries are, if that can be seen."""
     if known is None or not known.size or (known.size > 1 and any(known.strides)):
         return None
