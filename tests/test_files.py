@@ -54,5 +54,5 @@ def test_bad_directories(tmp_path):
 
 def test_without_orbax(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "orbax.checkpoint", None)
-    with pytest.raises(ImportError, match="pip install orbax-checkpoint"):
+    with pytest.raises(ImportError, match=r"pip install 'sdp-jax\[save\]'"):
         files.load(tmp_path)
