@@ -38,7 +38,7 @@ def toy_problem(rank, seed=0, dtype=jnp.float64):
 def test_exact_point_is_that_of_admm(rank, size, strength, x64):
     params, groups, directions, basis, minimizer = flat_problem(rank, size)
     found = sdp_jax.valley.sdp(params, groups, strength, directions, min_channels=0)
-    want = exact_sdp(minimizer, basis, strength, size, steps=8000)
+    want = exact_sdp(minimizer, basis, strength, size)
     w = np.asarray(found.params["w"])
     np.testing.assert_allclose(w.reshape(-1), want, atol=1e-9)
     zero = np.abs(want.reshape(-1, size)).max(axis=1) == 0
