@@ -140,7 +140,7 @@ def test_reaches_the_exact_sdp_point(case, explicit, x64):
 RATES = {"constant": 0.1, "schedule": optax.cosine_decay_schedule(0.3, 30)}
 
 
-def train_toy(tx, jit, steps=30):
+def train_toy(tx, jit):
     def step(params, state, batch):
         grads = jax.grad(toy.loss)(params, batch)
         updates, state = tx.update(grads, state, params)
@@ -151,7 +151,7 @@ def train_toy(tx, jit, steps=30):
         step = jax.jit(step, compiler_options={"xla_backend_optimization_level": 3})
     params = toy.mlp_params()
     state = tx.init(params)
-    for i in range(steps):
+    for i in range(30 if jit else 12):
         params, state = step(params, state, toy.batch(seed=i))
     return params
 
