@@ -26,12 +26,7 @@ from sdp_jax.export import export_stablehlo
 from sdp_jax.groups import Dimension, Groups, Member
 from sdp_jax.measure import cost, latency
 from sdp_jax.plan import plan_cut
-from sdp_jax.strength import (
-    Strength,
-    adaptive_strength,
-    ramp_strength,
-    valley_strength,
-)
+from sdp_jax.strength import Strength, adaptive_strength, ramp_strength, valley_strength
 from sdp_jax.target import target_sparsity
 from sdp_jax.tracing.find import find_groups
 from sdp_jax.tracing.flops import count_flops

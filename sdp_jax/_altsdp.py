@@ -93,8 +93,7 @@ def altsdp(
     Example:
       >>> import jax.numpy as jnp, optax, sdp_jax
       >>> params = {"w": jnp.array([[3., 0.1], [4., 0.1]])}
-      >>> groups = sdp_jax.groups_from_axes(
-      ...     params, {"hidden": [sdp_jax.Member("w", 1)]})
+      >>> groups = sdp_jax.groups_from_axes(params, {"unit": [sdp_jax.Member("w", 1)]})
       >>> tx = sdp_jax.altsdp(0.1, groups, strength=sdp_jax.valley_strength(1., 0.6))
       >>> updates, state = tx.update({"w": jnp.zeros((2, 2))}, tx.init(params), params)
       >>> for _ in range(9):
@@ -154,8 +153,7 @@ def prox_sgd(
     Example:
       >>> import jax.numpy as jnp, optax, sdp_jax
       >>> params = {"w": jnp.array([[3., 0.1], [4., 0.]])}
-      >>> groups = sdp_jax.groups_from_axes(
-      ...     params, {"hidden": [sdp_jax.Member("w", 1)]})
+      >>> groups = sdp_jax.groups_from_axes(params, {"unit": [sdp_jax.Member("w", 1)]})
       >>> tx = sdp_jax.prox_sgd(1.0, groups, strength=2.5)
       >>> grads = {"w": jnp.zeros((2, 2))}
       >>> updates, _ = tx.update(grads, tx.init(params), params)
@@ -216,9 +214,7 @@ def grda(
         learning_rate, valley_strength(c, mu), None, False
     )
     return optax.chain(
-        optimizer,
-        averaging(candidates=True),
-        entry_threshold(rule, candidates=True),
+        optimizer, averaging(candidates=True), entry_threshold(rule, candidates=True)
     )
 
 

@@ -43,8 +43,7 @@ def narrow(fn: Callable[..., Any], cut: Cut) -> Callable[..., Any]:
     Example:
       >>> import jax.numpy as jnp, sdp_jax
       >>> params = {"in": jnp.array([[1., 0.], [2., 0.]]), "out": jnp.ones((2, 3))}
-      >>> def fn(params, x):
-      ...     return jnp.tanh(x @ params["in"]) @ params["out"]
+      >>> fn = lambda params, x: jnp.tanh(x @ params["in"]) @ params["out"]
       >>> groups = sdp_jax.find_groups(fn, params, jnp.ones((1, 2)))
       >>> cut = sdp_jax.plan_cut(groups, params)
       >>> small = sdp_jax.narrow(fn, cut)

@@ -254,8 +254,7 @@ def prune(
     Example:
       >>> import jax.numpy as jnp, sdp_jax
       >>> params = {"in": jnp.array([[1., 0.], [2., 0.]]), "out": jnp.ones((2, 3))}
-      >>> def fn(params, x):
-      ...     return jnp.tanh(x @ params["in"]) @ params["out"]
+      >>> fn = lambda params, x: jnp.tanh(x @ params["in"]) @ params["out"]
       >>> x = jnp.array([[0.1, 0.2]])
       >>> pruned = sdp_jax.prune(fn, params, x)
       >>> pruned.params["in"].shape
@@ -271,9 +270,13 @@ def prune(
                 f"{leaf}: call it outside jit, on arrays. sdp_jax.plan_cut also takes "
                 "shapes, if it gets scores"
             )
-    decides = {"groups": groups, "scores": scores, "sparsity": sparsity}
     if cut is not None:
+        decides = {"groups": groups, "scores": scores, "sparsity": sparsity}
+        decides |= {"grads": grads, "activations": activations, "limits": limits}
         given = [name for name, value in decides.items() if value is not None]
+        shapes = (target, ranking, min_channels, round_to)
+        if shapes != ("channels", "global", 1, 1):
+            given.append("target, ranking, min_channels or round_to")
         if given:
             raise ValueError(
                 f"cut= says what goes; {given} decide it anew: give one or the other"

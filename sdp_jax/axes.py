@@ -82,17 +82,11 @@ def groups_from_axes(
                     f"dimension {name!r}: producer {m.path!r} has dtype {dtype}; only "
                     "floating-point and complex parameters can be thresholded"
                 )
-        members = [
-            m
-            if m.period is not None
-            else dataclasses.replace(
-                m,
-                period=shapes[m.path][m.axis] // m.outer
-                if m.outer > 1
-                else size * m.inner,
-            )
-            for m in members
-        ]
+        for k, m in enumerate(members):
+            if m.period is None:
+                whole = shapes[m.path][m.axis] // m.outer
+                period = whole if m.outer > 1 else size * m.inner
+                members[k] = dataclasses.replace(m, period=period)
         dimensions.append(Dimension(name, size, tuple(members)))
     groups = Groups(tuple(dimensions), leaves)
     check_groups(groups)

@@ -5,7 +5,7 @@ A transformation of one's own is written with these, with :mod:`sdp_jax.channels
 single channels stands in a :class:`sdp_jax.channels.PerChannel`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import chex
@@ -96,6 +96,29 @@ def need_params(
                 f"parameter has {jnp.shape(p)}"
             )
     return params
+
+
+def transformation(
+    name: str, init: optax.TransformInitFn, update: Callable[..., tuple[Any, Any]]
+) -> optax.GradientTransformationExtraArgs:
+    """An Optax transformation that needs the parameters.
+
+    Args:
+      name: its name, for the message where these are missing or do not fit.
+      init: ``init(params) -> state``.
+      update: ``update(updates, state, params, **extra_args) -> (updates, state)``.
+
+    Returns:
+      The transformation.
+    """
+
+    def update_fn(
+        updates: optax.Updates, state: Any, params: Any = None, **extra_args: Any
+    ) -> tuple[optax.Updates, Any]:
+        params = need_params(params, updates, name)
+        return update(updates, state, params, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(init, update_fn)
 
 
 def step_to(point: optax.Params, params: optax.Params) -> optax.Updates:

@@ -56,8 +56,7 @@ def channel_weights(
     Example:
       >>> import jax.numpy as jnp, sdp_jax
       >>> params = {"w": jnp.ones((9, 2))}
-      >>> groups = sdp_jax.groups_from_axes(
-      ...     params, {"hidden": [sdp_jax.Member("w", 1)]})
+      >>> groups = sdp_jax.groups_from_axes(params, {"unit": [sdp_jax.Member("w", 1)]})
       >>> print(sdp_jax.channel_weights(groups, "size"))  # √9
       [3. 3.]
     """
@@ -92,10 +91,7 @@ def channel_weights(
 
 
 def channel_norms(
-    groups: Groups,
-    tree: PyTree,
-    *,
-    weights: Weighting | Mapping[str, float] = "plain",
+    groups: Groups, tree: PyTree, *, weights: Weighting | Mapping[str, float] = "plain"
 ) -> jax.Array:
     """Euclidean norm of each channel over its producers, divided by its weight.
 
@@ -116,8 +112,7 @@ def channel_norms(
     Example:
       >>> import jax.numpy as jnp, sdp_jax
       >>> params = {"w": jnp.array([[3., 0.], [4., 1.]])}
-      >>> groups = sdp_jax.groups_from_axes(
-      ...     params, {"hidden": [sdp_jax.Member("w", 1)]})
+      >>> groups = sdp_jax.groups_from_axes(params, {"unit": [sdp_jax.Member("w", 1)]})
       >>> print(sdp_jax.channel_norms(groups, params))
       [5. 1.]
     """
@@ -125,10 +120,11 @@ def channel_norms(
     if weights == "plain":
         return norms
     # By a number for each dimension: XLA rounds the division by a vector differently.
-    factors = groups.split(channel_weights(groups, weights))
-    parts = groups.split(norms)
-    return groups.join(
-        {k: v / jnp.asarray(factors[k][0], v.dtype) for k, v in parts.items()}
+    return each_dimension(
+        groups,
+        lambda v, k: v / jnp.asarray(k[0], v.dtype),
+        norms,
+        channel_weights(groups, weights),
     )
 
 
@@ -149,8 +145,7 @@ def channel_products(groups: Groups, first: PyTree, second: PyTree) -> jax.Array
     Example:
       >>> import jax.numpy as jnp, sdp_jax
       >>> params = {"w": jnp.array([[3., 0.], [4., 1.]])}
-      >>> groups = sdp_jax.groups_from_axes(
-      ...     params, {"hidden": [sdp_jax.Member("w", 1)]})
+      >>> groups = sdp_jax.groups_from_axes(params, {"unit": [sdp_jax.Member("w", 1)]})
       >>> print(sdp_jax.channel_products(groups, params, {"w": jnp.ones((2, 2))}))
       [7. 1.]
     """
@@ -199,8 +194,8 @@ def member_sums(
             if m.path not in table or np.shape(table[m.path]) != groups.shapes[m.path]:
                 raise ValueError(
                     f"dimension {d.name!r}: the tree has no leaf {m.path!r} of shape "
-                    f"{groups.shapes[m.path]}, which is counted here; give groups and "
-                    "parameters of the same model"
+                    f"{groups.shapes[m.path]}, a {m.role} that is counted here; give "
+                    "groups and parameters of the same model (and hide no member)"
                 )
             key = (m.path, m.axis)
             if key not in lines:
@@ -227,8 +222,7 @@ def channels_alive(groups: Groups, tree: PyTree) -> jax.Array:
     Example:
       >>> import jax.numpy as jnp, sdp_jax
       >>> params = {"w": jnp.array([[1., 0.], [2., 0.]])}
-      >>> groups = sdp_jax.groups_from_axes(
-      ...     params, {"hidden": [sdp_jax.Member("w", 1)]})
+      >>> groups = sdp_jax.groups_from_axes(params, {"unit": [sdp_jax.Member("w", 1)]})
       >>> print(sdp_jax.channels_alive(groups, params))
       [ True False]
     """
@@ -255,8 +249,7 @@ def scale_channels(groups: Groups, tree: PyTree, factors: jax.Array) -> PyTree:
     Example:
       >>> import jax.numpy as jnp, sdp_jax
       >>> params = {"w": jnp.ones((2, 2))}
-      >>> groups = sdp_jax.groups_from_axes(
-      ...     params, {"hidden": [sdp_jax.Member("w", 1)]})
+      >>> groups = sdp_jax.groups_from_axes(params, {"unit": [sdp_jax.Member("w", 1)]})
       >>> factors = jnp.array([1., 0.])
       >>> print(sdp_jax.scale_channels(groups, params, factors)["w"])
       [[1. 0.]
@@ -267,17 +260,12 @@ def scale_channels(groups: Groups, tree: PyTree, factors: jax.Array) -> PyTree:
     scales: dict[str, jax.Array] = {}
     for name, member, size in groups.producers:
         leaf = table[member.path]
-        length = leaf.shape[member.axis]
-        spread = _spread(
-            parts[name].astype(_real_dtype(leaf.dtype)), member, size, length
-        )
         shape = [1] * leaf.ndim
-        shape[member.axis] = length
-        spread = spread.reshape(shape)
-        scales[member.path] = (
-            scales[member.path] * spread if member.path in scales else spread
-        )
-
+        shape[member.axis] = length = leaf.shape[member.axis]
+        factor = parts[name].astype(jnp.finfo(leaf.dtype).dtype)
+        spread = _spread(factor, member, size, length).reshape(shape)
+        old = scales.get(member.path)
+        scales[member.path] = spread if old is None else old * spread
     leaves = [
         leaf * scales[path] if path in scales else leaf for path, leaf in table.items()
     ]
@@ -367,8 +355,7 @@ def reduce_channels(
     Example:
       >>> import jax.numpy as jnp, sdp_jax
       >>> params = {"w": jnp.array([[3., 0.], [-4., 1.]])}
-      >>> groups = sdp_jax.groups_from_axes(
-      ...     params, {"hidden": [sdp_jax.Member("w", 1)]})
+      >>> groups = sdp_jax.groups_from_axes(params, {"unit": [sdp_jax.Member("w", 1)]})
       >>> print(reduce_channels(groups, params, magnitude, jnp.sum, jnp.add))
       [7. 1.]
     """
@@ -402,8 +389,7 @@ def each_dimension(
     Example:
       >>> import jax.numpy as jnp, sdp_jax
       >>> params = {"w": jnp.ones((2, 3))}
-      >>> groups = sdp_jax.groups_from_axes(
-      ...     params, {"hidden": [sdp_jax.Member("w", 1)]})
+      >>> groups = sdp_jax.groups_from_axes(params, {"unit": [sdp_jax.Member("w", 1)]})
       >>> print(each_dimension(groups, jnp.max, jnp.array([1., 4., 2.])))
       [4. 4. 4.]
     """
@@ -432,10 +418,6 @@ def _square(x: jax.Array) -> jax.Array:
     if jnp.iscomplexobj(x):
         return jnp.square(x.real) + jnp.square(x.imag)
     return jnp.square(x)
-
-
-def _real_dtype(dtype: Any) -> Any:
-    return jnp.finfo(dtype).dtype
 
 
 def _reduce_to_axis(

@@ -10,19 +10,7 @@ import numpy as np
 def check_number(
     name: str, value: Any, *, low: float, high: float = math.inf, rule: str
 ) -> None:
-    """Refuses a Python number outside ``[low, high]``; arrays pass unchecked.
-
-    Args:
-      name: name of the argument.
-      value: what was given.
-      low: smallest allowed value.
-      high: largest allowed value.
-      rule: what is expected, for the message.
-
-    Raises:
-      TypeError: if the value is neither a number nor an array.
-      ValueError: if it is a number that breaks the rule.
-    """
+    """Refuses a Python number outside ``[low, high]``; arrays pass unchecked."""
     if isinstance(value, jax.Array):
         return
     if isinstance(value, bool) or not isinstance(
@@ -34,18 +22,7 @@ def check_number(
 
 
 def check_whole(name: str, value: Any, *, low: int = 0, of: str = "updates") -> None:
-    """Refuses what is not an integer of at least ``low``.
-
-    Args:
-      name: name of the argument.
-      value: what was given.
-      low: smallest allowed value.
-      of: what it is a number of, for the message.
-
-    Raises:
-      TypeError: if it is not an integer.
-      ValueError: if it is smaller, or beyond 32 bits.
-    """
+    """Refuses what is not an integer of at least ``low``, in 32 bits."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
         raise TypeError(f"{name} must be an integer number of {of}; got {value!r}")
     if not low <= value < 2**31:
@@ -56,15 +33,7 @@ def check_whole(name: str, value: Any, *, low: int = 0, of: str = "updates") -> 
 
 
 def check_momentum(momentum: Any) -> None:
-    """Refuses a Python number outside ``[0, 1)``; arrays pass unchecked.
-
-    Args:
-      momentum: what was given.
-
-    Raises:
-      TypeError: if it is neither a number nor an array.
-      ValueError: if it is a number outside.
-    """
+    """Refuses a Python number outside ``[0, 1)``; arrays pass unchecked."""
     high = math.nextafter(1, 0)
     check_number("momentum", momentum, low=0, high=high, rule="a number in [0, 1)")
 
@@ -80,3 +49,10 @@ def check_steps(begin_step: Any, end_step: Any) -> None:
             "steps must satisfy 0 <= begin_step < end_step < 2**31; got "
             f"begin_step={begin_step}, end_step={end_step}"
         )
+
+
+def check_share(name: str, value: Any) -> None:
+    """Refuses what is no Python number in ``[0, 1)``; arrays too."""
+    check_number(name, value, low=0, rule="a number in [0, 1)")
+    if isinstance(value, jax.Array) or value >= 1:
+        raise ValueError(f"{name} must be a number in [0, 1); got {value!r}")

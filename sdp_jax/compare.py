@@ -15,15 +15,7 @@ from sdp_jax.tree import PyTree, leaf_table
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """Where two results of one function differ most.
-
-    Attributes:
-      path: path of the output.
-      index: position in it.
-      shape: its shape.
-      size: the difference, in magnitude; not a number where one of the two is not.
-      largest: the largest magnitude in this output of the first function.
-    """
+    """Where the results of two functions differ most, in one output."""
 
     path: str
     index: tuple[int, ...]
@@ -37,16 +29,7 @@ def differences(
     second: tuple[Callable[..., Any], PyTree],
     inputs: Sequence[Any],
 ) -> list[Difference]:
-    """Compares the floating-point outputs of two functions.
-
-    Args:
-      first: a function and its parameters.
-      second: another one with the same inputs and outputs.
-      inputs: their other arguments.
-
-    Returns:
-      The largest difference of each output.
-    """
+    """The largest difference of each floating-point output of two functions."""
     moving, join = separate(inputs)
     with jax.default_matmul_precision("highest"):
         results = [

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,13 +18,7 @@ import numpy as np
 from sdp_jax.channels import PerChannel, scale_channels
 from sdp_jax.groups import Dimension, Groups, Leaf, Member
 from sdp_jax.matching import Matcher, is_hidden
-from sdp_jax.tree import (
-    PyTree,
-    leaf_dtype,
-    leaf_keys,
-    leaf_table,
-    missing_path_message,
-)
+from sdp_jax.tree import PyTree, leaf_dtype, leaf_keys, leaf_table, missing_path_message
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,8 +133,7 @@ class Cut:
         Example:
           >>> import jax.numpy as jnp, sdp_jax
           >>> params = {"w": jnp.array([[3., 0.], [4., 0.]]), "b": jnp.array([1.])}
-          >>> groups = sdp_jax.groups_from_axes(
-          ...     params, {"hidden": [sdp_jax.Member("w", 1)]})
+          >>> groups = sdp_jax.groups_from_axes(params, {"h": [sdp_jax.Member("w", 1)]})
           >>> cut = sdp_jax.plan_cut(groups, params)
           >>> print(cut.take(params)["w"])
           [[3.]
@@ -189,8 +182,7 @@ class Cut:
         Example:
           >>> import jax.numpy as jnp, sdp_jax
           >>> params = {"w": jnp.array([[0., 3.], [0., 4.]])}
-          >>> groups = sdp_jax.groups_from_axes(
-          ...     params, {"hidden": [sdp_jax.Member("w", 1)]})
+          >>> groups = sdp_jax.groups_from_axes(params, {"h": [sdp_jax.Member("w", 1)]})
           >>> cut = sdp_jax.plan_cut(groups, params)
           >>> print(cut.fill(cut.take(params))["w"])
           [[0. 3.]
@@ -226,8 +218,7 @@ class Cut:
         Example:
           >>> import jax.numpy as jnp, sdp_jax
           >>> params = {"w": jnp.array([[1., 3.], [1., 4.]])}
-          >>> groups = sdp_jax.groups_from_axes(
-          ...     params, {"hidden": [sdp_jax.Member("w", 1)]})
+          >>> groups = sdp_jax.groups_from_axes(params, {"h": [sdp_jax.Member("w", 1)]})
           >>> print(sdp_jax.Cut(groups, ((1,),)).zero(params)["w"])
           [[0. 3.]
            [0. 4.]]
@@ -328,15 +319,7 @@ class Cut:
             flops = self.dense.flops.at
             full, left = (list(w.values()) for w in (self.dense.sizes, self.widths))
             rows.append(("FLOPs", flops(full), flops(left)))
-        first = max([len(row[0]) for row in rows] + [9])
-        second = max([len(f"{row[1]:,.0f}") for row in rows] + [6])
-        lines = [f"{'dimension':<{first}}  {'before':>{second}}  {'after':>{second}}"]
-        for name, a, b in rows:
-            share = f"{b / max(a, 1):7.1%}"
-            lines.append(
-                f"{name:<{first}}  {a:{second},.0f}  {b:{second},.0f}  {share}"
-            )
-        return "\n".join(lines)
+        return "\n".join(before_and_after("dimension", rows))
 
     def __str__(self) -> str:
         return self.summary()
@@ -406,8 +389,7 @@ def _members_after(
 ) -> list[Member]:
     """A member as it sits on its axis once only the positions ``index`` are left.
 
-    Other dimensions may have been cut from the same axis: from within the channels
-    (head dimensions from heads), or from between them (concatenations).
+    Other dimensions may have been cut from within its channels, or from between them.
     """
     stays = np.zeros(length, bool)
     stays[index] = True
@@ -450,6 +432,17 @@ def _take(leaf: Any, index: np.ndarray, axis: int) -> Any:
     if isinstance(leaf, np.ndarray):
         return np.take(leaf, index, axis=axis)
     return jnp.take(leaf, index, axis=axis)
+
+
+def before_and_after(head: str, rows: Sequence[tuple[str, float, float]]) -> list[str]:
+    """The lines of a table of numbers before and after, and of their ratios."""
+    first = max([len(row[0]) for row in rows] + [len(head)])
+    second = max([len(f"{row[1]:,.0f}") for row in rows] + [6])
+    lines = [f"{head:<{first}}  {'before':>{second}}  {'after':>{second}}"]
+    for name, a, b in rows:
+        share = f"{b / max(a, 1e-12):7.1%}"
+        lines.append(f"{name:<{first}}  {a:{second},.0f}  {b:{second},.0f}  {share}")
+    return lines
 
 
 def check_like(small: PyTree, like: PyTree) -> None:

@@ -58,8 +58,7 @@ def export_stablehlo(
 
     Example:
       >>> import jax.numpy as jnp, sdp_jax
-      >>> def fn(params, x):
-      ...     return x @ params["w"]
+      >>> fn = lambda params, x: x @ params["w"]
       >>> exported = sdp_jax.export_stablehlo(fn, {"w": jnp.eye(3)}, jnp.ones((1, 3)))
       >>> exported.call({"w": jnp.eye(3)}, jnp.ones((5, 3))).shape
       (5, 3)
@@ -86,10 +85,8 @@ def export_stablehlo(
 
     if embed_params:
         if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(params)):
-            raise ValueError(
-                "embed_params=True needs parameters with values; got a "
-                "jax.ShapeDtypeStruct"
-            )
+            told = "embed_params=True needs parameters with values"
+            raise ValueError(f"{told}; got a jax.ShapeDtypeStruct")
         function, args = functools.partial(call, params), moving
     else:
         function, args = call, [jax.tree.map(_shape, params), *moving]

@@ -12,29 +12,7 @@ from sdp_jax.tree import PyTree
 
 
 def save(directory: str | os.PathLike[str], params: PyTree, cut: Cut) -> None:
-    """Writes small parameters (Orbax) and their cut (JSON) into a new directory.
-
-    The directory appears when everything is written, or not at all.
-
-    Args:
-      directory: where to write; it must not exist.
-      params: what ``cut.take`` made of the parameters.
-      cut: the cut.
-
-    Raises:
-      FileExistsError: if the directory exists.
-      ValueError: if the parameters are not those of the cut.
-      ImportError: if orbax-checkpoint is not installed.
-
-    Example:
-      >>> import tempfile, jax.numpy as jnp, sdp_jax
-      >>> params = {"w": jnp.array([[1., 0.], [2., 0.]])}
-      >>> groups = sdp_jax.groups_from_axes(
-      ...     params, {"hidden": [sdp_jax.Member("w", 1)]})
-      >>> cut = sdp_jax.plan_cut(groups, params)
-      >>> with tempfile.TemporaryDirectory() as folder:
-      ...     sdp_jax.save(f"{folder}/small", cut.take(params), cut)
-    """
+    """Writes small parameters (Orbax) and their cut (JSON), all or nothing."""
     cut.check_small(params)
     checkpointing = _orbax()
     path = pathlib.Path(directory).absolute()
@@ -55,40 +33,13 @@ def save(directory: str | os.PathLike[str], params: PyTree, cut: Cut) -> None:
 def load(
     directory: str | os.PathLike[str], like: PyTree | None = None
 ) -> tuple[Any, Cut]:
-    """Reads what :func:`save` wrote.
-
-    Args:
-      directory: where it is.
-      like: a tree of arrays or shapes with the structure of the dense or small
-        parameters; without it dictionaries and lists come back. Trees of other
-        containers (nnx state, Equinox modules) need it.
-
-    Returns:
-      The small parameters and the cut.
-
-    Raises:
-      FileNotFoundError: if there is nothing, or not all of it.
-      ValueError: if the files do not belong together.
-      ImportError: if orbax-checkpoint is not installed.
-
-    Example:
-      >>> import tempfile, jax.numpy as jnp, sdp_jax
-      >>> params = {"w": jnp.array([[1., 0.], [2., 0.]])}
-      >>> groups = sdp_jax.groups_from_axes(
-      ...     params, {"hidden": [sdp_jax.Member("w", 1)]})
-      >>> cut = sdp_jax.plan_cut(groups, params)
-      >>> with tempfile.TemporaryDirectory() as folder:
-      ...     sdp_jax.save(folder + "/pruned", cut.take(params), cut)
-      ...     small, again = sdp_jax.load(folder + "/pruned", like=params)
-      >>> print(small["w"].shape, again == cut)
-      (2, 1) True
-    """
+    """Reads what :func:`save` wrote, in the containers of ``like`` if it is given."""
     checkpointing = _orbax()
     path = pathlib.Path(directory).absolute()
     if not (path / "cut.json").is_file() or not (path / "params").is_dir():
         raise FileNotFoundError(
             f"{path} holds no saved cut: it needs cut.json and params/, as "
-            "sdp_jax.save writes them"
+            "Pruned.save writes them"
         )
     cut = Cut.from_json((path / "cut.json").read_text())
     target = None if like is None else cut.small_like(like)

@@ -118,14 +118,7 @@ class Leaf:
 
 @dataclasses.dataclass(frozen=True)
 class Frozen:
-    """An axis of a leaf that has to stay whole, or partly so.
-
-    Attributes:
-      path: path of the leaf.
-      axis: axis of the leaf.
-      positions: how many positions of it are fixed.
-      reasons: what fixes them.
-    """
+    """An axis of a leaf that has to stay whole, or some positions of it, and why."""
 
     path: str
     axis: int
@@ -489,12 +482,7 @@ class Groups:
                 raise TypeError("two leaves have the same path")
             if not all(d.producers for d in dimensions):
                 raise TypeError("a dimension has no producer")
-        except (
-            AttributeError,
-            KeyError,
-            TypeError,
-            ValueError,
-        ) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"not groups in JSON, as written by Groups.to_json: {error!r}"
             ) from error
@@ -594,14 +582,7 @@ def check_groups(groups: Groups) -> None:
 
 
 def overlaps(groups: Groups) -> Iterator[tuple[str, Dimension, Dimension]]:
-    """Where two dimensions share entries of a producer.
-
-    Args:
-      groups: the channel dimensions.
-
-    Yields:
-      The path of the leaf and the two dimensions, the earlier first.
-    """
+    """Where two dimensions share entries of a producer: the leaf, and both in order."""
     taken: dict[str, list[tuple[Dimension, int, np.ndarray]]] = {}
     for d in groups.dimensions:
         for m in d.producers:

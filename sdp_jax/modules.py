@@ -34,32 +34,18 @@ class EquinoxFunction:
 def take_apart(
     fn: Any, args: Sequence[Any]
 ) -> tuple[Callable[..., Any], PyTree, tuple[Any, ...]]:
-    """Function, parameters and inputs, from a function or a module and what follows.
-
-    Args:
-      fn: a function of parameters and inputs, an nnx or an Equinox module.
-      args: parameters and inputs, for a module inputs only.
-
-    Returns:
-      The function, its parameters, its other arguments.
-
-    Raises:
-      TypeError: if ``fn`` is neither, or no parameters follow a function.
-      ValueError: if a module has state that is no array.
-    """
+    """Function, parameters and inputs, from a function or a module and what follows."""
     found = split_module(fn)
     if found is not None:
         return *found, tuple(args)
     if not callable(fn):
+        hint = (
+            ". It is no function itself: give its method apply, and the parameters "
+            "that its method init makes"
+        )
         raise TypeError(
             "expected a function of parameters and inputs, a flax.nnx module or an "
-            f"equinox.Module; got {type(fn).__name__}"
-            + (
-                ". It is no function itself: give its method apply, and the parameters "
-                "that its method init makes"
-                if hasattr(fn, "apply")
-                else ""
-            )
+            f"equinox.Module; got {type(fn).__name__}{hint * hasattr(fn, 'apply')}"
         )
     if not args:
         raise TypeError(

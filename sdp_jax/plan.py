@@ -13,6 +13,7 @@ import numpy as np
 
 from sdp_jax._narrow import narrow
 from sdp_jax.channels import channels_alive
+from sdp_jax.checks import check_number, check_share
 from sdp_jax.cut import Cut
 from sdp_jax.groups import Groups, Ranking, check_ranking
 from sdp_jax.measure import latency
@@ -83,13 +84,12 @@ def plan_cut(
     Example:
       >>> import jax.numpy as jnp, sdp_jax
       >>> params = {"w": jnp.array([[3., 0., 1.], [4., 0., 1.]])}
-      >>> groups = sdp_jax.groups_from_axes(
-      ...     params, {"hidden": [sdp_jax.Member("w", 1)]})
+      >>> groups = sdp_jax.groups_from_axes(params, {"unit": [sdp_jax.Member("w", 1)]})
       >>> sdp_jax.plan_cut(groups, params).widths
-      {'hidden': 2}
+      {'unit': 2}
       >>> scores = sdp_jax.channel_norms(groups, params)
       >>> sdp_jax.plan_cut(groups, params, scores=scores, sparsity=0.6).widths
-      {'hidden': 1}
+      {'unit': 1}
     """
     _check_counts(min_channels, round_to)
     if target not in get_args(Target):
@@ -116,8 +116,7 @@ def plan_cut(
             )
         return _cut_zeros(groups, params, min_channels, round_to)
     assert sparsity is not None
-    if not isinstance(sparsity, int | float) or not 0 <= sparsity < 1:
-        raise ValueError(f"sparsity must be a number in [0, 1); got {sparsity!r}")
+    check_share("sparsity", sparsity)
     if (target == "latency") != (fn is not None):
         raise ValueError(
             f"target={target!r} {'needs' if fn is None else 'has no use for'} fn= and "
@@ -126,7 +125,9 @@ def plan_cut(
     values = _check_scores(groups, scores)
     protected = _protected(groups, values, min_channels, limits or {})
     blocks = groups.blocks(ranking)
-    orders = [_order(block, values, protected) for block in blocks]
+    # Channels that may go, the lowest score first.
+    frees = [block[~protected[block]] for block in blocks]
+    orders = [free[np.argsort(values[free], kind="stable")] for free in frees]
 
     def cut_after(counts: Sequence[int]) -> Cut:
         """What stays when each block loses this many channels."""
@@ -210,9 +211,12 @@ def _check_tree(groups: Groups, params: PyTree) -> None:
 def _check_scores(groups: Groups, scores: Scores) -> np.ndarray:
     if isinstance(scores, Mapping):
         try:
-            scores = groups.join(scores)
+            groups.join(scores)
         except ValueError as error:
             raise ValueError(f"scores: {error}") from error
+        # Joined anew, so that scores of 64 bits are not rounded.
+        lines = [np.asarray(scores[name], np.float64) for name in groups.sizes]
+        scores = np.concatenate([np.zeros(0), *lines])
     values = np.asarray(scores, np.float64)
     if values.shape != (groups.num_channels,):
         raise ValueError(
@@ -226,18 +230,13 @@ def _check_scores(groups: Groups, scores: Scores) -> np.ndarray:
 
 
 def _protected(
-    groups: Groups,
-    values: np.ndarray,
-    min_channels: int,
-    limits: Mapping[str, float],
+    groups: Groups, values: np.ndarray, min_channels: int, limits: Mapping[str, float]
 ) -> np.ndarray:
     """Channels that must stay: the best of each dimension."""
     names = {d.name: [d.name, *(m.path for m in d.members)] for d in groups}
     for pattern, limit in limits.items():
-        if not isinstance(limit, int | float) or not 0 <= limit <= 1:
-            raise ValueError(
-                f"limit of {pattern!r} is {limit!r}; give a share between 0 and 1"
-            )
+        rule = "a share between 0 and 1"
+        check_number(f"limit of {pattern!r}", limit, low=0, high=1, rule=rule)
         if not any(fnmatch.filter(line, pattern) for line in names.values()):
             raise ValueError(
                 f"limit {pattern!r} matches none of the dimensions "
@@ -253,12 +252,6 @@ def _protected(
         mask[np.argsort(-line, kind="stable")[:count]] = True
         protected.append(mask)
     return np.concatenate([np.zeros(0, bool), *protected])
-
-
-def _order(block: np.ndarray, values: np.ndarray, protected: np.ndarray) -> np.ndarray:
-    """Channels of a block that may go, the lowest score first."""
-    free = block[~protected[block]]
-    return free[np.argsort(values[free], kind="stable")]
 
 
 def _rounded(stay: np.ndarray, values: np.ndarray, round_to: int) -> tuple[int, ...]:

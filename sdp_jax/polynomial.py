@@ -16,9 +16,7 @@ import numpy as np
 class Polynomial:
     """A polynomial in the widths of dimensions, in a form that is unique.
 
-    Attributes:
-      terms: monomials, sorted tuples of dimension numbers with repetitions, in their
-        order, each with its coefficient, which is not zero.
+    Monomials, sorted tuples of dimension numbers, in order, with non-zero coefficients.
     """
 
     terms: tuple[tuple[tuple[int, ...], float], ...] = ()
@@ -64,14 +62,7 @@ class Polynomial:
         )
 
     def share(self, sizes: Sequence[int]) -> Callable[[jax.Array], jax.Array]:
-        """A function from widths to the share of the value at full width.
-
-        Args:
-          sizes: the full widths.
-
-        Returns:
-          A function from widths, an array ``(dimensions,)``, to a scalar.
-        """
+        """A function from widths ``(dimensions,)`` to the share of the full value."""
         degree = max((len(key) for key, _ in self.terms), default=0)
         # One more entry, 1, pads the monomials of lower degree.
         index = np.full((len(self.terms), degree), len(sizes))
@@ -90,16 +81,7 @@ class Polynomial:
     def substitute(
         self, numbers: Mapping[int, int | None], sizes: Sequence[int]
     ) -> "Polynomial":
-        """The polynomial in other dimensions.
-
-        Args:
-          numbers: for each dimension its new number, or ``None`` for one that is none
-            any more.
-          sizes: widths by the old numbers; those without a new one stay at theirs.
-
-        Returns:
-          The polynomial in the new numbers.
-        """
+        """The polynomial in new numbers; a dimension without one stays at its size."""
         found: dict[tuple[int, ...], float] = {}
         for key, value in self.terms:
             new = [(numbers[d], sizes[d]) for d in key]
@@ -114,20 +96,7 @@ class Polynomial:
 
     @staticmethod
     def from_list(data: Any, dimensions: int) -> "Polynomial":
-        """The polynomial of what :meth:`to_list` gives.
-
-        Args:
-          data: the terms.
-          dimensions: how many dimensions there are.
-
-        Returns:
-          The polynomial.
-
-        Raises:
-          TypeError: if the data are not lists of that form.
-          ValueError: if dimensions or coefficients are out of range, or a monomial
-            stands there twice.
-        """
+        """The polynomial of what :meth:`to_list` gives, checked."""
         found: dict[tuple[int, ...], float] = {}
         for term in _entries(data, "a polynomial"):
             term = _entries(term, "a term")
@@ -152,16 +121,7 @@ class Polynomial:
 
 
 def monomial(dims: tuple[int, ...], count: float, sizes: Sequence[int]) -> Polynomial:
-    """How many of ``count`` positions stay that need a channel of each of ``dims``.
-
-    Args:
-      dims: numbers of dimensions, with repetitions.
-      count: how many positions there are at full width.
-      sizes: the full widths.
-
-    Returns:
-      The polynomial.
-    """
+    """How many of ``count`` positions stay that need a channel of each of ``dims``."""
     out = Polynomial.of({(): count})
     for d, times in Counter(dims).items():
         for k in range(times):

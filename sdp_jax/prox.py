@@ -103,8 +103,7 @@ def hold_floors(
     Example:
       >>> import jax.numpy as jnp, sdp_jax
       >>> params = {"w": jnp.ones((2, 3))}
-      >>> groups = sdp_jax.groups_from_axes(
-      ...     params, {"hidden": [sdp_jax.Member("w", 1)]})
+      >>> groups = sdp_jax.groups_from_axes(params, {"unit": [sdp_jax.Member("w", 1)]})
       >>> print(hold_floors(groups, jnp.array([1., 2., 5.]), 8., [1]))
       [8.  8.  4.5]
     """

@@ -6,7 +6,7 @@ from typing import Any
 
 from sdp_jax._narrow import narrow
 from sdp_jax.compare import differences
-from sdp_jax.cut import Cut
+from sdp_jax.cut import Cut, before_and_after
 from sdp_jax.measure import Cost, cost, latency
 from sdp_jax.tree import PyTree
 
@@ -46,22 +46,13 @@ class Report:
             ("parameters", self.dense.parameters, self.small.parameters),
             ("bytes", self.dense.parameter_bytes, self.small.parameter_bytes),
             ("FLOPs", self.dense.flops, self.small.flops),
-            (
-                "activation bytes",
-                self.dense.activation_bytes,
-                self.small.activation_bytes,
-            ),
         ]
+        sizes = self.dense.activation_bytes, self.small.activation_bytes
+        rows.append(("activation bytes", *sizes))
         assert self.dense_seconds is not None and self.small_seconds is not None
         times = 1e6 * self.dense_seconds, 1e6 * self.small_seconds
         rows.append(("microseconds", *times))
-        first = max(len(row[0]) for row in rows)
-        second = max([len(f"{row[1]:,.0f}") for row in rows] + [6])
-        lines = [f"{'':<{first}}  {'before':>{second}}  {'after':>{second}}"]
-        for name, before, after in rows:
-            share = f"{after / max(before, 1e-12):7.1%}"
-            a, b = (f"{x:{second},.0f}" for x in (before, after))
-            lines.append(f"{name:<{first}}  {a}  {b}  {share}")
+        lines = before_and_after("", rows)
         lines.append(
             f"largest difference of the outputs: {self.difference:.2g}, "
             f"where the largest entry is {self.largest:.3g}"
@@ -81,18 +72,7 @@ def make_report(
     inputs: Sequence[Any],
     repeats: int,
 ) -> Report:
-    """Counts, times and compares dense and small function.
-
-    Args:
-      fn: the dense function.
-      params: the small parameters.
-      cut: the cut.
-      inputs: arrays to run them on, or none.
-      repeats: how often each is timed.
-
-    Returns:
-      The report; without inputs only of widths.
-    """
+    """Counts, times and compares both functions; without inputs only the widths."""
     if not inputs:
         return Report(cut)
     small, dense_params = narrow(fn, cut), cut.fill(params)

@@ -42,23 +42,13 @@ StrengthLike: TypeAlias = Strength | float | jax.Array | optax.Schedule
 
 
 class ScheduleState(NamedTuple):
-    """State of a strength that follows a schedule.
-
-    Attributes:
-      count: number of updates so far, int32 scalar.
-    """
+    """Number of updates so far of a strength that follows a schedule."""
 
     count: jax.Array
 
 
 class ValleyState(NamedTuple):
-    """State of :func:`valley_strength`.
-
-    Attributes:
-      count: number of updates so far, int32 scalar.
-      total: ``g`` so far, floating-point scalar.
-      carry: what rounding has kept from ``total`` (compensated summation).
-    """
+    """Updates so far, ``g``, and what rounding has kept from it."""
 
     count: jax.Array
     total: jax.Array
@@ -66,19 +56,7 @@ class ValleyState(NamedTuple):
 
 
 def as_strength(strength: StrengthLike) -> Strength:
-    """Reads a number or a schedule as a :class:`Strength`.
-
-    Args:
-      strength: a :class:`Strength`, a number, or a schedule (``step -> number``,
-        counted from 0 as everywhere in Optax; negative values count as 0).
-
-    Returns:
-      A :class:`Strength`.
-
-    Raises:
-      ValueError: if a number is negative or not finite.
-      TypeError: if it is none of these.
-    """
+    """Reads a number or a schedule (counted from 0) as a :class:`Strength`."""
     if isinstance(strength, Strength):
         return strength
     if callable(strength):
@@ -113,8 +91,7 @@ def ramp_strength(
     Example:
       >>> import jax.numpy as jnp, sdp_jax
       >>> params = {"w": jnp.ones((2, 1))}
-      >>> groups = sdp_jax.groups_from_axes(
-      ...     params, {"hidden": [sdp_jax.Member("w", 1)]})
+      >>> groups = sdp_jax.groups_from_axes(params, {"unit": [sdp_jax.Member("w", 1)]})
       >>> strength = sdp_jax.ramp_strength(1.0, begin_step=0, end_step=2, power=1.0)
       >>> state, norms = strength.init(groups, [0]), jnp.array([9.])
       >>> for _ in range(3):
@@ -173,8 +150,7 @@ def valley_strength(
     Example:
       >>> import jax.numpy as jnp, sdp_jax
       >>> params = {"w": jnp.ones((2, 2))}
-      >>> groups = sdp_jax.groups_from_axes(
-      ...     params, {"hidden": [sdp_jax.Member("w", 1)]})
+      >>> groups = sdp_jax.groups_from_axes(params, {"unit": [sdp_jax.Member("w", 1)]})
       >>> strength = sdp_jax.valley_strength(c=1.0, mu=0.75, learning_rate=0.01)
       >>> state, norms = strength.init(groups, [1]), jnp.array([3., 4.])
       >>> thresholds, state = strength.update(state, norms, groups, [1])
@@ -269,8 +245,7 @@ def adaptive_strength(strength: StrengthLike, power: float = 4.0) -> Strength:
     Example:
       >>> import jax.numpy as jnp, sdp_jax
       >>> params = {"w": jnp.ones((2, 3))}
-      >>> groups = sdp_jax.groups_from_axes(
-      ...     params, {"hidden": [sdp_jax.Member("w", 1)]})
+      >>> groups = sdp_jax.groups_from_axes(params, {"unit": [sdp_jax.Member("w", 1)]})
       >>> strength = sdp_jax.adaptive_strength(1.0, power=2.0)
       >>> state, norms = strength.init(groups, [1]), jnp.array([0.5, 2., 4.])
       >>> thresholds, _ = strength.update(state, norms, groups, [1])

@@ -10,7 +10,7 @@ import optax
 
 from sdp_jax import prox
 from sdp_jax.channels import PerChannel
-from sdp_jax.checks import check_number, check_steps
+from sdp_jax.checks import check_number, check_share, check_steps
 from sdp_jax.groups import Groups, Ranking, check_ranking
 from sdp_jax.polynomial import Polynomial
 from sdp_jax.strength import Strength
@@ -25,13 +25,7 @@ RISE = 0.3
 
 
 class TargetState(NamedTuple):
-    """State of :func:`target_sparsity`.
-
-    Attributes:
-      count: number of updates so far, int32 scalar.
-      thresholds: the latest thresholds, infinite for a channel that is zero; they stay
-        fixed once the end step is reached.
-    """
+    """Updates so far, and thresholds: infinite where zero, fixed from the end on."""
 
     count: jax.Array
     thresholds: PerChannel
@@ -87,17 +81,14 @@ def target_sparsity(
     Example:
       >>> import jax.numpy as jnp, sdp_jax
       >>> params = {"w": jnp.ones((2, 4))}
-      >>> groups = sdp_jax.groups_from_axes(
-      ...     params, {"hidden": [sdp_jax.Member("w", 1)]})
+      >>> groups = sdp_jax.groups_from_axes(params, {"unit": [sdp_jax.Member("w", 1)]})
       >>> strength = sdp_jax.target_sparsity(0.5, begin_step=0, end_step=1)
       >>> state, norms = strength.init(groups, [1]), jnp.array([1., 4., 2., 3.])
       >>> thresholds, state = strength.update(state, norms, groups, [1])
       >>> print(thresholds)
       [inf  2. inf  2.]
     """
-    check_number("sparsity", sparsity, low=0, rule="a number in [0, 1)")
-    if isinstance(sparsity, jax.Array) or sparsity >= 1:
-        raise ValueError(f"sparsity must be a number in [0, 1); got {sparsity!r}")
+    check_share("sparsity", sparsity)
     check_number("power", power, low=1e-6, rule="a positive number")
     check_steps(begin_step, end_step)
     check_ranking(ranking)
@@ -105,6 +96,11 @@ def target_sparsity(
         raise ValueError(f"target is {target!r}; use one of {get_args(Target)}")
 
     def init(groups: Groups, floors: prox.Floors) -> TargetState:
+        if not len(groups):
+            raise ValueError(
+                "target_sparsity ranks channels, and these groups have none: "
+                "single entries, as soft_threshold has them, cannot be ranked"
+            )
         if target == "channels":
             _check_channels(sparsity, groups, floors, ranking)
         else:
@@ -198,8 +194,7 @@ def _wanted(
 ) -> list[jax.Array]:
     """How many channels of each block must go until ``goal`` of a count is left.
 
-    Channels go in the order of their norms, or of their ranks within their blocks
-    as shares of these. While the target rises a part of a channel counts.
+    They go by norm, or by rank as a share of their block; in between a part counts.
     """
     sizes = list(groups.sizes.values())
     flat = jnp.where(prox.largest_each(groups, norms, floors), jnp.inf, norms)

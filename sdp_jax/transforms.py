@@ -20,8 +20,8 @@ from sdp_jax.base import (
     check_kind,
     check_params,
     check_rule,
-    need_params,
     step_to,
+    transformation,
     wide_copy,
 )
 from sdp_jax.channels import (
@@ -38,35 +38,21 @@ from sdp_jax.tree import PyTree, leaf_keys
 
 
 class DualAveragingState(NamedTuple):
-    """State of :func:`dual_averaging`.
-
-    Attributes:
-      dual: the dual variable ``v``, shaped like the parameters, at least float32.
-    """
+    """The dual variable ``v``, shaped like the parameters, at least float32."""
 
     dual: optax.Params
 
 
 class GroupSoftThresholdState(NamedTuple):
-    """State of :func:`group_soft_threshold`.
-
-    Attributes:
-      strength: state of the strength.
-      alive: which channels the last update did not set to zero.
-      intact: False once the zeros of an update were found changed at the next one.
-    """
+    """State of :func:`group_soft_threshold`, and what :func:`check_zeros` asks for."""
 
     strength: Any
-    alive: PerChannel
-    intact: jax.Array
+    alive: PerChannel  # What the last update did not set to zero.
+    intact: jax.Array  # False once zeros were found changed at the next update.
 
 
 class SoftThresholdState(NamedTuple):
-    """State of :func:`soft_threshold`.
-
-    Attributes:
-      strength: state of the strength.
-    """
+    """State of the strength."""
 
     strength: Any
 
@@ -106,22 +92,15 @@ def dual_averaging() -> optax.GradientTransformationExtraArgs:
 def averaging(*, candidates: bool) -> optax.GradientTransformationExtraArgs:
     """:func:`dual_averaging`, which may emit ``v'`` itself."""
 
-    def init_fn(params: optax.Params) -> DualAveragingState:
+    def init(params: optax.Params) -> DualAveragingState:
         check_inexact(params)
         return DualAveragingState(jax.tree.map(wide_copy, params))
 
-    def update_fn(
-        updates: optax.Updates,
-        state: Any,
-        params: optax.Params | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, DualAveragingState]:
-        del extra_args
-        params = need_params(params, updates, "dual_averaging")
+    def update(updates: Any, state: Any, params: Any, **_: Any) -> tuple[Any, Any]:
         dual = jax.tree.map(lambda v, u: v + u.astype(v.dtype), state.dual, updates)
         return emit(dual, params, candidates), DualAveragingState(dual)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return transformation("dual_averaging", init, update)
 
 
 def radial_dual_averaging(groups: Groups) -> optax.GradientTransformationExtraArgs:
@@ -157,8 +136,7 @@ def radial_dual_averaging(groups: Groups) -> optax.GradientTransformationExtraAr
     Example:
       >>> import jax.numpy as jnp, optax, sdp_jax
       >>> params = {"w": jnp.array([[3., 0.3], [4., 0.4]])}
-      >>> groups = sdp_jax.groups_from_axes(
-      ...     params, {"hidden": [sdp_jax.Member("w", 1)]})
+      >>> groups = sdp_jax.groups_from_axes(params, {"unit": [sdp_jax.Member("w", 1)]})
       >>> tx = optax.chain(optax.sgd(0.1), sdp_jax.radial_dual_averaging(groups))
       >>> updates, _ = tx.update({"w": jnp.ones((2, 2))}, tx.init(params), params)
       >>> print(optax.apply_updates(params, updates)["w"].round(3))
@@ -174,19 +152,12 @@ def radial_averaging(
     """:func:`radial_dual_averaging`, which may emit ``v'`` itself."""
     check_kind(groups)
 
-    def init_fn(params: optax.Params) -> DualAveragingState:
+    def init(params: optax.Params) -> DualAveragingState:
         check_inexact(params)
         check_params(groups, params)
         return DualAveragingState(jax.tree.map(wide_copy, params))
 
-    def update_fn(
-        updates: optax.Updates,
-        state: Any,
-        params: optax.Params | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, DualAveragingState]:
-        del extra_args
-        params = need_params(params, updates, "radial_dual_averaging")
+    def update(updates: Any, state: Any, params: Any, **_: Any) -> tuple[Any, Any]:
         old = state.dual
 
         def scaled(tree: optax.Params, factor: jax.Array) -> optax.Params:
@@ -216,7 +187,7 @@ def radial_averaging(
         )
         return emit(dual, params, candidates), DualAveragingState(dual)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return transformation("radial_dual_averaging", init, update)
 
 
 def group_soft_threshold(
@@ -262,8 +233,7 @@ def group_soft_threshold(
     Example:
       >>> import jax.numpy as jnp, optax, sdp_jax
       >>> params = {"w": jnp.array([[3., 0.3], [4., 0.4]])}
-      >>> groups = sdp_jax.groups_from_axes(
-      ...     params, {"hidden": [sdp_jax.Member("w", 1)]})
+      >>> groups = sdp_jax.groups_from_axes(params, {"unit": [sdp_jax.Member("w", 1)]})
       >>> tx = sdp_jax.group_soft_threshold(groups, 2.5)
       >>> updates, _ = tx.update({"w": jnp.zeros((2, 2))}, tx.init(params), params)
       >>> print(optax.apply_updates(params, updates)["w"])
@@ -284,21 +254,14 @@ def group_threshold(
     """:func:`group_soft_threshold`, which may take candidates."""
     rule, floors = check_rule(groups, strength, min_channels, weights)
 
-    def init_fn(params: optax.Params) -> GroupSoftThresholdState:
+    def init(params: optax.Params) -> GroupSoftThresholdState:
         check_params(groups, params)
         alive = PerChannel(jnp.ones((groups.num_channels,), bool))
         return GroupSoftThresholdState(
             rule.init(groups, floors), alive, jnp.ones((), bool)
         )
 
-    def update_fn(
-        updates: optax.Updates,
-        state: Any,
-        params: optax.Params | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, GroupSoftThresholdState]:
-        del extra_args
-        params = need_params(params, updates, "group_soft_threshold")
+    def update(updates: Any, state: Any, params: Any, **_: Any) -> tuple[Any, Any]:
         candidate = updates if candidates else add_step(params, updates)
         point, factor, strength_state = proximal_point(
             groups, rule, floors, weights, candidate, state.strength
@@ -309,19 +272,17 @@ def group_threshold(
         new_state = GroupSoftThresholdState(strength_state, alive, intact)
         return step_to(point, params), new_state
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return transformation("group_soft_threshold", init, update)
 
 
-def soft_threshold(
-    strength: StrengthLike,
-) -> optax.GradientTransformationExtraArgs:
+def soft_threshold(strength: StrengthLike) -> optax.GradientTransformationExtraArgs:
     """The same with every entry a group of its own: ``sign(v) max(0, |v| - t)``.
 
     Unlike :func:`group_soft_threshold` it works on all parameters and holds no floor.
 
     Args:
       strength: a constant threshold, a schedule, or a :class:`sdp_jax.Strength` that
-        does not depend on the norms.
+        looks at each norm for itself: no target, which ranks channels.
 
     Returns:
       A transformation; its ``update`` needs ``params`` and emits their dtype.
@@ -346,29 +307,24 @@ def entry_threshold(
     """:func:`soft_threshold`, which may take candidates."""
     rule, nothing = as_strength(strength), Groups((), ())
 
-    def init_fn(params: optax.Params) -> SoftThresholdState:
+    def init(params: optax.Params) -> SoftThresholdState:
         check_inexact(params)
         return SoftThresholdState(rule.init(nothing, ()))
 
-    def update_fn(
-        updates: optax.Updates,
-        state: Any,
-        params: optax.Params | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, SoftThresholdState]:
-        del extra_args
-        params = need_params(params, updates, "soft_threshold")
+    def update(updates: Any, state: Any, params: Any, **_: Any) -> tuple[Any, Any]:
         candidate = updates if candidates else add_step(params, updates)
-        one = jnp.zeros((1,), jnp.result_type(float))
-        (threshold,), strength_state = rule.update(state.strength, one, nothing, ())
+        strength_state = state.strength
 
         def shrunk(leaf: jax.Array) -> jax.Array:
-            return leaf * prox.soft_threshold_factor(jnp.abs(leaf), threshold)
+            nonlocal strength_state
+            norms = jnp.abs(leaf)
+            thresholds, strength_state = rule.update(state.strength, norms, nothing, ())
+            return leaf * prox.soft_threshold_factor(norms, thresholds)
 
         point = jax.tree.map(shrunk, candidate)
         return step_to(point, params), SoftThresholdState(strength_state)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return transformation("soft_threshold", init, update)
 
 
 def check_zeros(opt_state: PyTree) -> None:
@@ -389,8 +345,7 @@ def check_zeros(opt_state: PyTree) -> None:
     Example:
       >>> import jax.numpy as jnp, sdp_jax
       >>> params = {"w": jnp.ones((3, 2))}
-      >>> groups = sdp_jax.groups_from_axes(
-      ...     params, {"hidden": [sdp_jax.Member("w", 1)]})
+      >>> groups = sdp_jax.groups_from_axes(params, {"unit": [sdp_jax.Member("w", 1)]})
       >>> state = sdp_jax.altsdp(0.1, groups, strength=0.0).init(params)
       >>> sdp_jax.check_zeros(state)  # All is well.
     """
@@ -417,11 +372,7 @@ def proximal_point(
     candidate: optax.Params,
     state: Any,
 ) -> tuple[optax.Params, jax.Array, Any]:
-    """The group soft-threshold of a candidate, at the strength of this step.
-
-    Returns:
-      The point, the factor of each channel ``(num_channels,)``, and the next state.
-    """
+    """The group soft-threshold of a candidate: point, factor of each channel, state."""
     norms = channel_norms(groups, candidate, weights=weights)
     thresholds, state = rule.update(state, norms, groups, floors)
     factor = prox.soft_threshold_factor(norms, thresholds)

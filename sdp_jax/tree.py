@@ -12,21 +12,7 @@ PyTree: TypeAlias = Any
 
 
 def leaf_table(tree: PyTree) -> dict[str, Any]:
-    """All leaves of a tree by path.
-
-    A path is the leaf's keys joined by ``/``. The ``value`` attribute of a
-    ``flax.nnx`` variable is left out (see :func:`leaf_keys`), because nnx passes the
-    optimizer its variables at ``init`` and plain arrays at ``update``.
-
-    Args:
-      tree: any pytree.
-
-    Returns:
-      The leaves by path, in the order of the tree.
-
-    Raises:
-      ValueError: if two leaves have the same path.
-    """
+    """All leaves by path, in order; a path is the leaf's keys joined by ``/``."""
     table: dict[str, Any] = {}
     for keys, leaf in leaf_keys(tree):
         path = "/".join(keys)
@@ -43,15 +29,8 @@ def leaf_keys(
 ) -> list[tuple[tuple[str, ...], Any]]:
     """The leaves of a tree in order, each with its keys as strings.
 
-    An attribute ``value`` at the end is left out, as in :func:`leaf_table`, unless it
-    has siblings: then it is a field of the user's, and no variable of nnx.
-
-    Args:
-      tree: any pytree.
-      is_leaf: as for ``jax.tree.flatten``.
-
-    Returns:
-      Pairs of keys and leaf.
+    A last attribute ``value`` is left out: nnx passes variables at ``init``, and plain
+    arrays at ``update``. With siblings it is a field of the user's, and stays.
     """
     found = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
     families = collections.Counter(keys[:-1] for keys, _ in found if keys)
@@ -75,11 +54,9 @@ def _is_value(key: Any) -> bool:
 
 def missing_path_message(path: str, paths: Sequence[str]) -> str:
     """Says that a path is not in a tree, and which ones are near it."""
-    if any(path == f"{p.split('/')[0]}/{q}" for p in [path] for q in paths):
-        hint = (
-            f"the tree has {path.split('/', 1)[1]!r}: use "
-            f"groups.at({path.split('/')[0]!r}) here"
-        )
+    top, below, rest = path.partition("/")
+    if below and rest in paths:
+        hint = f"the tree has {rest!r}: use groups.at({top!r}) here"
     else:
         near = difflib.get_close_matches(path, paths, n=3, cutoff=0.3)
         hint = f"did you mean {near}?" if near else f"the tree has {list(paths)[:5]}"

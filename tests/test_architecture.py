@@ -29,7 +29,8 @@ FOLDERS = {
     "valley": ["vectors", "sketch", "project", "curvature", "_sdp", "statistics"]
     + ["path", "figure", "certificate", "_certify"],
     # No method but the common ground is imported by another one.
-    "methods": ["score", "scales", "entries", "penalty", "ranking", "_hosted"]
+    "methods": ["score", "scales", "entries", "penalty", "ranking", "pqi"]
+    + ["_hosted"]
     + ["filter_norm", "_taylor", "_random_score", "depgraph", "network_slimming"]
     + ["_gate_decorator", "discriminant", "remove", "dpm", "half_space", "_hspg"]
     + ["_hesso", "_spp", "_increg", "_perspective", "_until_compressed", "_sap"],

@@ -213,6 +213,13 @@ CASES = {
         ValueError,
         r"\[0, 1\); got 1.0",
     ),
+    "a target on single entries": (
+        lambda: sdp_jax.soft_threshold(sdp_jax.target_sparsity(0.5, 0, 10)).init(
+            {"w": jnp.ones(3)}
+        ),
+        ValueError,
+        "single entries, as soft_threshold has them, cannot be ranked",
+    ),
     "a target that min_channels makes impossible": (
         lambda: altsdp(strength=sdp_jax.target_sparsity(0.9, 0, 10), min_channels=3),
         ValueError,

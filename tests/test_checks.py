@@ -7,7 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sdp_jax.checks import check_momentum, check_number, check_steps, check_whole
+from sdp_jax.checks import (
+    check_momentum,
+    check_number,
+    check_share,
+    check_steps,
+    check_whole,
+)
 
 RULE = "a number in [0, 2]"
 
@@ -95,3 +101,14 @@ def test_steps_in_order():
 def test_steps_out_of_order(begin, end, error, match):
     with pytest.raises(error, match=match):
         check_steps(begin, end)
+
+
+def test_shares_are_numbers_below_one():
+    for value in (0, 0.5, np.float32(0.5)):
+        check_share("sparsity", value)
+    for value in (1, -0.1, math.nan, jnp.float32(0.5)):
+        with pytest.raises(ValueError, match=r"sparsity must be a number in \[0, 1\)"):
+            check_share("sparsity", value)
+    for value in (True, "0.5", None):
+        with pytest.raises(TypeError, match="sparsity must be"):
+            check_share("sparsity", value)

@@ -82,6 +82,12 @@ def test_scores_are_a_vector_or_arrays_by_name():
         assert plan(scores=scores, sparsity=0.5) == plan(sparsity=0.5)
 
 
+def test_scores_keep_their_64_bits():
+    near = {name: 1 + 1e-12 * np.arange(n)[::-1] for name, n in GROUPS.sizes.items()}
+    cut = plan(scores=near, sparsity=0.5, ranking="dimension")
+    assert cut.kept == (tuple(range(6)), tuple(range(4)))
+
+
 def test_latency_is_a_target_too():
     inputs = dict(target="latency", fn=toy.mlp_apply, inputs=(X,))
     assert plan(sparsity=0.0, **inputs).widths == GROUPS.sizes
@@ -156,9 +162,9 @@ BAD = {
         lambda: sdp_jax.plan_cut(GROUPS, PARAMS, limits={"*": 0.5}),
         "without scores what is exactly zero goes",
     ),
-    "a limit that is no number": (
-        lambda: plan(sparsity=0.5, limits={"*": "a"}),
-        "give a share between 0 and 1",
+    "a limit out of range": (
+        lambda: plan(sparsity=0.5, limits={"*": 1.5}),
+        r"limit of '\*' must be a share between 0 and 1; got 1.5",
     ),
     "sparsity alone": (
         lambda: sdp_jax.plan_cut(GROUPS, PARAMS, sparsity=0.5),
@@ -226,6 +232,11 @@ def test_bad_input_is_refused(case):
     act, message = BAD[case]
     with pytest.raises(ValueError, match=message):
         act()
+
+
+def test_limits_are_numbers():
+    with pytest.raises(TypeError, match="must be a share between 0 and 1; got 'a'"):
+        plan(sparsity=0.5, limits={"*": "a"})
 
 
 def test_cuts_go_to_json_and_back():

@@ -86,7 +86,7 @@ def test_a_rule_is_what_analysis_evaluation_and_counts_use(monkeypatch, x64):
     assert list(groups.sizes.values()) == [8]
     assert sdp_jax.cost(fn, params, x).flops == plain + 6 * 3 * 8
     cut = promise.random_cut(groups, 0.5, 0)
-    dense = promise.zeroed(cut, params)
+    dense = cut.zero(params)
     small = sdp_jax.narrow(fn, cut)
     promise.close(small(cut.take(dense), x), fn(dense, x), 1e-12)
     counts = sdp_jax.count_flops(groups, fn, params, x).flops
@@ -127,7 +127,7 @@ def test_what_is_even_is_repeated_on_absent_positions(monkeypatch, even, x64):
     assert list(groups.sizes.values()) == ([8] if even else [])
     if even:
         cut = promise.random_cut(groups, 0.5, 0)
-        dense = promise.zeroed(cut, params)
+        dense = cut.zero(params)
         small = sdp_jax.narrow(fn, cut)
         promise.close(small(cut.take(dense), X), fn(dense, X), 1e-12)
 

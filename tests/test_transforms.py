@@ -1,6 +1,4 @@
-"""The contract that every transformation keeps, and the pieces of the chain."""
-
-import functools
+"""The pieces of the chain, each by itself."""
 
 import chex
 import jax
@@ -11,251 +9,16 @@ import pytest
 
 import sdp_jax
 from sdp_jax.transforms import DualAveragingState
-from sdp_jax.tree import leaf_table
 from tests import toy
 
 VALLEY = sdp_jax.valley_strength(c=4.0, mu=0.6, learning_rate=0.1)
-TARGET = sdp_jax.target_sparsity(0.5, 1, 4)
-
-FINAL = {
-    "group_soft_threshold": lambda g: optax.chain(
-        optax.sgd(0.1), sdp_jax.group_soft_threshold(g, VALLEY)
-    ),
-    "soft_threshold": lambda g: optax.chain(
-        optax.sgd(0.1), sdp_jax.soft_threshold(VALLEY)
-    ),
-    "altsdp": lambda g: sdp_jax.altsdp(0.1, g, strength=VALLEY),
-    "altsdp_momentum_cost": lambda g: sdp_jax.altsdp(
-        0.1,
-        g,
-        strength=sdp_jax.valley_strength(c=0.7, mu=0.6),
-        momentum=0.9,
-        nesterov=True,
-        weights="cost",
-        min_channels=2,
-    ),
-    "altsdp_target": lambda g: sdp_jax.altsdp(0.1, g, strength=TARGET),
-    "altsdp_adamw": lambda g: sdp_jax.altsdp(
-        optax.adamw(0.1, eps=1e-4), g, strength=TARGET
-    ),
-    "altsdp_lion": lambda g: sdp_jax.altsdp(optax.lion(0.01), g, strength=VALLEY),
-    "altsdp_radial": lambda g: sdp_jax.altsdp(0.1, g, strength=VALLEY, dual="radial"),
-    "projected": lambda g: optax.chain(
-        optax.sgd(0.1),
-        sdp_jax.dual_averaging(),
-        sdp_jax.valley.project_onto_valley(g, VALLEY, rank=2, decay=0.9),
-        sdp_jax.group_soft_threshold(g, VALLEY),
-    ),
-    "prox_sgd": lambda g: sdp_jax.prox_sgd(0.1, g, strength=2.0),
-    "grda": lambda g: sdp_jax.grda(0.1, c=1.0, mu=0.6),
-}
-GROUPED = [name for name in FINAL if name not in ("soft_threshold", "grda")]
-final = pytest.mark.parametrize("name", FINAL)
-grouped = pytest.mark.parametrize("name", GROUPED)
 
 
-@functools.cache
-def made(name):
-    """One for all tests, so that they share what is compiled."""
-    return FINAL[name](toy.mlp_groups())
-
-
-def make_step(tx):
-    def step(params, state, grads):
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
-
-    return step
-
-
-@functools.cache
-def compiled_step(tx, donate=()):
-    return jax.jit(make_step(tx), donate_argnums=donate)
-
-
-def train(tx, params, steps=6, jit=True):
-    step = compiled_step(tx) if jit else make_step(tx)
-    state = tx.init(params)
+def train(tx, params, steps=6):
+    step, state = jax.jit(toy.make_step(tx)), tx.init(params)
     for i in range(steps):
         params, state = step(params, state, toy.mlp_grads(params, seed=i))
     return params, state
-
-
-@final
-def test_same_with_and_without_jit(name):
-    params = toy.mlp_params()
-    tx = made(name)
-    a = train(tx, params)
-    with jax.disable_jit():
-        b = train(tx, params, jit=False)
-    chex.assert_trees_all_close(a, b, rtol=2e-5, atol=1e-6)
-
-
-@final
-def test_state_is_stable_and_compiles_once(name):
-    params = toy.mlp_params()
-    tx = made(name)
-    abstract = jax.eval_shape(tx.init, params)
-    traces = 0
-
-    def counted(params, state, grads):
-        nonlocal traces
-        traces += 1
-        return make_step(tx)(params, state, grads)
-
-    step = jax.jit(counted)
-    state = tx.init(params)
-    chex.assert_trees_all_equal_shapes_and_dtypes(state, abstract)
-    weak = [jax.typeof(x).weak_type for x in jax.tree.leaves(state)]
-    for i in range(3):
-        params, state = step(params, state, toy.mlp_grads(params, seed=i))
-        chex.assert_trees_all_equal_shapes_and_dtypes(state, abstract)
-        assert [jax.typeof(x).weak_type for x in jax.tree.leaves(state)] == weak
-    assert traces == 1
-
-
-@final
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
-def test_no_dtype_is_promoted(name, dtype):
-    params = toy.mlp_params(dtype=dtype)
-    tx = made(name)
-    # Dtypes are known without computing anything.
-    updates, state = jax.eval_shape(
-        lambda p, g: tx.update(g, tx.init(p), p), params, toy.mlp_grads(params)
-    )
-    chex.assert_trees_all_equal_dtypes(updates, params)
-    for node in jax.tree.leaves(
-        state, is_leaf=lambda x: isinstance(x, DualAveragingState)
-    ):
-        if isinstance(node, DualAveragingState):
-            chex.assert_trees_all_equal_dtypes(
-                node.dual, jax.tree.map(lambda p: p.astype(jnp.float32), params)
-            )
-
-
-@final
-def test_float64(name, x64):
-    params = toy.mlp_params(dtype=jnp.float64)
-    tx = FINAL[name](toy.mlp_groups(params))
-    new, state = train(tx, params)
-    assert all(x.dtype == jnp.float64 for x in jax.tree.leaves(new))
-    chex.assert_tree_all_finite((new, state.__class__(state[:2])))
-
-
-@grouped
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
-def test_zero_channels_are_exactly_zero(name, dtype):
-    params = toy.mlp_params(dtype=dtype)
-    groups = toy.mlp_groups(params)
-    params, state = train(made(name), params)
-    alive = sdp_jax.channels_alive(groups, params)
-    told = np.asarray(state[-1].alive.per_channel)
-    flat, alive = np.asarray(alive), groups.split(alive)
-    np.testing.assert_array_equal(flat, told)
-    assert 0 < flat.sum() < flat.size
-    for i in range(2):
-        dead = ~np.asarray(alive[f"hidden{i}"])
-        layer = params[f"layer{i}"]
-        assert (np.asarray(layer["kernel"], np.float32)[:, dead] == 0).all()
-        assert (np.asarray(layer["bias"], np.float32)[dead] == 0).all()
-        assert not np.signbit(np.asarray(layer["kernel"], np.float32)[:, dead]).any()
-
-
-@grouped
-def test_vmap_over_an_ensemble(name):
-    tx = made(name)
-    members = [toy.mlp_params(seed=s) for s in range(3)]
-    stacked = jax.tree.map(lambda *x: jnp.stack(x), *members)
-    state = jax.vmap(tx.init)(stacked)
-    step = jax.jit(jax.vmap(make_step(tx)))
-    for i in range(4):
-        grads = jax.tree.map(
-            lambda *x: jnp.stack(x), *[toy.mlp_grads(m, seed=i) for m in members]
-        )
-        stacked, state = step(stacked, state, grads)
-    for k, member in enumerate(members):
-        alone, _ = train(tx, member, steps=4)
-        one = jax.tree.map(lambda x, k=k: x[k], stacked)
-        chex.assert_trees_all_close(one, alone, rtol=1e-4, atol=1e-5)
-
-
-@final
-def test_donated_buffers(name):
-    params = toy.mlp_params()
-    tx = made(name)
-    expected, _ = train(tx, params)
-    step = compiled_step(tx, donate=(0, 1))
-    params = jax.tree.map(jnp.copy, params)
-    state = jax.jit(tx.init)(params)
-    for i in range(6):
-        params, state = step(params, state, toy.mlp_grads(expected, seed=i))
-    chex.assert_trees_all_close(params, expected, rtol=1e-5, atol=1e-6)
-
-
-@final
-def test_donating_what_init_returned_without_jit(name):
-    params = toy.mlp_params()
-    tx = made(name)
-    step = compiled_step(tx, donate=(0, 1))
-    params, state = step(params, tx.init(params), toy.mlp_grads(params))
-    chex.assert_tree_all_finite(params)
-
-
-@grouped
-def test_sharded_parameters(name):
-    assert len(jax.devices()) == 8
-    mesh = jax.make_mesh((8,), ("model",), (jax.sharding.AxisType.Auto,))
-    params = toy.mlp_params(widths=(4, 16, 8, 3))
-    tx = FINAL[name](toy.mlp_groups(params))
-    expected, _ = train(tx, params)
-
-    def place(x):
-        spec = ["model" if n % 8 == 0 else None for n in x.shape]
-        if spec.count("model") > 1:
-            spec = [None, "model"]
-        sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
-        return jax.device_put(x, sharding)
-
-    sharded = jax.tree.map(place, params)
-    new, _ = train(tx, sharded)
-    chex.assert_trees_all_close(new, expected, rtol=1e-4, atol=1e-5)
-    kernel = new["layer0"]["kernel"]
-    assert len(kernel.sharding.device_set) == 8
-
-
-@final
-def test_params_are_required(name):
-    params = toy.mlp_params()
-    tx = made(name)
-    with pytest.raises(ValueError, match=r"needs the current parameters|params"):
-        tx.update(toy.mlp_grads(params), tx.init(params))
-
-
-@final
-def test_map_params_finds_the_parameter_shaped_state(name):
-    params = toy.mlp_params()
-    tx = made(name)
-    state = tx.init(params)
-    doubled = optax.tree.map_params(tx, lambda x: 2 * x, state)
-    assert jax.tree.structure(doubled) == jax.tree.structure(state)
-    # Every leaf that is shaped like its parameter is found, and no other.
-    shapes = {path: leaf.shape for path, leaf in leaf_table(params).items()}
-    old, new = leaf_table(state), leaf_table(doubled)
-    for path, leaf in old.items():
-        owner = "/".join(path.split("/")[-2:])
-        mapped = shapes.get(owner) == leaf.shape
-        np.testing.assert_array_equal(new[path], 2 * leaf if mapped else leaf)
-
-
-@final
-def test_extra_arguments_are_accepted(name):
-    params = toy.mlp_params()
-    tx = made(name)
-    grads, state = toy.mlp_grads(params), tx.init(params)
-    plain, more = jax.jit(
-        lambda *args: [tx.update(*args, **k) for k in ({}, {"value": 1.0, "grad": 0})]
-    )(grads, state, params)
-    chex.assert_trees_all_equal(plain, more)
 
 
 def test_dual_averaging_alone_changes_nothing():
@@ -346,7 +109,7 @@ def test_half_precision_dual_remembers_small_steps():
     tx = sdp_jax.altsdp(1e-4, groups, strength=0.0)
     state = tx.init(params)
     grads = {"w": jnp.ones((2, 2), jnp.bfloat16)}
-    step = jax.jit(make_step(tx))
+    step = jax.jit(toy.make_step(tx))
     for _ in range(1000):
         params, state = step(params, state, grads)
     # In bfloat16 alone 1 - 1e-4 rounds to 1 and nothing would ever move.
@@ -423,3 +186,17 @@ def test_channels_whose_squares_underflow_are_no_violation():
             updates, state = tx.update(jax.tree.map(jnp.zeros_like, p), state, p)
             p = optax.apply_updates(p, updates)
         sdp_jax.check_zeros(state)
+
+
+def test_a_strength_of_single_entries_looks_at_each(x64):
+    params = {"w": jnp.array([[4.0, -2.0, 0.5]]), "b": jnp.array([1.5])}
+    tx = sdp_jax.soft_threshold(sdp_jax.adaptive_strength(1.0, power=2.0))
+    state = tx.init(params)
+    for _ in range(2):
+        updates, state = tx.update(jax.tree.map(jnp.zeros_like, params), state, params)
+    new = optax.apply_updates(params, updates)
+    for name, value in params.items():
+        v = np.asarray(value)
+        expected = v * np.maximum(0, 1 - 1 / v**2)  # the non-negative garrote
+        np.testing.assert_allclose(new[name], expected, rtol=1e-12)
+    assert int(state.strength.count) == 2

@@ -61,26 +61,17 @@ from sdp_jax.methods._sap import (
 )
 from sdp_jax.methods._spp import SPPState, spp, spp_params
 from sdp_jax.methods._taylor import taylor
-from sdp_jax.methods._until_compressed import (
-    UntilCompressedState,
-    until_compressed,
-)
+from sdp_jax.methods._until_compressed import UntilCompressedState, until_compressed
 from sdp_jax.methods.depgraph import (
     GroupNormRegularizerState,
     group_importance,
     group_norm_regularizer,
 )
-from sdp_jax.methods.discriminant import (
-    discriminant_information,
-    discriminant_score,
-)
+from sdp_jax.methods.discriminant import discriminant_information, discriminant_score
 from sdp_jax.methods.dpm import DecayPruningState, decay_pruning
 from sdp_jax.methods.filter_norm import l1_norm, l2_norm
 from sdp_jax.methods.half_space import half_space_factor
-from sdp_jax.methods.network_slimming import (
-    scale_penalty,
-    scale_score,
-)
+from sdp_jax.methods.network_slimming import scale_penalty, scale_score
 from sdp_jax.methods.penalty import PenaltyState
 from sdp_jax.methods.pqi import pq_bound, pq_index, prune_count
 from sdp_jax.methods.ranking import ranking_increment

@@ -14,8 +14,8 @@ from sdp_jax.base import (
     as_base,
     check_inexact,
     check_params,
-    need_params,
     step_to,
+    transformation,
 )
 from sdp_jax.channels import PerChannel, each_dimension, magnitude, reduce_channels
 from sdp_jax.checks import check_number, check_whole
@@ -116,8 +116,7 @@ def increg(
       >>> import jax.numpy as jnp, optax, sdp_jax
       >>> from sdp_jax import methods
       >>> params = {"w": jnp.array([[4., 1.], [4., 1.]])}
-      >>> groups = sdp_jax.groups_from_axes(
-      ...     params, {"hidden": [sdp_jax.Member("w", 1)]})
+      >>> groups = sdp_jax.groups_from_axes(params, {"unit": [sdp_jax.Member("w", 1)]})
       >>> tx = methods.increg(0.5, groups, 0.5, every=1, amplitude=0.5, threshold=0.3)
       >>> state = tx.init(params)
       >>> for _ in range(3):
@@ -145,7 +144,7 @@ def increg(
     def is_producer(dimension: Dimension, member: Member) -> bool:
         return member.role == "producer"
 
-    def init_fn(params: optax.Params) -> IncRegState:
+    def init(params: optax.Params) -> IncRegState:
         check_inexact(params)
         check_params(groups, params)
         size = (groups.num_channels,)
@@ -158,13 +157,9 @@ def increg(
             PerChannel(jnp.zeros(size, bool)),
         )
 
-    def update_fn(
-        updates: optax.Updates,
-        state: Any,
-        params: optax.Params | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, IncRegState]:
-        params = need_params(params, updates, "increg")
+    def update(
+        updates: Any, state: Any, params: Any, **extra_args: Any
+    ) -> tuple[Any, Any]:
         count = jnp.asarray(optax.safe_increment(state.count))
         old = state.coefficients.per_channel
         gone = state.gone.per_channel
@@ -190,13 +185,7 @@ def increg(
         complete = each_dimension(groups, jnp.sum, gone) >= numbers
         coefficients = jnp.where(gone | complete, 0, raised)
         point = keep_channels(groups, candidate, ~gone)
-        new_state = IncRegState(
-            base_state,
-            count,
-            PerChannel(coefficients),
-            PerChannel(start),
-            PerChannel(gone),
-        )
-        return step_to(point, params), new_state
+        vectors = map(PerChannel, (coefficients, start, gone))
+        return step_to(point, params), IncRegState(base_state, count, *vectors)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return transformation("increg", init, update)

@@ -123,8 +123,7 @@ def perspective_penalty(
       >>> import jax.numpy as jnp, sdp_jax
       >>> from sdp_jax import methods
       >>> params = {"w": jnp.array([[0.3, 0.], [0.4, 0.]])}
-      >>> groups = sdp_jax.groups_from_axes(
-      ...     params, {"hidden": [sdp_jax.Member("w", 1)]})
+      >>> groups = sdp_jax.groups_from_axes(params, {"unit": [sdp_jax.Member("w", 1)]})
       >>> print(methods.perspective_penalty(groups, params, alpha=0.5, bound=1.0))
       0.25
     """
@@ -183,8 +182,7 @@ def perspective_regularizer(
       >>> import jax.numpy as jnp, optax, sdp_jax
       >>> from sdp_jax import methods
       >>> params = {"w": jnp.array([[0.3, 0.], [0.4, 0.]])}
-      >>> groups = sdp_jax.groups_from_axes(
-      ...     params, {"hidden": [sdp_jax.Member("w", 1)]})
+      >>> groups = sdp_jax.groups_from_axes(params, {"unit": [sdp_jax.Member("w", 1)]})
       >>> tx = optax.chain(
       ...     methods.perspective_regularizer(groups, 1.0, alpha=0.5, bound=1.0),
       ...     optax.sgd(1.0))
@@ -217,8 +215,7 @@ def perspective_regularizer(
 
 def _check_perspective(alpha: Any, bound: Any) -> None:
     """Refuses parameters of :func:`perspective` that are out of range."""
-    least = math.nextafter(0, 1)
-    high = math.nextafter(1, 0)
+    least, high = math.nextafter(0, 1), math.nextafter(1, 0)
     check_number("alpha", alpha, low=least, high=high, rule="a number in (0, 1)")
     check_number("bound", bound, low=least, rule="a positive number")
 

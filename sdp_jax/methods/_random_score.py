@@ -1,13 +1,9 @@
 """Random scores, the baseline that every other score has to beat."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
-from sdp_jax.groups import Groups
-from sdp_jax.methods.score import Score
-from sdp_jax.tree import PyTree
+from sdp_jax.methods.score import Score, of_params
 
 
 def random_score(key: jax.Array) -> Score:
@@ -33,8 +29,7 @@ def random_score(key: jax.Array) -> Score:
       >>> import jax, jax.numpy as jnp, sdp_jax
       >>> from sdp_jax import methods
       >>> params = {"w": jnp.ones((2, 3))}
-      >>> groups = sdp_jax.groups_from_axes(
-      ...     params, {"hidden": [sdp_jax.Member("w", 1)]})
+      >>> groups = sdp_jax.groups_from_axes(params, {"unit": [sdp_jax.Member("w", 1)]})
       >>> methods.random_score(jax.random.key(0))(groups, params).shape
       (3,)
     """
@@ -45,13 +40,6 @@ def random_score(key: jax.Array) -> Score:
     if not raw and not (typed and key.ndim == 0):
         raise TypeError(f"key must be one key, as jax.random.key(0) makes; got {key!r}")
 
-    def score(
-        groups: Groups,
-        params: PyTree,
-        grads: PyTree | None = None,
-        activations: Any = None,
-    ) -> jax.Array:
-        del params, grads, activations
-        return jax.random.uniform(key, (groups.num_channels,), jnp.float32)
-
-    return score
+    return of_params(
+        lambda groups, _: jax.random.uniform(key, (groups.num_channels,), jnp.float32)
+    )

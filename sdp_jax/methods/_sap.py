@@ -15,17 +15,12 @@ import numpy as np
 import optax
 
 from sdp_jax import prox
-from sdp_jax.base import check_inexact, check_kind, check_params, need_params
-from sdp_jax.channels import (
-    Weighting,
-    channel_norms,
-    channel_weights,
-    channels_alive,
-)
+from sdp_jax.base import check_inexact, check_kind, check_params, transformation
+from sdp_jax.channels import Weighting, channel_norms, channel_weights, channels_alive
 from sdp_jax.checks import check_number
 from sdp_jax.groups import Groups
 from sdp_jax.methods.entries import keep_channels
-from sdp_jax.methods.pqi import pq_index, prune_count
+from sdp_jax.methods.pqi import check_alike, check_scope, pq_index, prune_count
 from sdp_jax.methods.scales import replace_leaves
 from sdp_jax.tree import PyTree, leaf_table
 
@@ -128,20 +123,13 @@ def keep_mask(mask: PyTree) -> optax.GradientTransformationExtraArgs:
       [0.5 0. ]
     """
 
-    def init_fn(params: optax.Params) -> KeepMaskState:
+    def init(params: optax.Params) -> KeepMaskState:
         if not jax.tree.leaves(params):
             return KeepMaskState(params)
         _check_mask(params, mask)
         return KeepMaskState(jax.tree.map(lambda m: jnp.array(m, bool), mask))
 
-    def update_fn(
-        updates: optax.Updates,
-        state: Any,
-        params: optax.Params | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, KeepMaskState]:
-        del extra_args
-        params = need_params(params, updates, "keep_mask")
+    def update(updates: Any, state: Any, params: Any, **_: Any) -> tuple[Any, Any]:
         kept = jax.tree.map(
             lambda u, p, m: jnp.where(m, u.astype(p.dtype), -p),
             updates,
@@ -150,7 +138,7 @@ def keep_mask(mask: PyTree) -> optax.GradientTransformationExtraArgs:
         )
         return kept, state
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return transformation("keep_mask", init, update)
 
 
 def sap(eta: float = 0.0, gamma: float = 1.0, beta: float = 0.9) -> PruningRule:
@@ -329,8 +317,7 @@ def pruning_rounds(
       >>> import jax.numpy as jnp
       >>> from sdp_jax import methods
       >>> params = {"w": jnp.array([[4., 1.], [3., 0.1]]), "b": jnp.zeros(2)}
-      >>> def train(params, mask):  # Nothing to learn.
-      ...     return params
+      >>> train = lambda params, mask: params  # Nothing to learn.
       >>> rule = methods.sap()
       >>> for done in methods.pruning_rounds(train, params, rule, rounds=1, p=1., q=2.):
       ...     print(done.round, done.kept, round(done.index, 3))
@@ -358,12 +345,7 @@ def pruning_rounds(
         )
     check_inexact(params)
     pq_index((), p, q)
-    allowed = ("global", "tensor", "row") if groups is None else ("global", "dimension")
-    if scope not in allowed:
-        raise ValueError(
-            f"scope must be one of {allowed} {'without' if groups is None else 'with'} "
-            f"groups; got {scope!r}"
-        )
+    check_scope(scope, groups, ("global", "dimension"))
     if groups is None:
         units = _Weights(params, p, q, scope, prunable, axis)
     elif prunable is not None:
@@ -524,24 +506,16 @@ def _magnitude(leaf: Any) -> np.ndarray:
 
 
 def _check_mask(params: PyTree, mask: PyTree) -> None:
-    ours, theirs = (jax.tree.map(np.shape, tree) for tree in (params, mask))
-    if jax.tree.structure(params) != jax.tree.structure(mask) or ours != theirs:
-        raise ValueError(
-            "mask must be a tree of Boolean arrays with the structure and the shapes "
-            f"of the parameters, {ours}; got {theirs}"
-        )
+    rule = "mask must be a tree of Boolean arrays with the structure and the shapes of"
+    check_alike(f"{rule} the parameters", params, mask)
 
 
 def _check_trained(params: PyTree, trained: PyTree, mask: PyTree) -> None:
-    ours, theirs = (jax.tree.map(np.shape, tree) for tree in (params, trained))
-    if jax.tree.structure(params) != jax.tree.structure(trained) or ours != theirs:
-        raise ValueError(
-            "train must return parameters of the structure and shapes that it got, "
-            f"{ours}; got {theirs}"
-        )
+    rule = "train must return parameters of the structure and shapes that it got"
+    check_alike(rule, params, trained)
     masks = leaf_table(mask)
     for path, leaf in leaf_table(trained).items():
-        if np.any(np.isnan(np.asarray(leaf, np.float32))):
+        if np.any(np.isnan(_magnitude(leaf))):
             raise ValueError(
                 f"train returned NaN in leaf {path!r}; lower its learning rate"
             )

@@ -15,6 +15,7 @@ from sdp_jax.base import (
     check_params,
     need_params,
     step_to,
+    transformation,
     wide_copy,
 )
 from sdp_jax.channels import PerChannel, each_dimension, magnitude, reduce_channels
@@ -115,8 +116,7 @@ def spp(
       >>> import jax, jax.numpy as jnp, optax, sdp_jax
       >>> from sdp_jax import methods
       >>> params = {"w": jnp.array([[3., 1.], [4., 1.]])}
-      >>> groups = sdp_jax.groups_from_axes(
-      ...     params, {"hidden": [sdp_jax.Member("w", 1)]})
+      >>> groups = sdp_jax.groups_from_axes(params, {"unit": [sdp_jax.Member("w", 1)]})
       >>> tx = methods.spp(0.1, groups, 0.5, jax.random.key(0), every=1, amplitude=0.5)
       >>> state = tx.init(params)
       >>> for _ in range(2):
@@ -139,7 +139,7 @@ def spp(
         )
     optimizer = optax.with_extra_args_support(as_base(base))
 
-    def init_fn(params: optax.Params) -> SPPState:
+    def init(params: optax.Params) -> SPPState:
         check_inexact(params)
         check_params(groups, params)
         size = (groups.num_channels,)
@@ -152,13 +152,9 @@ def spp(
             jnp.array(key, copy=True),
         )
 
-    def update_fn(
-        updates: optax.Updates,
-        state: Any,
-        params: optax.Params | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, SPPState]:
-        params = need_params(params, updates, "spp")
+    def update(
+        updates: Any, state: Any, params: Any, **extra_args: Any
+    ) -> tuple[Any, Any]:
         count = jnp.asarray(optax.safe_increment(state.count))
         grads = keep_channels(groups, updates, state.mask.per_channel)
         grads = jax.tree.map(lambda g, v: g.astype(v.dtype), grads, state.shadow)
@@ -184,7 +180,7 @@ def spp(
         )
         return step_to(point, params), new_state
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return transformation("spp", init, update)
 
 
 def spp_params(
@@ -211,8 +207,7 @@ def spp_params(
       >>> import jax, jax.numpy as jnp, sdp_jax
       >>> from sdp_jax import methods
       >>> params = {"w": jnp.ones((1, 2))}
-      >>> groups = sdp_jax.groups_from_axes(
-      ...     params, {"hidden": [sdp_jax.Member("w", 1)]})
+      >>> groups = sdp_jax.groups_from_axes(params, {"unit": [sdp_jax.Member("w", 1)]})
       >>> tx = methods.spp(0.1, groups, 0.5, jax.random.key(0), every=1)
       >>> print(methods.spp_params(tx.init(params), groups, params)["w"])
       [[1. 1.]]

@@ -25,8 +25,7 @@ def taylor() -> Score:
       >>> import jax.numpy as jnp, sdp_jax
       >>> from sdp_jax import methods
       >>> params = {"w": jnp.array([[3., 1.], [4., 1.]])}
-      >>> groups = sdp_jax.groups_from_axes(
-      ...     params, {"hidden": [sdp_jax.Member("w", 1)]})
+      >>> groups = sdp_jax.groups_from_axes(params, {"unit": [sdp_jax.Member("w", 1)]})
       >>> grads = {"w": jnp.array([[4., 1.], [-3., 0.]])}
       >>> print(methods.taylor()(groups, params, grads))
       [0. 1.]

@@ -84,8 +84,7 @@ def until_compressed(
       >>> import jax.numpy as jnp, sdp_jax
       >>> from sdp_jax import methods
       >>> params = {"w": jnp.ones((1, 4))}
-      >>> groups = sdp_jax.groups_from_axes(
-      ...     params, {"hidden": [sdp_jax.Member("w", 1)]})
+      >>> groups = sdp_jax.groups_from_axes(params, {"unit": [sdp_jax.Member("w", 1)]})
       >>> strength = methods.until_compressed(lambda step: 0.5 * (step + 1), decay=0.)
       >>> state = strength.init(groups, [1])
       >>> norms = jnp.array([.4, 2., 2.1, 8.])
@@ -107,15 +106,9 @@ def until_compressed(
 
     def bind(rate: Any, momentum: Any) -> Strength:
         assert inner.bind is not None
-        return until_compressed(
-            inner.bind(rate, momentum),
-            p=p,
-            q=q,
-            rise=rise,
-            decay=decay,
-            begin_step=begin_step,
-            scope=scope,
-        )
+        numbers = {"p": p, "q": q, "rise": rise, "decay": decay}
+        bound = inner.bind(rate, momentum)
+        return until_compressed(bound, **numbers, begin_step=begin_step, scope=scope)
 
     def init(groups: Groups, floors: prox.Floors) -> UntilCompressedState:
         dtype = jnp.result_type(float)

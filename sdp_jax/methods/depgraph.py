@@ -12,10 +12,9 @@ from typing import Any, Literal, NamedTuple, get_args
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from sdp_jax.base import check_kind, check_params, need_params
+from sdp_jax.base import check_kind, check_params, transformation
 from sdp_jax.channels import (
     PerChannel,
     channels_alive,
@@ -26,8 +25,8 @@ from sdp_jax.channels import (
 from sdp_jax.checks import check_number, check_whole
 from sdp_jax.groups import Dimension, Groups, Member, Role
 from sdp_jax.methods.entries import add_decay, keep_channels
-from sdp_jax.methods.score import Score
-from sdp_jax.tree import PyTree, leaf_table
+from sdp_jax.methods.score import Score, of_params
+from sdp_jax.tree import PyTree
 
 Normalizer = Literal["mean", "max", "sum"]
 Reduce = Literal["mean", "sum", "max"]
@@ -113,13 +112,7 @@ def group_importance(
     if reduce not in get_args(Reduce):
         raise ValueError(f"reduce is {reduce!r}; use one of {get_args(Reduce)}")
 
-    def score(
-        groups: Groups,
-        params: PyTree,
-        grads: PyTree | None = None,
-        activations: Any = None,
-    ) -> jax.Array:
-        del grads, activations
+    def score(groups: Groups, params: PyTree) -> jax.Array:
         alive = channels_alive(groups, params)
         # What would read a channel that is gone does not count.
         whole = keep_channels(groups, params, alive, "consumer")
@@ -136,7 +129,7 @@ def group_importance(
         over = functools.partial(_normalised, normalizer=normalizer)
         return each_dimension(groups, over, groups.join(raw), alive)
 
-    return score
+    return of_params(score)
 
 
 def group_norm_regularizer(
@@ -198,8 +191,7 @@ def group_norm_regularizer(
       >>> import jax.numpy as jnp, optax, sdp_jax
       >>> from sdp_jax import methods
       >>> params = {"w": jnp.array([[3., 2., 1.]])}
-      >>> groups = sdp_jax.groups_from_axes(
-      ...     params, {"hidden": [sdp_jax.Member("w", 1)]})
+      >>> groups = sdp_jax.groups_from_axes(params, {"unit": [sdp_jax.Member("w", 1)]})
       >>> tx = optax.chain(
       ...     methods.group_norm_regularizer(groups, reg=0.1), optax.sgd(1.0))
       >>> updates, _ = tx.update({"w": jnp.zeros((1, 3))}, tx.init(params), params)
@@ -224,24 +216,18 @@ def group_norm_regularizer(
     def decays(dimension: Dimension, member: Member) -> bool:
         return member in counted[dimension.name]
 
-    def init_fn(params: optax.Params) -> GroupNormRegularizerState:
+    def init(params: optax.Params) -> GroupNormRegularizerState:
         check_params(groups, params)
         if jax.tree.leaves(params):
-            _check_consumers(groups, params)
+            # It says which member is missing.
+            member_sums(groups, params, magnitude, roles=ROLES)
         size, dtype = (groups.num_channels,), jnp.result_type(float)
         strengths = jnp.full(size, reg, dtype)
         return GroupNormRegularizerState(
             jnp.zeros((), jnp.int32), PerChannel(strengths)
         )
 
-    def update_fn(
-        updates: optax.Updates,
-        state: Any,
-        params: optax.Params | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, GroupNormRegularizerState]:
-        del extra_args
-        params = need_params(params, updates, "group_norm_regularizer")
+    def update(updates: Any, state: Any, params: Any, **_: Any) -> tuple[Any, Any]:
         count = jnp.asarray(optax.safe_increment(state.count))
         strengths = state.reg.per_channel
         alive = channels_alive(groups, params)
@@ -257,7 +243,7 @@ def group_norm_regularizer(
         out = add_decay(groups, updates, params, rates, decays)
         return out, GroupNormRegularizerState(count, PerChannel(strengths))
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return transformation("group_norm_regularizer", init, update)
 
 
 def is_bias(groups: Groups, dimension: Dimension, member: Member) -> bool:
@@ -284,23 +270,6 @@ def _counted(groups: Groups, dimension: Dimension, bias: bool) -> list[Member]:
     members = [m for m in dimension.members if m.role in ROLES]
     rest = [m for m in members if bias or not is_bias(groups, dimension, m)]
     return rest or members
-
-
-def _check_consumers(groups: Groups, params: PyTree) -> None:
-    """Refuses parameters that lack a member."""
-    table = leaf_table(params)
-    for d in groups:
-        for m in d.members:
-            if m.role in ROLES and (
-                m.path not in table
-                or tuple(np.shape(table[m.path])) != groups.shapes[m.path]
-            ):
-                raise ValueError(
-                    f"dimension {d.name!r}: the parameters have no leaf {m.path!r} of "
-                    f"shape {groups.shapes[m.path]}, a {m.role} that the regulariser "
-                    "acts on; give groups and parameters of the same model (and do not "
-                    "hide the leaf by a mask)"
-                )
 
 
 def _power(p: float) -> Callable[[jax.Array], jax.Array]:

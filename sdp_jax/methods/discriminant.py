@@ -113,11 +113,10 @@ def discriminant_score(
       >>> import jax.numpy as jnp, sdp_jax
       >>> from sdp_jax import methods
       >>> params = {"w": jnp.ones((3, 2))}
-      >>> groups = sdp_jax.groups_from_axes(
-      ...     params, {"hidden": [sdp_jax.Member("w", 1)]})
+      >>> groups = sdp_jax.groups_from_axes(params, {"unit": [sdp_jax.Member("w", 1)]})
       >>> score = methods.discriminant_score(jnp.array([0, 0, 1, 1]), ridge=1e-3)
       >>> maps = jnp.array([[1., 1.], [1., -1.], [-1., 1.], [-1., -1.]])
-      >>> scores = score(groups, params, activations={"hidden": maps})
+      >>> scores = score(groups, params, activations={"unit": maps})
       >>> [f"{s:.3f}" for s in scores]  # The first tells them apart.
       ['0.999', '0.000']
     """

@@ -15,10 +15,18 @@ from sdp_jax.base import (
     need_params,
     step_to,
 )
-from sdp_jax.channels import PerChannel, channel_norms, channels_alive, scale_channels
+from sdp_jax.channels import (
+    PerChannel,
+    channel_norms,
+    channels_alive,
+    each_dimension,
+    scale_channels,
+)
 from sdp_jax.checks import check_number, check_whole
 from sdp_jax.groups import Groups
-from sdp_jax.tree import PyTree
+from sdp_jax.methods.entries import entry_sums
+from sdp_jax.methods.scales import replace_leaves
+from sdp_jax.tree import leaf_table
 
 
 class DecayPruningState(NamedTuple):
@@ -159,7 +167,8 @@ def decay_pruning(
         if rate is not None:
             gradient = channel_norms(groups, updates)
             escape = (free_norms - norms) * steps > rate * start
-            strong = gradient > length * _mean_alive(groups, gradient, alive)
+            mean = each_dimension(groups, _mean, gradient, alive)
+            strong = gradient > length * mean
             release = (before > 0) & escape & strong
             if release_end_step is not None:
                 release &= count <= release_end_step
@@ -180,12 +189,15 @@ def decay_pruning(
         zeros = ~ours & ~channels_alive(groups, pruned)
         factor = jnp.where(decaying, imposed, jnp.where(zeros, 0, 1))
         point = scale_channels(groups, free, factor)
-        out = jax.tree.map(
-            jnp.where,
-            channel_entries(groups, params, ours),
-            step_to(point, params),
-            moved,
+        sums = entry_sums(
+            groups, jnp.where(ours, 1, 0), lambda _, m: m.role == "producer"
         )
+        theirs = leaf_table(moved)
+        chosen = {
+            path: jnp.where(sums[path] > 0, step, theirs[path])
+            for path, step in leaf_table(step_to(point, params)).items()
+            if path in sums
+        }
         new_state = DecayPruningState(
             base_state,
             host_state,
@@ -194,36 +206,11 @@ def decay_pruning(
             PerChannel(start.astype(state.start.per_channel.dtype)),
             state.releases + jnp.sum(release, dtype=jnp.int32),
         )
-        return out, new_state
+        return replace_leaves(moved, chosen), new_state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def channel_entries(groups: Groups, tree: PyTree, channels: jax.Array) -> PyTree:
-    """Which entries are producers of one of these channels, leaf by leaf.
-
-    Args:
-      groups: the channel dimensions.
-      tree: a tree that has the producers of ``groups`` as leaves.
-      channels: a Boolean vector ``(num_channels,)``.
-
-    Returns:
-      A tree of Boolean arrays of the same shapes.
-    """
-    ones = jax.tree.map(lambda x: jnp.ones(x.shape, jnp.float32), tree)
-    others = jnp.where(channels, 0.0, 1.0).astype(jnp.float32)
-    left = scale_channels(groups, ones, others)
-    return jax.tree.map(lambda x: x == 0, left)
-
-
-def _mean_alive(groups: Groups, values: jax.Array, alive: jax.Array) -> jax.Array:
-    """For each channel the mean of a value over the living channels beside it."""
-    sums, living = groups.split(jnp.where(alive, values, 0)), groups.split(alive)
-    return groups.join(
-        {
-            name: jnp.broadcast_to(
-                jnp.sum(part) / jnp.maximum(jnp.sum(living[name]), 1), part.shape
-            )
-            for name, part in sums.items()
-        }
-    )
+def _mean(values: jax.Array, alive: jax.Array) -> jax.Array:
+    """The mean over the living channels."""
+    return jnp.sum(jnp.where(alive, values, 0)) / jnp.maximum(jnp.sum(alive), 1)

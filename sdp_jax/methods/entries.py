@@ -17,9 +17,7 @@ def entry_sums(
 ) -> dict[str, jax.Array]:
     """By path the sum of a value over the channels that an entry belongs to.
 
-    Unlike :func:`sdp_jax.scale_channels` it reaches members of every role, and
-    an entry that is on two axes a channel gets the sum, not the product. The arrays
-    broadcast to the leaves, and are 0 where no channel is.
+    For members of every role; the arrays broadcast to the leaves.
     """
     parts = groups.split(values)
     found: dict[str, jax.Array] = {}
@@ -60,10 +58,7 @@ def add_decay(
     rates: jax.Array,
     counted: Callable[[Dimension, Member], bool],
 ) -> PyTree:
-    """Adds ``rate · w`` to the gradients of what counts, in their dtypes.
-
-    Where the rate is 0, an entry that is not finite changes nothing.
-    """
+    """Adds ``rate · w`` to the gradients of what counts, nothing where it is 0."""
     sums = entry_sums(groups, rates, counted)
 
     def add(update: jax.Array, param: jax.Array, rate: jax.Array) -> jax.Array:

@@ -1,7 +1,7 @@
 """Norms of filters as scores."""
 
-from collections.abc import Callable, Mapping
-from typing import Any
+import functools
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from sdp_jax.channels import (
     reduce_channels,
 )
 from sdp_jax.groups import Groups
-from sdp_jax.methods.score import Score
+from sdp_jax.methods.score import Score, of_params
 from sdp_jax.tree import PyTree
 
 
@@ -36,14 +36,11 @@ def l2_norm(*, weights: Weighting | Mapping[str, float] = "plain") -> Score:
       >>> import jax.numpy as jnp, sdp_jax
       >>> from sdp_jax import methods
       >>> params = {"w": jnp.array([[3., 0.], [4., 1.]])}
-      >>> groups = sdp_jax.groups_from_axes(
-      ...     params, {"hidden": [sdp_jax.Member("w", 1)]})
+      >>> groups = sdp_jax.groups_from_axes(params, {"unit": [sdp_jax.Member("w", 1)]})
       >>> print(methods.l2_norm()(groups, params))
       [5. 1.]
     """
-    return _of_params(
-        lambda groups, params: channel_norms(groups, params, weights=weights)
-    )
+    return of_params(functools.partial(channel_norms, weights=weights))
 
 
 def l1_norm(*, weights: Weighting | Mapping[str, float] = "plain") -> Score:
@@ -64,8 +61,7 @@ def l1_norm(*, weights: Weighting | Mapping[str, float] = "plain") -> Score:
       >>> import jax.numpy as jnp, sdp_jax
       >>> from sdp_jax import methods
       >>> params = {"w": jnp.array([[3., 0.], [-4., 1.]])}
-      >>> groups = sdp_jax.groups_from_axes(
-      ...     params, {"hidden": [sdp_jax.Member("w", 1)]})
+      >>> groups = sdp_jax.groups_from_axes(params, {"unit": [sdp_jax.Member("w", 1)]})
       >>> print(methods.l1_norm()(groups, params))
       [7. 1.]
     """
@@ -79,19 +75,4 @@ def l1_norm(*, weights: Weighting | Mapping[str, float] = "plain") -> Score:
             groups, lambda v, k: v / jnp.asarray(k[0], v.dtype), sums, factors
         )
 
-    return _of_params(norms)
-
-
-def _of_params(function: Callable[[Groups, PyTree], jax.Array]) -> Score:
-    """A score that looks at the parameters alone."""
-
-    def score(
-        groups: Groups,
-        params: PyTree,
-        grads: PyTree | None = None,
-        activations: Any = None,
-    ) -> jax.Array:
-        del grads, activations
-        return function(groups, params)
-
-    return score
+    return of_params(norms)

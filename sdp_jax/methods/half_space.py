@@ -95,14 +95,6 @@ def project(
 
 
 def check_epsilon(epsilon: Any) -> None:
-    """Refuses a Python number outside ``[0, 1)``; arrays pass unchecked.
-
-    Args:
-      epsilon: what was given.
-
-    Raises:
-      TypeError: if it is neither a number nor an array.
-      ValueError: if it is a number outside.
-    """
+    """Refuses a Python number outside ``[0, 1)``; arrays pass unchecked."""
     high = math.nextafter(1, 0)
     check_number("epsilon", epsilon, low=0, high=high, rule="a number in [0, 1)")

@@ -19,7 +19,7 @@ from sdp_jax.methods.scales import (
     replace_leaves,
     take_entries,
 )
-from sdp_jax.methods.score import Score
+from sdp_jax.methods.score import Score, of_params
 from sdp_jax.tree import PyTree
 
 
@@ -68,13 +68,7 @@ def scale_score(
     if missing not in ("error", "rms"):
         raise ValueError(f"missing is {missing!r}; use 'error' or 'rms'")
 
-    def score(
-        groups: Groups,
-        params: PyTree,
-        grads: PyTree | None = None,
-        activations: Any = None,
-    ) -> jax.Array:
-        del grads, activations
+    def score(groups: Groups, params: PyTree) -> jax.Array:
         found = find_scales(groups, scales)
         bare = [name for name, members in found.items() if not members]
         if bare and missing == "error":
@@ -97,7 +91,7 @@ def scale_score(
             out[d.name] = sum(parts[1:], parts[0]) if parts else norms[d.name]
         return groups.join(out)
 
-    return score
+    return of_params(score)
 
 
 def scale_penalty(

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sdp_jax.base import check_kind, check_params, need_params
+from sdp_jax.base import check_kind, check_params, transformation
 from sdp_jax.checks import check_number
 from sdp_jax.groups import Groups
 
@@ -35,20 +35,13 @@ def penalty_in_front(
         rule = "a non-negative number or a schedule"
         check_number("penalty", penalty, low=0, rule=rule)
 
-    def init_fn(params: optax.Params) -> PenaltyState:
+    def init(params: optax.Params) -> PenaltyState:
         check_params(groups, params)
         return PenaltyState(jnp.zeros((), jnp.int32))
 
-    def update_fn(
-        updates: optax.Updates,
-        state: Any,
-        params: optax.Params | None = None,
-        **extra_args: Any,
-    ) -> tuple[optax.Updates, PenaltyState]:
-        del extra_args
-        params = need_params(params, updates, name)
+    def update(updates: Any, state: Any, params: Any, **_: Any) -> tuple[Any, Any]:
         factor: Any = penalty(state.count) if callable(penalty) else penalty
         count = jnp.asarray(optax.safe_increment(state.count))
         return add(updates, params, factor), PenaltyState(count)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return transformation(name, init, update)

@@ -83,23 +83,19 @@ def pq_index(
     """
     check_exponents(p, q)
     table = leaf_table(tree)
-    masks: dict[str, Any] = {}
-    if mask is not None:
-        masks = _check_mask(tree, mask)
-    _check_scope(scope, groups, of)
+    masks = {} if mask is None else _check_mask(tree, mask)
+    check_scope(scope, groups, ("global", "dimension", "channel"))
+    _check_of(of, groups, scope)
     arrays = {path: jnp.asarray(leaf) for path, leaf in table.items()}
 
     if groups is None:
         pairs = [(leaf, masks.get(path)) for path, leaf in arrays.items()]
         if scope == "global":
             return index_of(pairs, p, q)
-        if scope == "tensor":
-            values = [index_of([pair], p, q) for pair in pairs]
-        else:
-            values = [
-                index_of([tuple(_rows(x, axis) for x in pair)], p, q, 1)
-                for pair in pairs
-            ]
+        over = None if scope == "tensor" else 1
+        if over:
+            pairs = [(_rows(x, axis), _rows(alive, axis)) for x, alive in pairs]
+        values = [index_of([pair], p, q, over) for pair in pairs]
         return jax.tree.unflatten(jax.tree.structure(tree), values)
 
     check_kind(groups)
@@ -192,7 +188,8 @@ def prune_count(
       153
     """
     check_number("gamma", gamma, low=0, rule="a non-negative number")
-    _check_beta(beta)
+    high = math.nextafter(1, 0)
+    check_number("beta", beta, low=0, high=high, rule="a number in [0, 1)")
     xp = _namespace(index, d)
     r = xp.ceil(pq_bound(index, d, p, q, eta))
     # The same as in the docstring, but exact where r and d are whole numbers.
@@ -205,8 +202,7 @@ def index_of(
 ) -> jax.Array:
     """The index over all parts together, along an axis of each.
 
-    Powers are taken of ``|w| / max |w|``, through logarithms: the quotient itself may
-    be too small to be written down.
+    By logarithms of ``|w| / max |w|``, which may be too small to be written down.
     """
     zero = jnp.zeros((), jnp.float32)
     values = [(_magnitude(x, alive), alive) for x, alive in parts]
@@ -292,15 +288,17 @@ def _namespace(*values: Any) -> Any:
     return jnp if any(isinstance(v, jax.Array) for v in values) else np
 
 
+def check_alike(rule: str, tree: PyTree, other: PyTree) -> None:
+    """Refuses a tree that has another structure or other shapes than the first."""
+    ours, theirs = (jax.tree.map(np.shape, t) for t in (tree, other))
+    if jax.tree.structure(tree) != jax.tree.structure(other) or ours != theirs:
+        raise ValueError(f"{rule}, {ours}; got {theirs}")
+
+
 def _check_mask(tree: PyTree, mask: PyTree) -> dict[str, jax.Array]:
     """The leaves of a mask by path, after checking that it fits the tree."""
-    shapes = [jax.tree.map(np.shape, t) for t in (tree, mask)]
-    have, want = jax.tree.structure(mask), jax.tree.structure(tree)
-    if have != want or shapes[0] != shapes[1]:
-        raise ValueError(
-            "mask must be a tree of Boolean arrays with the structure and the shapes "
-            f"of the tree, {shapes[0]}; got {shapes[1]}"
-        )
+    rule = "mask must be a tree of Boolean arrays with the structure and the shapes of"
+    check_alike(f"{rule} the tree", tree, mask)
     table = {}
     for path, leaf in leaf_table(mask).items():
         leaf = jnp.asarray(leaf)
@@ -320,19 +318,17 @@ def check_exponents(p: Any, q: Any) -> None:
         raise ValueError(f"exponents must fulfil 0 < p < q; got p={p!r}, q={q!r}")
 
 
-def _check_beta(beta: Any) -> None:
-    high = math.nextafter(1, 0)
-    check_number("beta", beta, low=0, high=high, rule="a number in [0, 1)")
-
-
-def _check_scope(scope: Any, groups: Any, of: Any) -> None:
-    alone, grouped = ("global", "tensor", "row"), ("global", "dimension", "channel")
-    allowed = alone if groups is None else grouped
+def check_scope(scope: Any, groups: Any, grouped: tuple[str, ...]) -> None:
+    """Refuses a scope that does not go with groups, or goes only with them."""
+    allowed = ("global", "tensor", "row") if groups is None else grouped
     if scope not in allowed:
         raise ValueError(
             f"scope must be one of {allowed} {'without' if groups is None else 'with'} "
             f"groups; got {scope!r}"
         )
+
+
+def _check_of(of: Any, groups: Any, scope: Any) -> None:
     if of not in ("weights", "norms"):
         raise ValueError(f"of must be 'weights' or 'norms'; got {of!r}")
     if of == "norms" and (groups is None or scope == "channel"):

@@ -86,10 +86,7 @@ def rank_changes(
     amplitude: chex.Numeric,
     ratio: chex.Numeric,
 ) -> tuple[jax.Array, jax.Array]:
-    """How many a dimension has still to lose, and the increment, for each channel.
-
-    Channels that are ``gone`` have no rank.
-    """
+    """For each channel how many its dimension has still to lose, and the increment."""
     left = numbers - each_dimension(groups, jnp.sum, gone)
     free = jnp.where(gone, jnp.inf, norms)
     rank = each_dimension(groups, prox.ranks, free)
@@ -101,10 +98,7 @@ def pruned_numbers(
     sparsity: float | Mapping[str, float],
     min_channels: int | jax.Array | Mapping[str, int],
 ) -> Any:
-    """For each channel how many its dimension loses at a share of them.
-
-    By NumPy, unless a minimum is an array: there it wins over the share.
-    """
+    """How many each channel's dimension loses; a minimum that is an array wins."""
     check_kind(groups)
     floors = prox.resolve_floors(groups, min_channels)
     shares: Mapping[str, float] = (

@@ -23,12 +23,9 @@ DEFAULT_SCALES = ("scale", "gamma", "weight")
 
 
 class Gate(NamedTuple):
-    """What one gate of a dimension multiplies.
+    """A scale, and the producers that its gate multiplies: it and its bias.
 
-    Attributes:
-      scale: the scale that stands for the gate; ``None`` where the dimension has none.
-      members: the producers that it multiplies: the scale and its bias, if it has one;
-        without a scale all producers of the dimension, ``y = φ (W x + b)``.
+    In a dimension without a scale there is one gate, on all producers.
     """
 
     scale: Member | None
@@ -77,10 +74,7 @@ def find_scales(
 
 
 def is_vector(groups: Groups, member: Member) -> bool:
-    """Whether a member's leaf is a vector, or one that broadcasts, ``(1, 1, 1, C)``.
-
-    A ``(C, 1)`` is none: that is the matrix of a layer with one input.
-    """
+    """Whether a leaf is a vector, or broadcasts as ``(1, C)``; ``(C, 1)`` does not."""
     shape = groups.shapes[member.path]
     alone = math.prod(shape) == shape[member.axis]
     return len(shape) == 1 or (member.axis > 0 and alone)

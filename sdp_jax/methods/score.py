@@ -1,6 +1,6 @@
 """What all scores have in common: their signature, checks, and a unit of length."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -30,19 +30,23 @@ class Score(Protocol):
         ...
 
 
+def of_params(function: Callable[[Groups, PyTree], jax.Array]) -> Score:
+    """A score that looks at the parameters alone."""
+
+    def score(
+        groups: Groups,
+        params: PyTree,
+        grads: PyTree | None = None,
+        activations: Any = None,
+    ) -> jax.Array:
+        del grads, activations
+        return function(groups, params)
+
+    return score
+
+
 def need_gradients(grads: PyTree | None, name: str) -> PyTree:
-    """Returns the gradients, after checking that they are there.
-
-    Args:
-      grads: what the score was given.
-      name: name of the score, for the message.
-
-    Returns:
-      ``grads``.
-
-    Raises:
-      ValueError: if they are ``None``.
-    """
+    """Returns the gradients, after checking that they are there."""
     if grads is None:
         raise ValueError(
             f"{name} needs gradients: call score(groups, params, grads), or put the "
@@ -53,14 +57,7 @@ def need_gradients(grads: PyTree | None, name: str) -> PyTree:
 
 
 def check_score(score: Any) -> None:
-    """Refuses what cannot be a score.
-
-    Args:
-      score: what was given.
-
-    Raises:
-      TypeError: if it is not a function.
-    """
+    """Refuses what cannot be a score."""
     if not callable(score):
         raise TypeError(
             "score must be a function score(groups, params, grads=None, "
@@ -69,19 +66,7 @@ def check_score(score: Any) -> None:
 
 
 def check_scores(groups: Groups, scores: Any) -> jax.Array:
-    """All scores as one float32 vector, after checking names and shapes.
-
-    Args:
-      groups: the channel dimensions.
-      scores: a vector ``(num_channels,)``, or for each dimension name an array
-        ``(size,)``.
-
-    Returns:
-      A vector ``(num_channels,)``.
-
-    Raises:
-      ValueError: if a dimension is missing or unknown, or a shape is wrong.
-    """
+    """All scores as one float32 vector, from a vector or arrays by dimension name."""
     if isinstance(scores, Mapping):
         try:
             scores = groups.join(scores)
@@ -98,14 +83,7 @@ def check_scores(groups: Groups, scores: Any) -> jax.Array:
 
 
 def unit(values: jax.Array) -> jax.Array:
-    """A vector divided by its Euclidean norm, or itself where that is zero.
-
-    Args:
-      values: a vector.
-
-    Returns:
-      A vector of the same shape.
-    """
+    """A vector divided by its Euclidean norm, or itself where that is zero."""
     # By the largest magnitude first: squares of small numbers vanish.
     # What is not finite stays so, and does not count.
     finite = jnp.where(jnp.isfinite(values), values, 0)

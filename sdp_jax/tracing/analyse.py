@@ -21,15 +21,7 @@ from sdp_jax.tree import PyTree, leaf_dtype, leaf_keys, leaf_table
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ParameterAxis:
-    """An axis of a parameter.
-
-    Attributes:
-      path: path of the leaf.
-      axis: which axis.
-      atoms: its atoms.
-      number: number by which fills refer to it.
-      state: whether the leaf is running state, which is never thresholded.
-    """
+    """An axis of a leaf: its atoms, and the number by which fills refer to it."""
 
     path: str
     axis: int
@@ -40,16 +32,7 @@ class ParameterAxis:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Analysis:
-    """A traced function.
-
-    Attributes:
-      trace: the trace.
-      body: values of all its arrays.
-      axes: axes of the parameters.
-      solution: classes of atoms.
-      used: which classes the function needs for anything.
-      out_tree: structure of its result.
-    """
+    """A traced function, its classes, and which of them it needs for anything."""
 
     trace: Trace
     body: Body
@@ -70,21 +53,7 @@ def analyse(
     prune_outputs: bool = False,
     derivatives: bool = True,
 ) -> Analysis:
-    """Traces ``fn(params, *args)`` and solves for its classes.
-
-    Args:
-      fn: a traceable function.
-      params: arrays or shapes.
-      args: its other arguments; what is no array is passed as it is.
-      is_state: which leaves, by path, are running state.
-      ignore: patterns of paths that must stay whole.
-      prune_inputs: whether parts of the inputs may be left out.
-      prune_outputs: whether parts of the outputs may be left out.
-      derivatives: whether to follow derivative rules of element-wise functions.
-
-    Returns:
-      The analysis.
-    """
+    """Traces ``fn(params, *args)`` and solves for its classes."""
     moving, join = separate(args)
 
     def function(params: PyTree, moving: list[Any]) -> Any:

@@ -21,13 +21,7 @@ from sdp_jax.tracing.source import user_line
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Reason:
-    """Why channels cannot be cut.
-
-    Attributes:
-      primitive: the JAX primitive that needs them whole, or ``"input"``, ``"output"``.
-      why: what is wrong with cutting there.
-      source: source information of the equation, if there is one.
-    """
+    """Why channels cannot be cut: what needs them whole, and at which equation."""
 
     primitive: str
     why: str
@@ -58,23 +52,16 @@ class Conjunction:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Solution:
-    """Classes of atoms.
+    """The class of each atom, and of which base classes it is the conjunction."""
 
-    Attributes:
-      label: class of each atom; class 0 is always kept.
-      operands: for each class the base classes of which it is the conjunction, padded
-        with 0; a base class stands for itself.
-    """
-
-    label: np.ndarray
-    operands: np.ndarray
+    label: np.ndarray  # Class 0 is always kept.
+    operands: np.ndarray  # Padded with 0; a base class stands for itself.
 
 
 class Atoms:
     """The unknowns of one trace and what is known of them."""
 
     def __init__(self) -> None:
-        """Starts with atom 0."""
         self.count = 1
         self._left: list[np.ndarray] = []
         self._right: list[np.ndarray] = []
@@ -105,12 +92,7 @@ class Atoms:
         self._frozen.append((atoms, reason))
 
     def reasons(self) -> tuple[np.ndarray, dict[int, list[Reason]]]:
-        """Why atoms are frozen.
-
-        Returns:
-          The class of each atom as it would be without freezes, and for each such
-          class the reasons to freeze it.
-        """
+        """The class of each atom without freezes; by class the reasons to freeze it."""
         label = self._components(frozen=False)
         found: dict[int, list[Reason]] = {}
         for atoms, reason in self._frozen:
@@ -219,15 +201,9 @@ class Atoms:
 def _merge(
     label: np.ndarray, pairs: Sequence[tuple[np.ndarray, np.ndarray]], count: int
 ) -> np.ndarray:
-    """Merges classes.
+    """The class of each of ``count`` atoms after merging; class 0 is that of atom 0.
 
-    Args:
-      label: the class of each of the first atoms; the others are classes of their own.
-      pairs: vectors of atoms that are equal, entry by entry.
-      count: number of atoms.
-
-    Returns:
-      The class of each atom; class 0 is that of atom 0.
+    Atoms beyond ``label`` are classes of their own.
     """
     classes = int(label.max()) + 1
     new = np.arange(classes, classes + count - len(label), dtype=np.int32)

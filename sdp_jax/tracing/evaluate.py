@@ -14,18 +14,12 @@ from jax.extend.core import Literal
 from sdp_jax.tracing.atoms import Solution
 from sdp_jax.tracing.rule import Rule
 from sdp_jax.tracing.trace import NO_RULE, Body, Record, is_empty
-from sdp_jax.tracing.values import Axis, Value
+from sdp_jax.tracing.values import Axis, Value, length
 
 
 @dataclasses.dataclass
 class _Frame:
-    """What a body that runs has computed.
-
-    Attributes:
-      env: the arrays.
-      makers: the equation that made each array.
-      absent: what absent positions hold, by array and axis.
-    """
+    """What a body that runs has computed."""
 
     env: dict[Any, Any]
     makers: dict[Any, Record] = dataclasses.field(default_factory=dict)
@@ -36,12 +30,8 @@ def pick_out(array: Any, index: np.ndarray, axis: int) -> Any:
     """The positions ``index`` of an array along an axis."""
     if len(index) and (np.diff(index) == 1).all():
         return lax.slice_in_dim(array, int(index[0]), int(index[-1]) + 1, axis=axis)
-    where = (slice(None),) * axis + (index,)
-    return (
-        jnp.asarray(array)
-        .at[where]
-        .get(mode="promise_in_bounds", wrap_negative_indices=False)
-    )
+    where = jnp.asarray(array).at[(slice(None),) * axis + (index,)]
+    return where.get(mode="promise_in_bounds", wrap_negative_indices=False)
 
 
 _NOTHING = contextlib.nullcontext()
@@ -51,18 +41,8 @@ class Evaluator:
     """Runs traced bodies with what is kept of every array."""
 
     def __init__(
-        self,
-        solution: Solution,
-        keep: np.ndarray,
-        rules: Mapping[str, Rule],
+        self, solution: Solution, keep: np.ndarray, rules: Mapping[str, Rule]
     ) -> None:
-        """Prepares an evaluation.
-
-        Args:
-          solution: the classes of atoms.
-          keep: for each class whether it is kept.
-          rules: what is known of each primitive.
-        """
         self._frames: list[_Frame] = []
         self._label = solution.label
         self._keep = keep
@@ -102,15 +82,7 @@ class Evaluator:
         return mask
 
     def size(self, axis: Axis, dense: Any) -> Any:
-        """Length of what is kept of an axis.
-
-        Args:
-          axis: the axis.
-          dense: its length in the dense function, which may be symbolic.
-
-        Returns:
-          The length, symbolic if that is.
-        """
+        """Length of what is kept of an axis whose dense length may be symbolic."""
         whole, left = 1, 1
         for f in axis:
             mask, full = self._factor(f.atoms)
@@ -133,28 +105,24 @@ class Evaluator:
         for d, axis in enumerate(value.axes):
             if self.is_cut(axis):
                 self.check_fixed(array.shape[d])
+                if array.shape[d] != length(axis):
+                    raise AssertionError(
+                        f"axis {d} of an array of shape {array.shape} was taken as one "
+                        f"of length {length(axis)}: a fault of sdp_jax; please report "
+                        "it with the function"
+                    )
                 array = pick_out(array, np.flatnonzero(self.mask(axis)), d)
         return array
 
     def run(self, body: Body, args: Sequence[Any]) -> list[Any]:
-        """Evaluates a body.
-
-        Args:
-          body: the trace of a jaxpr.
-          args: the small arrays that go in.
-
-        Returns:
-          The small arrays that come out.
-        """
-        env: dict[Any, Any] = {}
-        frame = _Frame(env)
-        self._frames.append(frame)
+        """Evaluates a body on small arrays."""
+        self._frames.append(_Frame({}))
         try:
-            return self._run(body, args, frame)
+            return self._run(body, args, self._frames[-1])
         finally:
             self._frames.pop()
 
-    def _run(self, body: Body, args: Sequence[Any], frame: "_Frame") -> list[Any]:
+    def _run(self, body: Body, args: Sequence[Any], frame: _Frame) -> list[Any]:
         env = frame.env
         consts = map(self.take, body.consts, body.const_values)
         env.update(zip(body.jaxpr.constvars, consts, strict=True))
@@ -168,34 +136,39 @@ class Evaluator:
             name_stack = str(record.eqn.source_info.name_stack)
             with jax.named_scope(name_stack) if name_stack else _NOTHING:
                 outs = self._evaluate(record, small)
+                self._check(record, outs)
             env.update(zip(record.eqn.outvars, outs, strict=True))
             frame.makers.update((v, record) for v in record.eqn.outvars)
-        return [v.val if isinstance(v, Literal) else env[v] for v in body.jaxpr.outvars]
+        outs = [v.val if isinstance(v, Literal) else env[v] for v in body.jaxpr.outvars]
+        for i in body.copied:
+            outs[i] = self.take(outs[i], body.outs[i])
+        return outs
 
-    def background(self, record: Record, dimension: int) -> Any:
-        """What the absent positions of the operand of a reduction hold.
+    def _check(self, record: Record, outs: Sequence[Any]) -> None:
+        """No array may have another size than what is kept of it."""
+        for k, (found, var) in enumerate(zip(outs, record.eqn.outvars, strict=True)):
+            if not hasattr(var.aval, "shape"):
+                continue
+            want = self.shape(record, k)
+            if tuple(np.shape(found)) != want:
+                raise AssertionError(
+                    f"{record.eqn.primitive.name} gave an array of shape "
+                    f"{np.shape(found)} where {want} is kept: a fault of sdp_jax; "
+                    "please report it with the function"
+                )
 
-        Args:
-          record: the reduction, of the body that runs.
-          dimension: an axis of its operand along which all of them hold the same.
-
-        Returns:
-          The operand with length 1 along that axis.
-        """
-        return self._absent(record, 0, dimension)
-
-    def _absent(self, record: Record, operand: int, dimension: int) -> Any:
+    def absent(self, record: Record, operand: int, dimension: int) -> Any:
+        """What all absent positions of an operand along an axis hold, at length 1."""
         var, value = record.eqn.invars[operand], record.ins[operand]
         if isinstance(var, Literal):
             return var.val
         frame = self._frames[-1]
+        array = frame.env[var]
         if operand in record.copied:
-            array = frame.env[var]
             if value.axes[dimension]:
                 array = lax.slice_in_dim(array, 0, 1, axis=dimension)
             axes = (*value.axes[:dimension], (), *value.axes[dimension + 1 :])
             return self.take(array, dataclasses.replace(value, axes=axes))
-        array = frame.env[var]
         if not value.axes or not value.axes[dimension]:
             return array  # A scalar, or length 1.
         key = (var, dimension)
@@ -204,8 +177,7 @@ class Evaluator:
             if value.zero or not self.is_lost(value.axes[dimension]):
                 frame.absent[key] = jnp.zeros(shape, array.dtype)
             else:
-                maker = frame.makers[var]
-                frame.absent[key] = self._repeat(maker, dimension, shape)
+                frame.absent[key] = self._repeat(frame.makers[var], dimension, shape)
         return frame.absent[key]
 
     def _repeat(self, record: Record, dimension: int, shape: Sequence[Any]) -> Any:
@@ -213,17 +185,14 @@ class Evaluator:
         which = record.ins[0].known
         if record.eqn.primitive.name == "select_n" and which is not None:
             if not which.ndim:  # The others need not be even.
-                k = 1 + int(which)
-                return self._absent(record, k, dimension)
+                return self.absent(record, 1 + int(which), dimension)
         if record.eqn.primitive.name != "broadcast_in_dim":
-            operands = range(len(record.ins))
-            return self.rebind(
-                record, [self._absent(record, k, dimension) for k in operands]
-            )[0]
+            ins = [self.absent(record, k, dimension) for k in range(len(record.ins))]
+            return self.rebind(record, ins)[0]
         var = record.eqn.invars[0]
         where = list(record.eqn.params["broadcast_dimensions"])
         if dimension in where:
-            small = self._absent(record, 0, where.index(dimension))
+            small = self.absent(record, 0, where.index(dimension))
         elif isinstance(var, Literal):
             small = var.val
         else:
@@ -241,34 +210,19 @@ class Evaluator:
                 jnp.zeros(self.shape(record, k), var.aval.dtype)
                 for k, var in enumerate(record.eqn.outvars)
             ]
-        cut = any(
-            self.is_cut(axis)
-            for value in (*record.ins, *record.outs)
-            for axis in value.axes
-        )
+        values = (*record.ins, *record.outs)
+        cut = any(self.is_cut(axis) for value in values for axis in value.axes)
         rule = self._rules.get(record.eqn.primitive.name, NO_RULE)
         if rule.rebuild is None or not cut:
             return self.rebind(record, args)
         return rule.rebuild(self, record, args)
 
     def _is_empty(self, value: Value) -> bool:
-        return any(
-            f.size and not self._factor(f.atoms)[0].any()
-            for axis in value.axes
-            for f in axis
-        )
+        factors = (f for axis in value.axes for f in axis)
+        return any(f.size and not self._factor(f.atoms)[0].any() for f in factors)
 
     def rebind(self, record: Record, args: Sequence[Any], **changed: Any) -> list[Any]:
-        """Binds the primitive of an equation to other operands.
-
-        Args:
-          record: the equation.
-          args: its operands.
-          **changed: parameters of the primitive that change with the shapes.
-
-        Returns:
-          The results.
-        """
+        """Binds the primitive of an equation to other operands and parameters."""
         eqn = record.eqn
         params = eqn.primitive.get_bind_params({**eqn.params, **changed})
         if isinstance(params, tuple):  # before JAX 0.9 functions came apart

@@ -15,17 +15,7 @@ from sdp_jax.tracing.members import find_dimensions
 from sdp_jax.tree import leaf_table
 
 # Running statistics by the names that Flax, Haiku and Equinox give them.
-STATE = (
-    "*batch_stats*",
-    "*running_*",
-    "*moving_*",
-    "*_ema/*",
-    "mean",
-    "*/mean",
-    "var",
-    "*/var",
-)
-
+STATE = "*batch_stats* *running_* *moving_* *_ema/* mean */mean var */var".split()
 
 _UNUSED = "is not used by the function at these input shapes"
 _UNEVEN = (
@@ -84,8 +74,7 @@ def find_groups(
     Example:
       >>> import jax.numpy as jnp, sdp_jax
       >>> params = {"in": jnp.ones((4, 8)), "out": jnp.ones((8, 3))}
-      >>> def fn(params, x):
-      ...     return jnp.tanh(x @ params["in"]) @ params["out"]
+      >>> fn = lambda params, x: jnp.tanh(x @ params["in"]) @ params["out"]
       >>> print(sdp_jax.find_groups(fn, params, jnp.ones((2, 4))))
       ... # doctest: +ELLIPSIS
       dimension  channels  entries/channel  members

@@ -60,15 +60,7 @@ def count_flops(
 
 
 def flop_polynomial(found: Analysis, groups: Groups) -> Polynomial:
-    """The FLOPs of a traced function.
-
-    Args:
-      found: its analysis.
-      groups: the groups, whose numbers are those of the polynomial.
-
-    Returns:
-      The polynomial.
-    """
+    """The FLOPs of a traced function in the widths of its groups."""
     return _Counter(found, groups).body(found.body)
 
 

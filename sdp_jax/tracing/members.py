@@ -11,12 +11,7 @@ from sdp_jax.tracing.analyse import Analysis, ParameterAxis
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Place:
-    """Where the channels of one candidate sit along one parameter axis.
-
-    Attributes:
-      axis: the axis.
-      positions: ``(channels, positions of each)``, ascending.
-    """
+    """Where the channels of a candidate sit along an axis, ``(channels, of each)``."""
 
     axis: ParameterAxis
     positions: np.ndarray
@@ -25,15 +20,7 @@ class _Place:
 def find_dimensions(
     found: Analysis, shapes: dict[str, tuple[int, ...]]
 ) -> tuple[Dimension, ...]:
-    """The channel dimensions of a traced function.
-
-    Args:
-      found: the analysis.
-      shapes: shapes of the leaves.
-
-    Returns:
-      Dimensions of at least two channels, in the order of the leaves.
-    """
+    """The dimensions of at least two channels, in the order of the leaves."""
     runs: list[list[_Place]] = []
     for places in _candidates(found):
         runs += _runs(places)

@@ -10,7 +10,7 @@ from jax import lax
 from sdp_jax.tracing.rule import Rule, per_operand_entry
 from sdp_jax.tracing.rules_elementwise import joint_fill
 from sdp_jax.tracing.trace import INEXACT, Record, Trace, freeze_all, need_zero
-from sdp_jax.tracing.values import ZERO, Axis, Factor, Value, refill
+from sdp_jax.tracing.values import ZERO, Axis, Factor, Value, agree, refill
 
 
 def _contract(
@@ -134,7 +134,7 @@ def _rebuild_sum(n: Any, record: Record, args: list[Any]) -> list[Any]:
         if n.is_lost(axis):
             dense = record.eqn.invars[0].aval.shape[d]
             absent = dense - n.size(axis, dense)
-            (rest,) = n.rebind(record, [n.background(record, d)])
+            (rest,) = n.rebind(record, [n.absent(record, 0, d)])
             out = out + rest * jnp.asarray(absent, out.dtype)
     return [out]
 
@@ -149,7 +149,7 @@ def _rebuild_extreme(n: Any, record: Record, args: list[Any]) -> list[Any]:
     (out,) = n.rebind(record, args)
     for d in record.eqn.params["axes"]:
         if n.is_cut(record.ins[0].axes[d]):
-            out = join(out, n.rebind(record, [n.background(record, d)])[0])
+            out = join(out, n.rebind(record, [n.absent(record, 0, d)])[0])
     return [out]
 
 
@@ -247,25 +247,18 @@ def _window(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
                 t.freeze(eqn, line, "pools along this axis")
             axes.append(t.space.plain(shape[d]))
             continue
-        lines = t.unify(eqn, lines)
-        keeps = eqn.primitive.name != "reduce_window"
-        axes.append(
-            tuple(
-                Factor(
-                    fs[0].atoms,
-                    fs[0].fill
-                    if keeps and all(f.fill == fs[0].fill for f in fs)
-                    else None,
-                )
-                for fs in zip(*lines, strict=True)
-            )
-        )
+        axis = agree(t.unify(eqn, lines))
+        known = eqn.primitive.name != "reduce_window"
+        axes.append(axis if known else refill(axis, None))
     return [Value(tuple(axes), any(v.data for v in ins))]
 
 
 def _window_flops(eqn: Any, shapes: Sequence[Any], outs: Sequence[Any]) -> Any:
     return math.prod(outs[0]) * math.prod(eqn.params["window_dimensions"])
 
+
+WINDOWS = "reduce_window_sum reduce_window_max reduce_window_min reduce_window \
+select_and_scatter_add select_and_gather_add".split()
 
 RULES: dict[str, Rule] = {
     "dot_general": Rule(_dot, flops=_dot_flops),
@@ -286,17 +279,7 @@ RULES: dict[str, Rule] = {
     "sort": Rule(_sort),
     "top_k": Rule(_top_k),
     "fft": Rule(_fft),
-    **dict.fromkeys(
-        (
-            "reduce_window_sum",
-            "reduce_window_max",
-            "reduce_window_min",
-            "reduce_window",
-            "select_and_scatter_add",
-            "select_and_gather_add",
-        ),
-        Rule(_window, flops=_window_flops),
-    ),
+    **dict.fromkeys(WINDOWS, Rule(_window, flops=_window_flops)),
     "select_and_scatter": Rule(freeze_all, known=False, flops=_window_flops),
     **dict.fromkeys(
         ("reduce_scatter", "reduce_scatter_start", "reduce_scatter_done"),

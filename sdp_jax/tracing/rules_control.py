@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -14,17 +15,15 @@ from sdp_jax.tracing import rules_elementwise
 from sdp_jax.tracing.rule import Rule
 from sdp_jax.tracing.sizes import original
 from sdp_jax.tracing.source import is_jax
-from sdp_jax.tracing.trace import (
-    Body,
-    Nested,
-    Record,
-    Trace,
-    freeze_all,
-)
-from sdp_jax.tracing.values import Axis, Factor, Value, refill
+from sdp_jax.tracing.trace import Body, Nested, Record, Trace, freeze_all
+from sdp_jax.tracing.values import Axis, Factor, Value, agree, refill
 
 # Rules of derivatives call the function itself; this deep their rules are followed.
 MAX_DEPTH = 2
+CLOSED = (
+    "has a derivative rule that closes over values of the function around it, which "
+    "cannot be cut; hand them over as arguments"
+)
 
 
 def _call(t: Trace, eqn: Any, ins: list[Value]) -> Nested:
@@ -169,18 +168,8 @@ def _cond(t: Trace, eqn: Any, ins: list[Value]) -> Nested:
     for values in zip(*(b.outs for b in bodies), strict=True):
         data = ins[0].data or any(v.data for v in values)
         values = [t.settled(dataclasses.replace(v, data=data)) for v in values]
-        axes = []
-        for lines in zip(*(v.axes for v in values), strict=True):
-            lines = t.unify(eqn, lines)
-            axes.append(
-                tuple(
-                    Factor(
-                        fs[0].atoms,
-                        fs[0].fill if all(f.fill == fs[0].fill for f in fs) else None,
-                    )
-                    for fs in zip(*lines, strict=True)
-                )
-            )
+        lines = zip(*(v.axes for v in values), strict=True)
+        axes = [agree(t.unify(eqn, line)) for line in lines]
         outs.append(Value(tuple(axes), data, all(v.zero for v in values)))
     return outs, bodies
 
@@ -192,6 +181,11 @@ def _rebuild_cond(n: Any, record: Record, args: list[Any]) -> list[Any]:
 
 def _cond_runs(eqn: Any, bodies: Sequence[Any]) -> tuple[int, list[Sequence[Any]]]:
     return 1, [[body] for body in bodies]
+
+
+def _leaks(consts: Sequence[Any]) -> bool:
+    """Whether a rule has closed over values of the trace that it is part of."""
+    return any(isinstance(c, jax.core.Tracer) for c in consts)
 
 
 def _is_float(aval: Any) -> bool:
@@ -212,11 +206,14 @@ def _custom_jvp(t: Trace, eqn: Any, ins: list[Value]) -> Nested:
     known = is_jax(eqn.params["call_jaxpr"]) and _elementwise(bodies[0])
     if t.depth >= MAX_DEPTH or (known and not t.derivatives):
         return outs, bodies
-    fixed = [not _is_float(v.aval) for v in eqn.invars]
+    skip = eqn.params.get("num_consts", 0)
+    fixed = [not _is_float(v.aval) for v in eqn.invars[skip:]]
     jaxpr, consts, zeros = eqn.params["jvp_jaxpr_fun"].call_wrapped(*fixed)
-    tangents = [v for v, f in zip(ins, fixed, strict=True) if not f]
+    if _leaks(consts):
+        return freeze_all(t, eqn, ins, CLOSED), ()
+    tangents = [v for v, f in zip(ins[skip:], fixed, strict=True) if not f]
     with t.deeper():
-        rule = t.run(jaxpr, consts, [*ins, *tangents])
+        rule = t.run(jaxpr, consts, [*ins[skip:], *tangents])
     _equate(t, eqn, outs, rule.outs[: len(outs)])
     moving = [v for v, z in zip(outs, zeros, strict=True) if not z]
     weak = [
@@ -232,11 +229,9 @@ def _weakened(t: Trace, eqn: Any, value: Value, tangent: Value) -> Value:
     axes = []
     for a, b in zip(value.axes, tangent.axes, strict=True):
         a, b = t.unify(eqn, [a, b])
+        pairs = zip(a, b, strict=True)
         axes.append(
-            tuple(
-                Factor(f.atoms, None if g.fill is None else f.fill)
-                for f, g in zip(a, b, strict=True)
-            )
+            tuple(Factor(f.atoms, None if g.fill is None else f.fill) for f, g in pairs)
         )
     return dataclasses.replace(value, axes=tuple(axes))
 
@@ -248,12 +243,16 @@ def _equate(t: Trace, eqn: Any, outs: Sequence[Value], others: Sequence[Value]) 
 
 
 def _rebuild_custom_jvp(n: Any, record: Record, args: list[Any]) -> list[Any]:
+    if not record.bodies:
+        return n.rebind(record, args)
     if len(record.bodies) == 1:
         return n.run(record.bodies[0], args)
     body, rule = record.bodies
-    fixed = [not _is_float(v.aval) for v in record.eqn.invars]
+    skip = record.eqn.params.get("num_consts", 0)
+    consts, args = args[:skip], args[skip:]
+    fixed = [not _is_float(v.aval) for v in record.eqn.invars[skip:]]
     _, _, zeros = record.eqn.params["jvp_jaxpr_fun"].call_wrapped(*fixed)
-    function = jax.custom_jvp(lambda *args: tuple(n.run(body, args)))
+    function = jax.custom_jvp(lambda *args: tuple(n.run(body, [*consts, *args])))
 
     @function.defjvp
     def jvp(primals: Any, tangents: Any) -> Any:
@@ -277,12 +276,20 @@ def _zero_tangent(x: Any) -> Any:
 def _custom_vjp(t: Trace, eqn: Any, ins: list[Value]) -> Nested:
     if not all(_is_float(v.aval) for v in eqn.outvars):
         return freeze_all(t, eqn, ins), ()
+    # Operands are as long as their cotangents, residuals as what they meet.
+    ins = [dataclasses.replace(v, free=False) for v in ins]
     outs, bodies = _call(t, eqn, ins)
     if t.depth >= MAX_DEPTH:
         return outs, bodies
-    forward, consts = eqn.params["fwd_jaxpr_thunk"].call_wrapped(*[False] * len(ins))
+    # The first operands are arrays that the function has closed over.
+    skip = eqn.params.get("num_consts", 0)
+    forward, consts = eqn.params["fwd_jaxpr_thunk"].call_wrapped(
+        *[True] * len(ins[skip:])
+    )
+    if _leaks(consts):
+        return freeze_all(t, eqn, ins, CLOSED), ()
     with t.deeper():
-        first = t.run(forward, consts, ins)
+        first = t.run(forward, consts, ins[skip:])
         count, sources = _residuals(eqn)
         _equate(t, eqn, outs, first.outs[count:])
         produced = iter(zip(first.outs[:count], forward.outvars[:count], strict=True))
@@ -292,7 +299,7 @@ def _custom_vjp(t: Trace, eqn: Any, ins: list[Value]) -> Nested:
             value, var = (
                 next(produced) if source is None else (ins[source], operands[source])
             )
-            residuals.append(value)
+            residuals.append(dataclasses.replace(value, free=False))
             avals.append(jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype))
         avals += [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in results]
         # What comes back for an absent channel is whatever its readers weigh it with.
@@ -301,7 +308,7 @@ def _custom_vjp(t: Trace, eqn: Any, ins: list[Value]) -> Nested:
         ]
         backward = jax.make_jaxpr(lambda *a: _instantiate(original(eqn), a))(*avals)
         second = t.run_closed(backward, [*residuals, *unknown])
-    _equate(t, eqn, ins, second.outs)
+    _equate(t, eqn, ins[skip:], second.outs)
     return outs, (*bodies, first, second)
 
 
@@ -317,7 +324,9 @@ def _instantiate(eqn: Any, args: Sequence[Any]) -> list[Any]:
     found = eqn.params["bwd"].call_wrapped(*args)
     return [
         x if isinstance(x, jax.Array) else jnp.zeros(v.aval.shape, jnp.float32)
-        for x, v in zip(found, eqn.invars, strict=True)
+        for x, v in zip(
+            found, eqn.invars[eqn.params.get("num_consts", 0) :], strict=True
+        )
     ]
 
 
@@ -328,19 +337,22 @@ def _rebuild_custom_vjp(n: Any, record: Record, args: list[Any]) -> list[Any]:
         return n.run(record.bodies[0], args)
     body, first, second = record.bodies
     count, sources = _residuals(record.eqn)
-    function = jax.custom_vjp(lambda *args: tuple(n.run(body, args)))
+    skip = record.eqn.params.get("num_consts", 0)
+    consts, args = args[:skip], args[skip:]
+    function = jax.custom_vjp(lambda *args: tuple(n.run(body, [*consts, *args])))
 
     def forward(*args: Any) -> Any:
         outs = n.run(first, args)
         produced = iter(outs[:count])
-        residuals = [next(produced) if s is None else args[s] for s in sources]
+        given = [*consts, *args]
+        residuals = [next(produced) if s is None else given[s] for s in sources]
         return tuple(outs[count:]), residuals
 
     def backward(residuals: list[Any], cotangents: Any) -> Any:
         found = n.run(second, [*residuals, *cotangents])
         return tuple(
             x if _is_float(v.aval) else _zero_tangent(v.aval)
-            for x, v in zip(found, record.eqn.invars, strict=True)
+            for x, v in zip(found, record.eqn.invars[skip:], strict=True)
         )
 
     function.defvjp(forward, backward)

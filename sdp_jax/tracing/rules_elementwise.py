@@ -39,18 +39,7 @@ FIRST = "div rem".split()
 def combine(
     t: Trace, eqn: Any, ins: Sequence[Value], fills: str, *, skip: int = 0
 ) -> Value:
-    """Equates all operands position by position.
-
-    Args:
-      t: the trace.
-      eqn: the equation.
-      ins: values of equal shape, or scalars.
-      fills: ``"all"``, ``"any"``, ``"first"``, ``"lose"`` or ``"pole"``.
-      skip: this many operands at the front do not count for the fills.
-
-    Returns:
-      The value of the result.
-    """
+    """Equates all operands position by position; the first ``skip`` have no fills."""
     data = any(v.data for v in ins)
     arrays = [i for i, v in enumerate(ins) if v.axes]
     zero = _zero([v.zero for v in ins[skip:]], fills)

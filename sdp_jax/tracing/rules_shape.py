@@ -194,10 +194,7 @@ def _concatenate(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
     axes = []
     for k in range(len(ins[0].axes)):
         lines = [v.axes[k] for v in ins]
-        if k == d:
-            axes.append(_join(t, lines))
-            continue
-        axes.append(_together(t, eqn, lines))
+        axes.append(_join(t, lines) if k == d else _together(t, eqn, lines))
     data = any(v.data for v in ins)
     return [Value(tuple(axes), data, all(v.zero for v in ins))]
 
@@ -249,9 +246,8 @@ def _rebuild_tile(n: Any, record: Record, args: list[Any]) -> list[Any]:
 
 def _stack(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
     d = eqn.params["axis"]
-    axes: list[Axis] = []
-    for k in range(len(ins[0].axes)):
-        axes.append(_together(t, eqn, [v.axes[k] for v in ins]))
+    lines = zip(*(v.axes for v in ins), strict=True)
+    axes = [_together(t, eqn, [*line]) for line in lines]
     axes.insert(d, t.space.plain(len(ins)))
     data = any(v.data for v in ins)
     return [Value(tuple(axes), data, all(v.zero for v in ins))]
@@ -503,9 +499,10 @@ def _gather(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
         # What lies outside reads as this number, also where a channel is absent. (Not
         # a number, the default, spoils all channels alike.)
         window = [refill(axis, None) for axis in window]
-    out = []
-    for d in range(len(eqn.outvars[0].aval.shape)):
-        out.append(window.pop(0) if d in dims.offset_dims else rows.pop(0))
+    out = [
+        window.pop(0) if d in dims.offset_dims else rows.pop(0)
+        for d in range(len(eqn.outvars[0].aval.shape))
+    ]
     return [Value(tuple(out), x.data or indices.data, x.zero)]
 
 

@@ -27,14 +27,7 @@ class Variable:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Equation:
-    """An equation with numbers for symbolic sizes.
-
-    Attributes:
-      original: the equation of the jaxpr.
-      params: its parameters, as the rules see them.
-      invars: its operands, likewise.
-      outvars: its results, likewise.
-    """
+    """An equation as the rules see it, with numbers for symbolic sizes."""
 
     original: Any
     params: dict[str, Any]
@@ -56,7 +49,6 @@ class Sizes:
     """Numbers that stand for symbolic sizes: a prime for each symbol."""
 
     def __init__(self) -> None:
-        """Starts without symbols."""
         self._active = False
         self._known: dict[Any, int] = {}
         self._symbols: dict[str, int] = {}
@@ -83,8 +75,7 @@ class Sizes:
                     self._symbols[name] = self._prime()
             # The text is what jax.export.symbolic_shape reads.
             scope = {"__builtins__": {}, **_FUNCTIONS, **self._symbols}
-            number = eval(text.replace("^", "**"), scope)
-            self._known[size] = number
+            self._known[size] = eval(text.replace("^", "**"), scope)
         return self._known[size]
 
     def _prime(self) -> int:

@@ -7,28 +7,14 @@ _PACKAGE = pathlib.Path(__file__).resolve().parents[1]
 
 
 def is_jax(closed: Any) -> bool:
-    """Whether a function that is called is one of JAX's own.
-
-    Args:
-      closed: its jaxpr.
-
-    Returns:
-      Whether its code lies in JAX.
-    """
+    """Whether a function that is called, a jaxpr, is one of JAX's own."""
     info = getattr(getattr(closed, "jaxpr", closed), "debug_info", None)
     source = str(getattr(info, "func_src_info", ""))
     return "/site-packages/jax/" in source.replace("\\", "/")
 
 
 def user_line(source: Any) -> str:
-    """File and line of the innermost frame outside of libraries.
-
-    Args:
-      source: source information of an equation, or ``None``.
-
-    Returns:
-      ``"file:line"``, or an empty string.
-    """
+    """``file:line`` of the innermost frame outside of libraries, or nothing."""
     traceback = getattr(source, "traceback", None)
     for frame in traceback.frames if traceback is not None else ():
         path = pathlib.PurePath(frame.file_name)

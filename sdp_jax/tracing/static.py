@@ -12,14 +12,7 @@ def is_static(leaf: Any) -> bool:
 
 
 def separate(args: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
-    """Takes the arrays out of arguments.
-
-    Args:
-      args: a tree of arguments.
-
-    Returns:
-      Its arrays, and a function that puts others in their places.
-    """
+    """The arrays of a tree, and a function that puts others in their places."""
     leaves, treedef = jax.tree.flatten(args)
     dynamic = [i for i, leaf in enumerate(leaves) if not is_static(leaf)]
 

@@ -23,28 +23,23 @@ INEXACT = "sums over channels that do not become zero"
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Record:
-    """An equation with the values around it and the traces of what it calls.
-
-    Attributes:
-      eqn: the equation.
-      view: the same with numbers for symbolic sizes.
-      ins: values of its operands.
-      outs: values of its results.
-      bodies: traces of the functions that it calls.
-      copied: operands of which it takes a part of its own.
-    """
+    """An equation with the values around it and the traces of what it calls."""
 
     eqn: Any
-    view: Any
+    view: Any  # The same with numbers for symbolic sizes.
     ins: list[Value]
     outs: list[Value]
     bodies: tuple["Body", ...] = ()
-    copied: frozenset[int] = frozenset()
+    copied: frozenset[int] = frozenset()  # Operands of which it takes its own part.
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Body:
-    """The trace of one jaxpr at one place where it is called."""
+    """The trace of one jaxpr at one place where it is called.
+
+    Attributes:
+      copied: results of which the caller takes a part of its own.
+    """
 
     jaxpr: Any
     consts: Sequence[Any]
@@ -52,35 +47,18 @@ class Body:
     ins: list[Value]
     records: list[Record]
     outs: list[Value]
+    copied: frozenset[int] = frozenset()
 
 
 Nested: TypeAlias = tuple[list[Value], tuple[Body, ...]]
 
 
 class Trace:
-    """One walk: the space of atoms, and which parameter axes must be zero.
+    """One walk: the space of atoms, and which parameter axes must be zero."""
 
-    Attributes:
-      space: makes and equates axes.
-      sizes: numbers for symbolic sizes.
-      producers: numbers of the parameter axes whose zeros the fills rely on.
-      derivatives: whether to follow derivative rules of element-wise functions.
-      depth: how many rules of derivatives deep the walk is.
-    """
-
-    def __init__(
-        self,
-        rules: Mapping[str, Rule],
-        *,
-        derivatives: bool = True,
-    ) -> None:
-        """Starts a walk.
-
-        Args:
-          rules: what is known of each primitive.
-          derivatives: whether to follow the derivative rules of element-wise
-            functions, too; they ask for nothing new, but evaluation needs them.
-        """
+    def __init__(self, rules: Mapping[str, Rule], *, derivatives: bool = True) -> None:
+        # Derivative rules of element-wise functions: they ask for nothing new, but
+        # evaluation needs them.
         self.derivatives = derivatives
         self.space = Space()
         self.sizes = Sizes()
@@ -112,16 +90,7 @@ class Trace:
         return Reason(eqn.primitive.name, why, self._place or eqn.source_info)
 
     def run(self, jaxpr: Any, consts: Sequence[Any], ins: Sequence[Value]) -> Body:
-        """Walks a jaxpr.
-
-        Args:
-          jaxpr: an open jaxpr.
-          consts: arrays for its constant variables.
-          ins: values of its inputs.
-
-        Returns:
-          Its trace.
-        """
+        """Walks a jaxpr."""
         const_values = [self.constant(c) for c in consts]
         ins = [_uneven(v) for v in ins]
         env: dict[Any, Value] = {}
@@ -137,14 +106,11 @@ class Trace:
             return env[var]
 
         records = []
-        results = {v for v in jaxpr.outvars if not isinstance(v, Literal)}
         for eqn in _live(jaxpr):
             values = [read(v) for v in eqn.invars]
             free = all(v.free for v in values)
             copied = frozenset(
-                i
-                for i, (var, v) in enumerate(zip(eqn.invars, values, strict=True))
-                if v.free and v.axes and not free and var not in results
+                i for i, v in enumerate(values) if v.free and v.axes and not free
             )
             for i in copied:
                 values[i] = self.space.copy(values[i])
@@ -157,13 +123,21 @@ class Trace:
             outs = [self.settled(v) for v in outs]
             if not rule.even:
                 outs = [_uneven(v) for v in outs]
-            outs = [v if v.free == free else _set_free(v, free) for v in outs]
+            outs = [dataclasses.replace(v, free=free) for v in outs]
             if rule.known:
                 outs = self._compute(view, values, outs)
             records.append(Record(eqn, view, values, outs, bodies, copied))
             env.update(zip(eqn.outvars, outs, strict=True))
         outs = [read(v) for v in jaxpr.outvars]
-        return Body(jaxpr, consts, const_values, list(ins), records, outs)
+        # What is free is whole in its body, whatever the caller takes of it.
+        copied = frozenset(
+            i
+            for i, v in enumerate(outs)
+            if v.free and v.axes and not all(v.free for v in ins)
+        )
+        for i in copied:
+            outs[i] = dataclasses.replace(self.space.copy(outs[i]), free=False)
+        return Body(jaxpr, consts, const_values, list(ins), records, outs, copied)
 
     def run_closed(self, closed: Any, ins: Sequence[Value]) -> Body:
         """Walks a closed jaxpr."""
@@ -178,10 +152,9 @@ class Trace:
         known = not isinstance(array, jax.core.Tracer) and np.size(array) <= 4096
         zero = known and not np.any(np.asarray(array))
         value = self.space.fresh_value(shape, data=False, zero=bool(zero))
-        value = _set_free(value, True)
-        if known and dtype is not None and _is_index(shape, dtype):
-            return dataclasses.replace(value, known=np.asarray(array))
-        return value
+        index = known and dtype is not None and _is_index(shape, dtype)
+        entries = np.asarray(array) if index else None
+        return dataclasses.replace(value, free=True, known=entries)
 
     def _compute(self, eqn: Any, ins: list[Value], outs: list[Value]) -> list[Value]:
         """Adds the entries of results whose operands are known: indices, often."""
@@ -245,10 +218,6 @@ def _uneven(value: Value) -> Value:
     return dataclasses.replace(value, axes=axes)
 
 
-def _set_free(value: Value, free: bool) -> Value:
-    return dataclasses.replace(value, free=free)
-
-
 def _live(jaxpr: Any) -> list[Any]:
     """The equations on which results depend."""
     needed = {v for v in jaxpr.outvars if not isinstance(v, Literal)}
@@ -287,11 +256,13 @@ def _nothing(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
     ]
 
 
-def freeze_all(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
+def freeze_all(
+    t: Trace, eqn: Any, ins: list[Value], why: str = "no rule for this primitive"
+) -> list[Value]:
     """Where there is no rule, nothing around the equation can be cut."""
     for value in ins:
         for axis in value.axes:
-            t.freeze(eqn, axis, "no rule for this primitive")
+            t.freeze(eqn, axis, why)
     data = any(v.data for v in ins)
     return [
         t.space.plain_value(getattr(v.aval, "shape", ()), data=data)

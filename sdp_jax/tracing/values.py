@@ -25,11 +25,8 @@ _LONGEST = 1 << 24
 class Factor:
     """A factor of an axis: its atoms and what absent positions hold.
 
-    Attributes:
-      atoms: an atom for each position.
-      fill: the fill.
-      even: whether all absent positions hold the same, which can be computed from
-        arrays of the same jaxpr. Said of fills that are not zero.
+    It is ``even`` where all of them hold the same, not zero, which can be computed from
+    arrays of the same jaxpr.
     """
 
     atoms: np.ndarray
@@ -47,21 +44,14 @@ Axis: TypeAlias = tuple[Factor, ...]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Value:
-    """What is known of an array.
-
-    Attributes:
-      axes: the factors of each axis.
-      data: whether it depends on the inputs (an activation), not on parameters alone.
-      zero: whether it is zero everywhere.
-      known: the entries, of scalars and small integer arrays that depend on nothing.
-      free: whether it depends on neither parameters nor inputs: each equation that
-        reads it may take another part of it.
-    """
+    """What is known of an array."""
 
     axes: tuple[Axis, ...]
-    data: bool
-    zero: bool = False
+    data: bool  # Depends on the inputs (an activation), not on parameters alone.
+    zero: bool = False  # Everywhere.
+    # The entries, of scalars and small integer arrays that depend on nothing.
     known: np.ndarray | None = None
+    # Depends on neither parameters nor inputs: each reader may take another part.
     free: bool = False
 
     @property
@@ -80,11 +70,18 @@ def refill(axis: Axis, fill: Fill) -> Axis:
     return tuple(Factor(f.atoms, fill) for f in axis)
 
 
+def agree(axes: Sequence[Axis]) -> Axis:
+    """One of several axes with the same atoms, with the fills that all of them have."""
+    return tuple(
+        Factor(fs[0].atoms, fs[0].fill if len({f.fill for f in fs}) == 1 else None)
+        for fs in zip(*axes, strict=True)
+    )
+
+
 class Space:
     """Makes, splits, flattens and equates axes over one set of atoms."""
 
     def __init__(self) -> None:
-        """Starts without atoms."""
         self.atoms = Atoms()
         self._plain: dict[int, np.ndarray] = {}
         # Results by the identity of their arguments, which the values keep alive.
@@ -126,11 +123,8 @@ class Space:
         axes = []
         for axis in value.axes:
             even = all(f.even for f in axis)
-            axes.append(
-                tuple(
-                    Factor(f.atoms, fill, even) for f in self.fresh(length(axis), fill)
-                )
-            )
+            new = self.fresh(length(axis), fill)
+            axes.append(tuple(Factor(f.atoms, fill, even) for f in new))
         return dataclasses.replace(value, axes=tuple(axes))
 
     def freeze(self, axis: Axis, reason: Reason) -> Axis:
@@ -204,15 +198,7 @@ class Space:
         return [self.refine(axis, sizes) for axis in axes]
 
     def unify(self, axes: Sequence[Axis], reason: Reason) -> list[Axis]:
-        """Equates axes of one length, position by position.
-
-        Args:
-          axes: at least one axis.
-          reason: what to say where one of them is always kept and another is not.
-
-        Returns:
-          The axes with the same atoms, each with its own fills.
-        """
+        """Equates axes of one length; each keeps its own fills."""
         aligned = self.align(axes)
         out: list[list[Factor]] = [[] for _ in aligned]
         for factors in zip(*aligned, strict=True):
@@ -230,15 +216,7 @@ class Space:
         return [tuple(line) for line in out]
 
     def regroup(self, axes: Sequence[Axis], sizes: Sequence[int]) -> list[Axis] | None:
-        """Reads axes, in row-major order, as axes of other lengths.
-
-        Args:
-          axes: the axes.
-          sizes: the new lengths.
-
-        Returns:
-          The new axes, or ``None`` if the factors do not line up with them.
-        """
+        """Reads axes, in row-major order, as axes of other lengths, if they line up."""
         factors = tuple(f for axis in axes for f in axis)
         if all(self.is_plain(f) for f in factors):
             return [self.plain(n) for n in sizes]

@@ -20,7 +20,7 @@ def run(path, **changed):
 
 def test_certifies_a_run_and_trains_its_twin(tmp_path, capsys):
     # With batch normalisation, so that statistics are estimated anew.
-    changed = {"model": "conv", "widths": (4, 4, 6), "compute": "bfloat16"}
+    changed = {"model": "conv", "widths": (4, 6), "compute": "bfloat16"}
     path = run(tmp_path / "run", evaluate_every=2, **changed)
     found = main(Certify(run=path, **FAST))
     assert found.sparsity == pytest.approx(0.3, abs=0.05)

@@ -15,7 +15,7 @@ import pytest
 from nbclient import NotebookClient
 
 import sdp_jax
-from experiments import data
+from experiments import data, models
 
 ROOT = pathlib.Path(__file__).parents[2]
 NOTEBOOK = ROOT / "experiments/altsdp_colab_tpu.ipynb"
@@ -119,9 +119,10 @@ def test_the_notebook_runs(notebook, kernel, tmp_path, monkeypatch):
     logits = np.asarray(exported.call(test.images))
     accuracy = np.mean(logits.argmax(-1) == test.labels)
     assert accuracy == pytest.approx(result["small_test_accuracy"], abs=0.01)
-    small, cut = sdp_jax.load(out / "small")
-    assert cut.widths == result["widths"]
-    params = jax.tree.leaves(small["params"])
+    model = models.make_model("conv", 10, (8, 64))
+    loaded = sdp_jax.load(out / "small", model.apply)
+    assert loaded.cut.widths == result["widths"]
+    params = jax.tree.leaves(loaded.params["params"])
     assert sum(x.size for x in params) == result["small_parameters"]
 
 

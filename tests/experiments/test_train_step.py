@@ -5,9 +5,9 @@ from experiments.benchmarks.train_step import TrainStep, main
 
 def test_times_methods_in_turns(capsys):
     options = TrainStep(
-        row="vgg_small-cifar10",
+        row="dnn-mnist",
         methods=("sgd", "altsdp"),
-        widths=(4, 4, 4),
+        widths=(6, 4),
         batch_size=8,
         repeats=3,
         peak=1.0,

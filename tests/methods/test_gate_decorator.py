@@ -462,9 +462,7 @@ def test_bad_input():
     good = {"tick_steps": 1, "tock_steps": 1}
     bad = {"tick_steps": 0, "tock_steps": -1, "ticks": 0, "end_step": -1}
     for name, value in bad.items():
-        with pytest.raises(
-            ValueError, match=f"{name} must be a number of .*, at least"
-        ):
+        with pytest.raises(ValueError, match=f"{name} must be a number of .* at least"):
             gate_decorator(groups, 0.5, **{**good, name: value})
     with pytest.raises(TypeError, match="tick_steps must be an integer"):
         gate_decorator(groups, 0.5, tick_steps=1.5, tock_steps=1)  # type: ignore
