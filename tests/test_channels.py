@@ -40,19 +40,25 @@ def reference_scale(groups, tree, factors):
 
 
 def check_against_reference(groups, tree):
-    norms = sdp_jax.channel_norms(groups, tree)
+    factors = jnp.asarray(np.random.default_rng(0).normal(size=groups.num_channels))
+
+    @jax.jit
+    def found(tree):
+        return (
+            sdp_jax.channel_norms(groups, tree),
+            sdp_jax.scale_channels(groups, tree, factors),
+            sdp_jax.channel_products(groups, tree, tree),
+            probe_channels(groups, tree),
+        )
+
+    norms, scaled, squares, probe = found(tree)
     expected = reference_norms(groups, tree)
     np.testing.assert_allclose(norms, expected, rtol=1e-6)
-    rng = np.random.default_rng(0)
-    factors = jnp.asarray(rng.normal(size=groups.num_channels))
-    scaled = leaf_table(sdp_jax.scale_channels(groups, tree, factors))
     chex.assert_trees_all_close(
-        dict(scaled), reference_scale(groups, tree, factors), rtol=1e-6
+        dict(leaf_table(scaled)), reference_scale(groups, tree, factors), rtol=1e-6
     )
     # The product of a tree with itself is the square of the norm.
-    squares = sdp_jax.channel_products(groups, tree, tree)
     np.testing.assert_allclose(squares, expected**2, rtol=1e-5)
-    probe = probe_channels(groups, tree)
     assert probe.shape == (groups.num_channels,)
     assert (np.asarray(probe) <= expected * (1 + 1e-6)).all()
 

@@ -67,7 +67,7 @@ def train(loss, params, tx):
 
 def linen():
     model = Linen()
-    variables = model.init(jax.random.key(0), X)
+    variables = jax.jit(model.init)(jax.random.key(0), X)
     stats = {"batch_stats": variables["batch_stats"]}
     groups = sdp_jax.find_groups(model.apply, variables, X)
     tx = sdp_jax.altsdp(optax.adamw(1e-2), groups.at("params"), strength=target())
@@ -85,7 +85,7 @@ def linen():
     trained = {"params": state.params, **stats}
     pruned = sdp_jax.prune(model.apply, trained, groups=groups)
     assert sdp_jax.prune(model.apply, trained, X, groups=groups).cut == pruned.cut
-    return pruned, model.apply(trained, X), model.apply, variables
+    return pruned, jax.jit(model.apply)(trained, X), model.apply, variables
 
 
 def nnx_module():
@@ -116,17 +116,17 @@ def equinox():
     model = eqx.combine(params, rest)
     pruned = sdp_jax.prune(model, X[0], groups=groups)
     other = eqx.nn.MLP(4, 3, 16, 2, key=jax.random.key(1))
-    return jax.vmap(pruned), batched(model)(X), other, pruned
+    return jax.vmap(pruned), eqx.filter_jit(batched(model))(X), other, pruned
 
 
 def haiku():
     net = hk.without_apply_rng(hk.transform(lambda x: hk.nets.MLP([16, 16, 3])(x)))
-    params = net.init(jax.random.key(0), X)
+    params = jax.jit(net.init)(jax.random.key(0), X)
     groups = sdp_jax.find_groups(net.apply, params, X)
     tx = sdp_jax.altsdp(optax.adamw(1e-2), groups, strength=target())
     params, _ = train(lambda params: mse(net.apply(params, X)), params, tx)
     pruned = sdp_jax.prune(net.apply, params, X, groups=groups)
-    return pruned, net.apply(params, X), net.apply, params
+    return pruned, jax.jit(net.apply)(params, X), net.apply, params
 
 
 def plain():
@@ -173,7 +173,7 @@ def test_the_users_lines(library, tmp_path):
 
 def test_a_training_state_goes_on_small():
     model = Linen()
-    variables = model.init(jax.random.key(0), X)
+    variables = jax.jit(model.init)(jax.random.key(0), X)
     groups = sdp_jax.find_groups(model.apply, variables, X)
     tx = sdp_jax.altsdp(0.1, groups.at("params"), strength=target(), momentum=0.9)
     state = TrainState.create(apply_fn=model.apply, params=variables["params"], tx=tx)
@@ -194,7 +194,7 @@ def test_a_training_state_goes_on_small():
     def loss(params):
         return mse(small.apply_fn(pruned.params | {"params": params}, X))
 
-    small = small.apply_gradients(grads=jax.grad(loss)(small.params))
+    small = small.apply_gradients(grads=jax.jit(jax.grad(loss))(small.params))
     assert int(small.step) == 1
     shapes = jax.tree.map(jnp.shape, pruned.params["params"])
     assert jax.tree.map(jnp.shape, small.params) == shapes
@@ -207,11 +207,10 @@ def test_a_training_state_goes_on_small():
 
 def test_no_training_at_all():
     model = Linen()
-    variables = model.init(jax.random.key(0), X)
+    variables = jax.jit(model.init)(jax.random.key(0), X)
     stats = {"batch_stats": variables["batch_stats"]}
-    grads = jax.grad(lambda p: mse(model.apply({"params": p, **stats}, X)))(
-        variables["params"]
-    )
+    loss = jax.jit(lambda p: mse(model.apply({"params": p, **stats}, X)))
+    grads = jax.grad(loss)(variables["params"])
     common = {"sparsity": 0.5, "target": "flops", "scores": methods.taylor()}
     pruned = sdp_jax.prune(model.apply, variables, X, grads=grads, **common)
     whole = {"params": grads, "batch_stats": jax.tree.map(jnp.zeros_like, stats)}

@@ -136,15 +136,14 @@ def analyse_with(
 
 def _used(body: Body, solution: Solution) -> np.ndarray:
     """Which classes an equation computes with, or another than one that picks makes."""
-    used = np.zeros(len(solution.operands), bool)
+    there = np.zeros(len(solution.operands), bool)
     seen: dict[int, np.ndarray] = {}
 
     def visit(values: Sequence[Value]) -> None:
         for f in (f for v in values for axis in v.axes for f in axis):
             if id(f.atoms) not in seen:
                 seen[id(f.atoms)] = f.atoms
-                labels = np.unique(solution.label[f.atoms])
-                used[solution.operands[labels]] = True
+                there[solution.label[f.atoms]] = True
 
     def walk(body: Body) -> None:
         for record in body.records:
@@ -156,4 +155,6 @@ def _used(body: Body, solution: Solution) -> np.ndarray:
         visit(body.outs)
 
     walk(body)
+    used = np.zeros_like(there)
+    used[solution.operands[there]] = True
     return used

@@ -121,6 +121,7 @@ def trained():
                 batch_size=64,
                 learning_rate=0.05,
                 momentum=0.9,
+                evaluate_every=30,
             )
             out = pathlib.Path(folder) / name
             runs[name] = train(dataclasses.replace(config, out=out, **changed))

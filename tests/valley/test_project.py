@@ -44,7 +44,7 @@ def train(tx, params, steps=8, dtype=None):
 
 def random_basis(params, rank, seed=0):
     rng = np.random.default_rng(seed)
-    return orthonormal(
+    return jax.jit(orthonormal)(
         jax.tree.map(
             lambda p: jnp.asarray(rng.normal(size=(rank, *p.shape)), p.dtype), params
         )
