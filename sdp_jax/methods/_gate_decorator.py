@@ -25,7 +25,7 @@ from sdp_jax.methods.scales import (
     replace_leaves,
     take_entries,
 )
-from sdp_jax.methods.score import Score, need_gradients
+from sdp_jax.methods.score import Score, of_gradients
 from sdp_jax.strength import StrengthLike
 from sdp_jax.tree import PyTree, leaf_table
 
@@ -233,14 +233,7 @@ def gate_taylor(*, scales: Sequence[str] = DEFAULT_SCALES) -> Score:
     """
     check_scales(scales)
 
-    def score(
-        groups: Groups,
-        params: PyTree,
-        grads: PyTree | None = None,
-        activations: Any = None,
-    ) -> jax.Array:
-        del activations
-        grads = need_gradients(grads, "gate_taylor")
+    def score(groups: Groups, params: PyTree, grads: PyTree) -> jax.Array:
         found = find_gates(groups, scales)
         values, slopes = producer_leaves(groups, params), producer_leaves(groups, grads)
         bare = tuple(d for d in groups if found[d.name][0].scale is None)
@@ -265,7 +258,7 @@ def gate_taylor(*, scales: Sequence[str] = DEFAULT_SCALES) -> Score:
             out[d.name] = jnp.asarray(total)
         return groups.join(out)
 
-    return score
+    return of_gradients("gate_taylor", score)
 
 
 def gate_decorator(

@@ -18,7 +18,7 @@ from sdp_jax.methods.score import (
     Score,
     check_score,
     check_scores,
-    need_gradients,
+    of_gradients,
     producer_entries,
     unit,
 )
@@ -98,14 +98,7 @@ def hesso_score(
     for name, weight in weights.items():
         check_number(name, weight, low=0, rule="a non-negative weight")
 
-    def score(
-        groups: Groups,
-        params: PyTree,
-        grads: PyTree | None = None,
-        activations: Any = None,
-    ) -> jax.Array:
-        del activations
-        grads = need_gradients(grads, "hesso_score")
+    def score(groups: Groups, params: PyTree, grads: PyTree) -> jax.Array:
         norms = channel_norms(groups, params)
         lengths = norms * channel_norms(groups, grads)
         products = channel_products(groups, params, grads)
@@ -121,7 +114,7 @@ def hesso_score(
         )
         return jnp.asarray(total)
 
-    return score
+    return of_gradients("hesso_score", score)
 
 
 def hesso(

@@ -20,7 +20,7 @@ from sdp_jax.checks import check_number, check_whole
 from sdp_jax.groups import Groups
 from sdp_jax.methods._hosted import HostStep, channel_host, no_channels
 from sdp_jax.methods.half_space import check_epsilon, project
-from sdp_jax.methods.score import Score, need_gradients, producer_entries, unit
+from sdp_jax.methods.score import Score, of_gradients, producer_entries, unit
 from sdp_jax.strength import StrengthLike
 from sdp_jax.tree import PyTree
 
@@ -146,14 +146,7 @@ def dhspg_score() -> Score:
       [0.7071 0.    ]
     """
 
-    def score(
-        groups: Groups,
-        params: PyTree,
-        grads: PyTree | None = None,
-        activations: Any = None,
-    ) -> jax.Array:
-        del activations
-        grads = need_gradients(grads, "dhspg_score")
+    def score(groups: Groups, params: PyTree, grads: PyTree) -> jax.Array:
         return _redundancy(
             groups,
             channel_norms(groups, params),
@@ -161,7 +154,7 @@ def dhspg_score() -> Score:
             channel_products(groups, params, grads),
         )
 
-    return score
+    return of_gradients("dhspg_score", score)
 
 
 def dhspg(

@@ -1,13 +1,11 @@
 """First-order Taylor expansion of the loss as a score."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
 from sdp_jax.channels import channel_products
 from sdp_jax.groups import Groups
-from sdp_jax.methods.score import Score, need_gradients
+from sdp_jax.methods.score import Score, of_gradients
 from sdp_jax.tree import PyTree
 
 
@@ -31,14 +29,7 @@ def taylor() -> Score:
       [0. 1.]
     """
 
-    def score(
-        groups: Groups,
-        params: PyTree,
-        grads: PyTree | None = None,
-        activations: Any = None,
-    ) -> jax.Array:
-        del activations
-        grads = need_gradients(grads, "taylor")
+    def score(groups: Groups, params: PyTree, grads: PyTree) -> jax.Array:
         return jnp.abs(channel_products(groups, params, grads))
 
-    return score
+    return of_gradients("taylor", score)

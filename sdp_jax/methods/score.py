@@ -45,6 +45,23 @@ def of_params(function: Callable[[Groups, PyTree], jax.Array]) -> Score:
     return score
 
 
+def of_gradients(
+    name: str, function: Callable[[Groups, PyTree, PyTree], jax.Array]
+) -> Score:
+    """A score that looks at parameters and gradients."""
+
+    def score(
+        groups: Groups,
+        params: PyTree,
+        grads: PyTree | None = None,
+        activations: Any = None,
+    ) -> jax.Array:
+        del activations
+        return function(groups, params, need_gradients(grads, name))
+
+    return score
+
+
 def need_gradients(grads: PyTree | None, name: str) -> PyTree:
     """Returns the gradients, after checking that they are there."""
     if grads is None:
