@@ -34,6 +34,7 @@ def test_certifies_a_run_and_trains_its_twin(tmp_path, capsys):
     assert config["config"]["method"] == "sgd"
 
 
+@pytest.mark.study
 def test_a_given_twin_must_be_one(tmp_path):
     path = run(tmp_path / "run")
     other = run(tmp_path / "other", method="sgd", learning_rate=0.2)

@@ -1,9 +1,12 @@
 import json
 import types
 
+import pytest
+
 from experiments.estimators import STREAMS, Estimators, main
 
 
+@pytest.mark.study
 def test_compares_every_estimate(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("experiments.estimators.STREAMS", STREAMS[2:4])
     configs = []

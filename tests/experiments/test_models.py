@@ -148,7 +148,13 @@ def sizes(tree):
     return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
 
 
-@pytest.mark.parametrize("name", FULL)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.study] if name == "vit_s4" else [])
+        for name in FULL
+    ],
+)
 def test_full_size(name):
     full = FULL[name]
     model = models.make_model(name, full.classes)

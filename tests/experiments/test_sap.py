@@ -24,6 +24,7 @@ def strip(results):
     }
 
 
+@pytest.mark.study
 def test_a_run_and_one_that_was_killed(tmp_path, capsys):
     whole = main(dataclasses.replace(TINY, out=tmp_path / "whole"))
     for name, records in whole["methods"].items():

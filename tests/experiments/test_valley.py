@@ -21,6 +21,7 @@ def test_prunes_the_smallest():
     assert max(norms[~alive]) <= min(norms[alive])
 
 
+@pytest.mark.study
 def test_compares_all_ways(tmp_path, capsys, monkeypatch):
     def quick(loss_fn, reference, params, batches, *, groups, same_seed, **keywords):
         assert keywords["eigenpairs"].values.shape == (1,)

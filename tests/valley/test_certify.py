@@ -128,6 +128,7 @@ def trained():
     return runs, data.load("digits")
 
 
+@pytest.mark.study
 def test_on_a_network(trained):
     runs, dataset = trained
     task = make_task(runs["sgd"], dataset, examples=500, curvature_examples=200)
