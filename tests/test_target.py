@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -29,6 +29,7 @@ def attention(p, x):
     wanted=st.integers(0, 9),
     floor=st.integers(0, 2),
 )
+@settings(max_examples=25)
 def test_target_is_hit_exactly_also_under_ties(a, b, wanted, floor):
     norms = {"a": jnp.asarray(a), "b": jnp.asarray(b)}
     groups, floors = toy.line_groups(a=7, b=4), [floor, floor]

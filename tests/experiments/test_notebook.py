@@ -58,6 +58,7 @@ def printed(notebook, name):
     return "".join(output.get("text", "") for output in cell.outputs)
 
 
+@pytest.mark.study
 def test_the_notebook_runs(notebook, kernel, tmp_path, monkeypatch):
     for name, value in (SMALL | {"OUT": str(tmp_path / "runs")}).items():
         monkeypatch.setenv(PREFIX + name, value)

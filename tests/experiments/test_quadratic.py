@@ -5,6 +5,7 @@ import pytest
 from experiments.quadratic import Quadratic, main
 
 
+@pytest.mark.study
 def test_explicit_stays_at_the_exact_point(tmp_path, capsys):
     figures = main(Quadratic(time=20.0, seeds=2, out=tmp_path))
     plain, explicit = (

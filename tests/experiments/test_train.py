@@ -86,6 +86,7 @@ def test_a_sketch_is_part_of_the_state(tmp_path):
     assert not np.array_equal(*energies)
 
 
+@pytest.mark.study
 def test_directions_are_refreshed_as_often_as_asked_for(tmp_path, monkeypatch):
     found = []
     top_eigenpairs = sdp_jax.valley.top_eigenpairs

@@ -54,7 +54,7 @@ def test_exact_point_is_that_of_admm(rank, size, strength, x64):
     seed=st.integers(0, 1000),
     weights=st.sampled_from(["plain", "size", "cost"]),
 )
-@hypothesis.settings(max_examples=12)
+@hypothesis.settings(max_examples=8)
 def test_optimality_conditions_hold(rank, strength, seed, weights):
     # w* + Uᵀ y − w = λ k_g w_g / ‖w_g‖ where alive, at most that where dead, 0 outside.
     with jax.enable_x64(True):
