@@ -5,13 +5,16 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test study check benchmark clean
+.PHONY: demo test test-experiments study check benchmark clean
 
 demo: $(VENV)/experiments
 	$(RUN) -m experiments.demo
 
 test: $(VENV)/test
-	$(RUN) -m pytest -n 2 --dist load
+	$(RUN) -m pytest -n 2 --dist load --ignore tests/experiments
+
+test-experiments: $(VENV)/test
+	$(RUN) -m pytest -n 2 --dist load tests/experiments
 
 # The long ones, for which nobody should wait.
 study: $(VENV)/test
