@@ -65,7 +65,9 @@ class Pruned:
         """
         leaves, treedef = jax.tree.flatten((inputs, keywords))
         moving = [None if is_static(leaf) else leaf for leaf in leaves]
-        fixed = tuple(_Fixed(x) if is_static(x) else None for x in leaves)
+        fixed = tuple(
+            _Fixed(x, (type(x), repr(x))) if is_static(x) else None for x in leaves
+        )
         if not all(f is None or isinstance(f.value, _PLAIN) for f in fixed):
             # An object may change between two calls.
             return self.apply(self.params, *inputs, **keywords)
@@ -383,20 +385,12 @@ def load(
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True)
 class _Fixed:
     """A value by how it is written: 1, 1.0 and True are equal, and 0.0 and -0.0."""
 
-    value: Any
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Fixed) and self._key() == other._key()
-
-    def __hash__(self) -> int:
-        return hash(self._key())
-
-    def _key(self) -> tuple[type, str]:
-        return type(self.value), repr(self.value)
+    value: Any = dataclasses.field(compare=False)
+    key: tuple[type, str]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
