@@ -243,7 +243,8 @@ def prune(
         :func:`sdp_jax.plan_cut`.
       min_channels: channels that stay in each dimension.
       round_to: widths become multiples of this number where they can.
-      limits: largest share that may go, by pattern of dimension names.
+      limits: largest share that may go, by pattern of the name of a dimension, or of
+        the path of a leaf that makes its channels.
       check: whether to compare small and dense function on the inputs.
 
     Returns:

@@ -64,8 +64,8 @@ def plan_cut(
         function.
       round_to: keep the next-best channels up to a multiple of this number, or up to
         the size of the dimension.
-      limits: largest share that may go, by pattern (as in :mod:`fnmatch`) of dimension
-        names.
+      limits: largest share that may go, by pattern (as in :mod:`fnmatch`) of the name
+        of a dimension, or of the path of a leaf that makes its channels.
 
     Returns:
       A :class:`Cut`. A target is met to within one channel (or within ``round_to`` of
@@ -242,14 +242,14 @@ def _protected(
     groups: Groups, values: np.ndarray, min_channels: int, limits: Mapping[str, float]
 ) -> np.ndarray:
     """Channels that must stay: the best of each dimension."""
-    names = {d.name: [d.name, *(m.path for m in d.members)] for d in groups}
+    names = {d.name: [d.name, *(m.path for m in d.producers)] for d in groups}
     for pattern, limit in limits.items():
         rule = "a share between 0 and 1"
         check_number(f"limit of {pattern!r}", limit, low=0, high=1, rule=rule)
         if not any(fnmatch.filter(line, pattern) for line in names.values()):
             raise ValueError(
                 f"limit {pattern!r} matches none of the dimensions "
-                f"{list(groups.sizes)} and no path of their members"
+                f"{list(groups.sizes)} and no path of a leaf that makes their channels"
             )
     protected = []
     for name, line in groups.split(values).items():

@@ -127,8 +127,10 @@ def test_floors_limits_and_rounding():
     limited = plan(sparsity=0.5, limits={"hidden1": 0.25})
     assert limited.widths["hidden1"] >= 6
     assert sum(limited.widths.values()) == 10
-    # Paths of members, too: layer 2 reads the second dimension only.
-    assert plan(sparsity=0.5, limits={"layer2/*": 0.25}) == limited
+    # By the layer that makes the channels, too; layer 2 only reads.
+    assert plan(sparsity=0.5, limits={"layer1/*": 0.25}) == limited
+    with pytest.raises(ValueError, match="a leaf that makes their channels"):
+        plan(sparsity=0.5, limits={"layer2/*": 0.25})
     # Rounding keeps more; the target is met nevertheless, or cannot be.
     rounded = plan(sparsity=0.4, ranking="dimension", round_to=4)
     assert rounded.widths == {"hidden0": 8, "hidden1": 4}

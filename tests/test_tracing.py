@@ -499,11 +499,20 @@ def test_unknown_primitives_freeze_what_they_touch(x64):
     assert any("no rule for this primitive" in r for r in told["b", 1])
 
 
-def test_ignored_leaves_stay_whole():
+def test_channels_stay_by_the_leaf_that_makes_them_or_with_one_that_reads_them():
     fn, sizes, _ = PROGRAMS["tanh"]
-    groups = sdp_jax.find_groups(fn, shapes(**sizes), X, ignore=["b*"])
-    assert not len(groups)
-    assert any("asked to stay whole" in r for f in groups.frozen for r in f.reasons)
+
+    def find(**kw):
+        return sdp_jax.find_groups(fn, shapes(**sizes), X, **kw)
+
+    assert find(ignore=["b*"]).sizes == {"a": 8}  # b reads them
+    for kw, why in (
+        ({"ignore": ["a"]}, "ignore: its channels were asked to stay"),
+        ({"whole": ["b*"]}, "whole: was asked to stay whole"),
+    ):
+        groups = find(**kw)
+        assert not len(groups)
+        assert why in next(f for f in groups.frozen if f.path == "a" and f.axis).reasons
 
 
 def test_inputs_and_outputs_can_be_pruned_on_demand(x64):

@@ -2,7 +2,7 @@
 
 import dataclasses
 import fnmatch
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -42,6 +42,11 @@ class Analysis:
     out_tree: Any
 
 
+def matches(path: str, patterns: Iterable[str]) -> bool:
+    """Whether a path matches one of several patterns."""
+    return any(fnmatch.fnmatch(path, pattern) for pattern in patterns)
+
+
 def analyse(
     fn: Callable[..., Any],
     params: PyTree,
@@ -49,6 +54,7 @@ def analyse(
     *,
     is_state: Callable[[str], bool],
     ignore: Sequence[str] = (),
+    whole: Sequence[str] = (),
     prune_inputs: bool = False,
     prune_outputs: bool = False,
     derivatives: bool = True,
@@ -88,8 +94,8 @@ def analyse(
             factors.append(axis)
             atoms = axis[0].atoms if axis else np.zeros(size, np.int32)
             axes.append(ParameterAxis(path, d, atoms, number, state))
-            if any(fnmatch.fnmatch(path, pattern) for pattern in ignore):
-                space.freeze(axis, Reason("ignore", "was asked to stay whole"))
+            if matches(path, whole):
+                space.freeze(axis, Reason("whole", "was asked to stay whole"))
         values.append(Value(tuple(factors), data=False))
     for var in closed.jaxpr.invars[len(values) :]:
         shape = getattr(var.aval, "shape", ())
@@ -108,6 +114,10 @@ def analyse(
                 space.unify([axis, owner.axes[d]], why)
             elif not prune_outputs:
                 space.freeze(axis, why)
+    asked = Reason("ignore", "its channels were asked to stay")
+    for axis in axes:
+        if axis.number in trace.producers and matches(axis.path, ignore):
+            space.atoms.freeze(axis.atoms, asked)
     out_tree = jax.tree.structure(out_shape)
     solution = space.atoms.solve()
     return Analysis(trace, body, axes, solution, _used(body, solution), out_tree)

@@ -9,7 +9,7 @@ import numpy as np
 
 from sdp_jax.groups import Frozen, Groups, Leaf
 from sdp_jax.modules import take_apart
-from sdp_jax.tracing.analyse import Analysis, analyse
+from sdp_jax.tracing.analyse import Analysis, analyse, matches
 from sdp_jax.tracing.flops import flop_polynomial
 from sdp_jax.tracing.members import find_dimensions
 from sdp_jax.tree import leaf_table
@@ -31,6 +31,7 @@ def find_groups(
     prune_inputs: bool = False,
     prune_outputs: bool = False,
     ignore: Sequence[str] = (),
+    whole: Sequence[str] = (),
     state: Sequence[str] = STATE,
 ) -> Groups:
     """Finds which slices of which parameters form channels, by tracing a function.
@@ -56,7 +57,10 @@ def find_groups(
       prune_inputs: whether features of the inputs count as channels, too. The small
         function takes the whole input and leaves out what it does not need.
       prune_outputs: whether positions of the outputs do.
-      ignore: patterns (as in :mod:`fnmatch`) of paths of leaves to keep whole.
+      ignore: patterns (as in :mod:`fnmatch`) of paths of leaves, whose channels stay:
+        those that a leaf makes (as a producer). What it only reads may go.
+      whole: patterns of paths of leaves that keep their shape: what they read stays,
+        too.
       state: patterns of paths of running statistics: cut, but never thresholded. An
         output with the path and shape of one is its new value, and is cut with it; all
         other outputs stay whole.
@@ -85,14 +89,15 @@ def find_groups(
         out[1], 3 positions: output: is an output of the function
     """
     fn, params, inputs = take_apart(fn, args)
-    for name, patterns in (("ignore", ignore), ("state", state)):
+    for name, patterns in (("ignore", ignore), ("whole", whole), ("state", state)):
         _check_patterns(name, patterns, list(leaf_table(params)))
     found = analyse(
         fn,
         params,
         inputs,
-        is_state=lambda path: any(fnmatch.fnmatch(path, p) for p in state),
+        is_state=lambda path: matches(path, state),
         ignore=ignore,
+        whole=whole,
         prune_inputs=prune_inputs,
         prune_outputs=prune_outputs,
         derivatives=False,
