@@ -1,14 +1,14 @@
 """narrow: the function without the channels that are cut out."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
 import numpy as np
 
 from sdp_jax.cut import Cut
-from sdp_jax.tracing.analyse import Analysis, analyse_with
+from sdp_jax.tracing.analyse import Analysis, analyse_with, input_paths
 from sdp_jax.tracing.evaluate import Evaluator
 from sdp_jax.tracing.rules import RULES
 from sdp_jax.tracing.static import separate
@@ -30,7 +30,8 @@ def narrow(fn: Callable[..., Any], cut: Cut) -> Callable[..., Any]:
       cut: which channels stay.
 
     Returns:
-      A function of the same signature that takes ``cut.take(params)``. It traces at
+      A function of the same signature that takes ``cut.take(params)``, and states that
+      go in and out small (:meth:`Cut.take_inputs`). It traces at
       each call, so put ``jax.jit`` around it; ``grad``, ``vmap``, ``checkpoint`` and
       ``jax.export`` work on it as on any other function.
 
@@ -68,17 +69,43 @@ def narrow(fn: Callable[..., Any], cut: Cut) -> Callable[..., Any]:
                 for path, leaf in table.items()
             ],
         )
-        found = analyse_with(
-            cut.dense,
-            lambda p, rest: fn(p, *rest[0], **rest[1]),
-            dense,
-            ((args, kwargs),),
+        moving, join = separate((args, kwargs))
+        paths = input_paths(args, kwargs)
+        forms = [
+            cut.input_form(path, np.shape(leaf))
+            for path, leaf in zip(paths, moving, strict=True)
+        ]
+        small = {p for p, form in zip(paths, forms, strict=True) if form == "small"}
+        whole = join(
+            [
+                cut.dense_input(path, leaf) if path in small else leaf
+                for path, leaf in zip(paths, moving, strict=True)
+            ]
         )
-        _check_producers(found, cut)
-        evaluator = Evaluator(found.solution, _kept_classes(found, cut), RULES)
-        moving, _ = separate((args, kwargs))
-        inputs = found.body.ins[len(table) :]
-        moving = map(evaluator.take, moving, inputs)
+        states = {p.path for p in cut.dense.ports if p.role == "state"}
+        try:
+            found = analyse_with(cut.dense, fn, dense, *whole, states=states & small)
+            _check_producers(found, cut)
+            keep = _kept_classes(found, cut, small)
+        except Exception as error:
+            if states:
+                given = [
+                    f"{path!r} of shape {np.shape(leaf)}, taken as {form}"
+                    for path, leaf, form in zip(paths, moving, forms, strict=True)
+                    if path in states
+                ]
+                error.add_note(
+                    "the groups of the cut were found on a function with states "
+                    f"{sorted(states)}, which the small function takes small, as "
+                    f"cut.take_inputs makes them; here {'; '.join(given) or 'none'}"
+                )
+            raise
+        evaluator = Evaluator(found.solution, keep, RULES)
+        values = found.body.ins[len(table) :]
+        moving = [
+            leaf if path in small else evaluator.take(leaf, value)
+            for path, leaf, value in zip(paths, moving, values, strict=True)
+        ]
         outs = evaluator.run(found.body, [*table.values(), *moving])
         return jax.tree.unflatten(found.out_tree, outs)
 
@@ -104,34 +131,41 @@ def _check_producers(found: Analysis, cut: Cut) -> None:
             )
 
 
-def _kept_classes(found: Analysis, cut: Cut) -> np.ndarray:
-    """For each class of the trace whether it is kept."""
+def _kept_classes(found: Analysis, cut: Cut, small: Collection[str]) -> np.ndarray:
+    """For each class of the trace whether it is kept; some inputs are small already."""
     label, operands = found.solution.label, found.solution.operands
     keep = np.ones(len(operands), bool)
+    axes = [
+        (axis.path, axis.axis, axis.atoms, cut.index(axis.path, axis.axis))
+        for axis in found.axes
+    ]
+    for path in small:
+        for d, index in cut.input_indices(path).items():
+            factors = found.inputs[path].axes[d]  # One, as it is an input.
+            axes += [(path, d, f.atoms, index) for f in factors]
     masks = []
-    for axis in found.axes:
-        mask = np.ones(len(axis.atoms), bool)
-        index = cut.index(axis.path, axis.axis)
+    for _, _, atoms, index in axes:
+        mask = np.ones(len(atoms), bool)
         if index is not None:
             mask[:] = False
             mask[index] = True
         masks.append(mask)
-        keep[operands[label[axis.atoms]]] = False
-    for axis, mask in zip(found.axes, masks, strict=True):
-        keep[operands[label[axis.atoms[mask]]]] = True
+        keep[operands[label[atoms]]] = False
+    for (_, _, atoms, _), mask in zip(axes, masks, strict=True):
+        keep[operands[label[atoms[mask]]]] = True
     keep[0] = True
     keep = np.asarray(keep[operands].all(axis=1))
-    for axis, mask in zip(found.axes, masks, strict=True):
-        differ = keep[label[axis.atoms]] != mask
+    for (path, d, atoms, _), mask in zip(axes, masks, strict=True):
+        differ = keep[label[atoms]] != mask
         if differ.any():
             classes, reasons = found.trace.space.atoms.reasons()
             why = {
                 str(reason)
-                for one in np.unique(classes[axis.atoms[differ]]).tolist()
+                for one in np.unique(classes[atoms[differ]]).tolist()
                 for reason in reasons.get(one, ())
             } or {"its channels belong together in another way"}
             raise ValueError(
-                f"the cut removes positions of axis {axis.axis} of {axis.path!r} that "
+                f"the cut removes positions of axis {d} of {path!r} that "
                 f"this function needs: {'; '.join(sorted(why))}. Find the groups on "
                 "this function, or cut less"
             )

@@ -53,7 +53,8 @@ class Pruned:
         among them; with other objects that are no arrays it is not compiled.
 
         Args:
-          *inputs: as the dense function takes them behind the parameters.
+          *inputs: as the dense function takes them behind the parameters; states that
+            go in and out small (:meth:`Cut.take_inputs`).
           **keywords: likewise.
 
         Returns:
@@ -127,8 +128,8 @@ class Pruned:
         """What the cut has changed: widths, parameters, FLOPs, time, results.
 
         Args:
-          *inputs: arrays to run both functions on; without any, what is counted and
-            timed on them is left out.
+          *inputs: arrays to run both functions on, as the dense one takes them;
+            without any, what is counted and timed on them is left out.
           repeats: how often each is timed.
 
         Returns:
@@ -374,7 +375,7 @@ def load(
     pruned = Pruned(fn, params, cut)
     if inputs:
         try:
-            jax.eval_shape(pruned.apply, params, *inputs)
+            jax.eval_shape(pruned.apply, params, *cut.take_inputs(*inputs))
         except Exception as error:
             raise ValueError(
                 f"the function does not run on the parameters in {directory}: it is "
@@ -469,11 +470,11 @@ def _laid_out(groups: Groups, params: PyTree, grads: PyTree) -> PyTree:
 
 def _check(pruned: Pruned, params: PyTree, inputs: Sequence[Any]) -> None:
     """Compares small and dense function; rounding of the coarsest dtype is allowed."""
-    dense, small = (pruned.fn, pruned.cut.zero(params)), (pruned.apply, pruned.params)
-    allowed = rounding(*small, inputs) ** 0.5
-    if pruned.cut.dense.prune_outputs:
-        return  # The results are others.
-    for d in differences(dense, small, inputs, pruned.cut.take_output):
+    cut = pruned.cut
+    dense = pruned.fn, cut.zero(params), cut.zero_inputs(*inputs)
+    small = pruned.apply, pruned.params, cut.take_inputs(*inputs)
+    allowed = rounding(*small) ** 0.5
+    for d in differences(dense, small, cut.take_output):
         if not d.size <= allowed * d.largest:
             raise ValueError(
                 f"small and dense function differ by {d.size:.3g} in output {d.path!r} "

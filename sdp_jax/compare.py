@@ -25,23 +25,27 @@ class Difference:
 
 
 def differences(
-    first: tuple[Callable[..., Any], PyTree],
-    second: tuple[Callable[..., Any], PyTree],
-    inputs: Sequence[Any],
+    first: tuple[Callable[..., Any], PyTree, Sequence[Any]],
+    second: tuple[Callable[..., Any], PyTree, Sequence[Any]],
     take: Callable[[str, Any], Any] = lambda path, output: output,
 ) -> list[Difference]:
     """The largest difference of each floating-point output of two functions.
 
+    Each is given with its parameters and inputs.
+
     ``take`` cuts outputs of the first as the second gives them.
     """
-    moving, join = separate(inputs)
+    results = []
     with jax.default_matmul_precision("highest"):
-        results = [
-            jax.jit(lambda params, moving, fn=fn: fn(params, *join(moving)))(
-                params, moving
-            )
-            for fn, params in (first, second)
-        ]
+        for fn, params, inputs in (first, second):
+            moving, join = separate(inputs)
+
+            def call(
+                params: PyTree, moving: Any, fn: Any = fn, join: Any = join
+            ) -> Any:
+                return fn(params, *join(moving))
+
+            results.append(jax.jit(call)(params, moving))
     out = []
     names = ["/".join(keys) for keys, _ in leaf_keys(results[0])]
     for path, a, b in zip(names, *map(jax.tree.leaves, results), strict=True):

@@ -8,8 +8,8 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ import numpy as np
 from sdp_jax.channels import PerChannel, scale_channels
 from sdp_jax.groups import Dimension, Groups, Leaf, Member
 from sdp_jax.matching import Matcher, is_hidden
+from sdp_jax.ports import ports_after
 from sdp_jax.tree import (
     PyTree,
     leaf_dtype,
@@ -109,7 +110,10 @@ class Cut:
                 members += _members_after(d, m, kept, index, length)
             dimensions.append(Dimension(d.name, len(kept), tuple(members)))
         return dataclasses.replace(
-            self.dense, dimensions=tuple(dimensions), leaves=leaves
+            self.dense,
+            dimensions=tuple(dimensions),
+            leaves=leaves,
+            ports=ports_after(self.dense.ports, self._alive),
         )
 
     def take(self, tree: PyTree, *, like: PyTree | None = None) -> PyTree:
@@ -238,12 +242,113 @@ class Cut:
         factors[self._channels] = 1
         return scale_channels(self.dense, params, jnp.asarray(factors))
 
+    def take_inputs(self, *inputs: Any) -> tuple[Any, ...]:
+        """The arguments behind the parameters as the small function takes them.
+
+        Recurrent states and caches, and whatever else ``prune_inputs`` of
+        :func:`sdp_jax.find_groups` named, lose the channels that are gone. What is
+        small already passes unchanged, as do all other inputs.
+
+        Args:
+          *inputs: arrays or ``jax.ShapeDtypeStruct``, or trees of them.
+
+        Returns:
+          A tuple of as many.
+
+        Raises:
+          ValueError: if an input has neither its dense nor its small shape.
+
+        Example:
+          >>> import jax.numpy as jnp, sdp_jax
+          >>> params = {"w": jnp.array([[3., 0.], [4., 0.]]), "u": jnp.eye(2)}
+          >>> def step(params, state, x):
+          ...     state = jnp.tanh(x @ params["w"]) + 0.5 * state
+          ...     return state, state @ params["u"]
+          >>> state, x = jnp.zeros((1, 2)), jnp.ones((1, 2))
+          >>> groups = sdp_jax.find_groups(
+          ...     step, params, state, x, prune_inputs=("0",), prune_outputs=("0",))
+          >>> cut = sdp_jax.plan_cut(groups, params)
+          >>> state, x = cut.take_inputs(state, x)
+          >>> state, y = sdp_jax.narrow(step, cut)(cut.take(params), state, x)
+          >>> state.shape, y.shape
+          ((1, 1), (1, 2))
+        """
+
+        def take(path: str, leaf: Any) -> Any:
+            axes = self._inputs.get(path, {})
+            if axes and self.input_form(path, np.shape(leaf)) == "other":
+                small = {axis: len(port.index) for axis, port in axes.items()}
+                dense = {axis: port.length for axis, port in axes.items()}
+                raise ValueError(
+                    f"input {path!r} has shape {np.shape(leaf)}; expected along its "
+                    f"axes the lengths {dense}, or if it is small already {small}"
+                )
+            for axis, port in axes.items():
+                if np.shape(leaf)[axis] == port.length:
+                    leaf = _take(leaf, port.index, axis)
+            return leaf
+
+        return self._each_input(take, inputs)
+
+    def zero_inputs(self, *inputs: Any) -> tuple[Any, ...]:
+        """The arguments of the dense function, zero where a state's channels are gone.
+
+        Args:
+          *inputs: arrays, or trees of them.
+
+        Returns:
+          A tuple of as many, of the same shapes. With it, and with :meth:`zero` of the
+          parameters, the dense function gives what the small one gives for
+          :meth:`take_inputs`.
+        """
+
+        def zero(path: str, leaf: Any) -> Any:
+            for axis, port in self._inputs.get(path, {}).items():
+                if port.state:
+                    stays = np.zeros(port.length, bool)
+                    stays[port.index] = True
+                    stays = np.expand_dims(
+                        stays, [d for d in range(np.ndim(leaf)) if d != axis]
+                    )
+                    leaf = jnp.where(stays, leaf, jnp.zeros_like(leaf))
+            return leaf
+
+        return self._each_input(zero, inputs)
+
+    def input_form(
+        self, path: str, shape: Sequence[Any]
+    ) -> Literal["whole", "small", "other"]:
+        """Whether an input with channels is whole or small, by its shape."""
+        axes = self._inputs.get(path, {})
+        if axes and len(shape) > max(axes):
+            if all(shape[axis] == port.length for axis, port in axes.items()):
+                return "whole"
+            if all(shape[axis] == len(port.index) for axis, port in axes.items()):
+                return "small"
+        return "other"
+
+    def input_indices(self, path: str) -> dict[int, np.ndarray]:
+        """Positions of an input that stay, by axis."""
+        return {axis: port.index for axis, port in self._inputs.get(path, {}).items()}
+
+    def dense_input(self, path: str, leaf: Any) -> jax.ShapeDtypeStruct:
+        """The whole of a small input."""
+        shape = list(np.shape(leaf))
+        for axis, port in self._inputs[path].items():
+            shape[axis] = port.length
+        return jax.ShapeDtypeStruct(tuple(shape), leaf.dtype)
+
     def take_output(self, path: str, output: Any) -> Any:
         """An output of the dense function as the small one gives it.
 
-        New running statistics, known by path and shape, are cut as the old ones.
+        New running statistics, known by path and shape, are cut as the old ones, and
+        whatever ``prune_outputs`` of :func:`sdp_jax.find_groups` named.
         """
         dense = self.dense
+        for port in dense.ports:
+            if (port.path, port.role) == (path, "output"):
+                index = np.flatnonzero(port.stays(self._alive))
+                output = _take(output, index, port.axis)
         states = {m.path for d in dense for m in d.members if m.role == "state"}
         shapes = {state: dense.shapes[state] for state in states}
         owner = owner_of([path], np.shape(output), shapes)
@@ -334,6 +439,9 @@ class Cut:
             (d.name, d.size, len(kept))
             for d, kept in zip(self.dense.dimensions, self.kept, strict=True)
         ]
+        for p in self.dense.ports:
+            left = int(p.stays(self._alive).sum())
+            rows.append((f"{p.path}[{p.axis}] ({p.role})", len(p.channels), left))
         before = sum(math.prod(s) for s in self.dense.shapes.values())
         after = sum(math.prod(s) for s in self.small_shapes.values())
         rows.append(("entries", before, after))
@@ -353,6 +461,30 @@ class Cut:
         lines = zip(numbers.values(), self.kept, strict=True)
         parts = [line[list(kept)] for line, kept in lines]
         return np.concatenate([np.zeros(0, int), *parts])
+
+    @functools.cached_property
+    def _alive(self) -> np.ndarray:
+        """Which of all channels stay."""
+        alive = np.zeros(self.dense.num_channels, bool)
+        alive[self._channels] = True
+        return alive
+
+    @functools.cached_property
+    def _inputs(self) -> dict[str, dict[int, "_Input"]]:
+        """The axes of inputs along which channels sit, by path and axis."""
+        out: dict[str, dict[int, _Input]] = {}
+        for p in self.dense.ports:
+            if p.role != "output":
+                index = np.flatnonzero(p.stays(self._alive))
+                axis = _Input(len(p.channels), index, p.role == "state")
+                out.setdefault(p.path, {})[p.axis] = axis
+        return out
+
+    def _each_input(
+        self, function: Callable[[str, Any], Any], inputs: tuple[Any, ...]
+    ) -> tuple[Any, ...]:
+        leaves = [function("/".join(keys), leaf) for keys, leaf in leaf_keys(inputs)]
+        return jax.tree.unflatten(jax.tree.structure(inputs), leaves)
 
     @functools.cached_property
     def _indices(self) -> dict[str, dict[int, np.ndarray]]:
@@ -404,6 +536,14 @@ class Cut:
                 "to a transformation with other groups: cut that with its own"
             )
         return _take(leaf, self._channels, len(shape) - 1)
+
+
+class _Input(NamedTuple):
+    """An axis of an input: dense length, what stays, whether it is of a state."""
+
+    length: int
+    index: np.ndarray
+    state: bool
 
 
 def _members_after(

@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sdp_jax.polynomial import Polynomial, monomial
+from sdp_jax.ports import Port, check_ports, ports_among
 from sdp_jax.tree import missing_path_message
 
 Role = Literal["producer", "consumer", "state"]
@@ -147,19 +148,21 @@ class Groups:
       leaves: path and shape of every leaf of the tree, also of those that no
         dimension touches.
       frozen: axes that cannot be cut, and why, as far as a trace has found out.
-      prune_inputs: whether channels of the function's inputs are among them.
-      prune_outputs: whether channels of its outputs are.
+      prune_inputs: patterns of the function's inputs whose channels are among them.
+      prune_outputs: patterns of its outputs whose channels are.
       flops: FLOPs of the function as a polynomial in the numbers of channels that
         stay, as :func:`sdp_jax.find_groups` counted them; ``None`` for groups that
         were made by hand.
+      ports: where channels sit in inputs and outputs.
     """
 
     dimensions: tuple[Dimension, ...]
     leaves: tuple[Leaf, ...]
     frozen: tuple[Frozen, ...] = ()
-    prune_inputs: bool = False
-    prune_outputs: bool = False
+    prune_inputs: tuple[str, ...] = ()
+    prune_outputs: tuple[str, ...] = ()
     flops: Polynomial | None = None
+    ports: tuple[Port, ...] = ()
 
     def __hash__(self) -> int:
         return self._hash
@@ -420,6 +423,7 @@ class Groups:
             leaves=leaves,
             frozen=frozen,
             flops=self._flops_of(dimensions),
+            ports=self._ports_of(dimensions),
         )
 
     def without(self, *names: str) -> "Groups":
@@ -436,8 +440,20 @@ class Groups:
         """
         gone = {self[name].name for name in names}
         dimensions = tuple(d for d in self.dimensions if d.name not in gone)
-        flops = self._flops_of(dimensions)
-        return dataclasses.replace(self, dimensions=dimensions, flops=flops)
+        return dataclasses.replace(
+            self,
+            dimensions=dimensions,
+            flops=self._flops_of(dimensions),
+            ports=self._ports_of(dimensions),
+        )
+
+    def _ports_of(self, dimensions: Sequence[Dimension]) -> tuple[Port, ...]:
+        """The ports in the channels of some of the dimensions."""
+        names = {d.name for d in dimensions}
+        inside = [
+            name in names for name, size in self.sizes.items() for _ in range(size)
+        ]
+        return ports_among(self.ports, np.asarray(inside, bool))
 
     def _flops_of(self, dimensions: Sequence[Dimension]) -> Polynomial | None:
         """The FLOPs in the widths of some of the dimensions."""
@@ -489,7 +505,19 @@ class Groups:
                 )
                 for f in raw.get("frozen", ())
             )
-            flags = {k: bool(raw.get(k)) for k in ("prune_inputs", "prune_outputs")}
+            flags = {
+                name: tuple(_text(p) for p in raw.get(name, ()))
+                for name in ("prune_inputs", "prune_outputs")
+            }
+            ports = tuple(
+                Port(
+                    _text(p["path"]),
+                    _count(p["axis"]),
+                    p["role"],
+                    tuple(tuple(_count(c) for c in row) for row in p["channels"]),
+                )
+                for p in raw.get("ports", ())
+            )
             flops = raw.get("flops")
             if flops is not None:
                 flops = Polynomial.from_list(flops, len(dimensions))
@@ -501,7 +529,7 @@ class Groups:
             raise ValueError(
                 f"not groups in JSON, as written by Groups.to_json: {error!r}"
             ) from error
-        groups = cls(dimensions, leaves, frozen, flops=flops, **flags)
+        groups = cls(dimensions, leaves, frozen, flops=flops, ports=ports, **flags)
         check_groups(groups)
         return groups
 
@@ -524,6 +552,13 @@ class Groups:
             f"{len(self)} dimensions, {self.num_channels} channels; they hold "
             f"{self.prunable_entries:,} of {total:,} entries ({share:.1%})"
         )
+        names = [name for name, size in self.sizes.items() for _ in range(size)]
+        for p in self.ports:
+            rows = {names[c] for row in p.channels for c in row}
+            lines.append(
+                f"  {p.path}[{p.axis}] ({p.role}), {len(p.channels)} positions: of "
+                f"{', '.join(sorted(rows))}"
+            )
         if self.frozen:
             lines.append("cannot be cut:")
         for f in self.frozen:
@@ -594,6 +629,7 @@ def check_groups(groups: Groups) -> None:
             )
         for m in d.members:
             _check_member(groups, d, m)
+    check_ports(groups.ports, groups.num_channels)
 
 
 def overlaps(groups: Groups) -> Iterator[tuple[str, Dimension, Dimension]]:

@@ -287,7 +287,10 @@ def _measure(
             dense_time, small_time = latency(
                 narrow(fn, dense),
                 narrow(fn, cut),
-                args=[(params, *inputs), (cut.take(params), *inputs)],
+                args=[
+                    (params, *inputs),
+                    (cut.take(params), *cut.take_inputs(*inputs)),
+                ],
             )
             return small_time / dense_time
 

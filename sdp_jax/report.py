@@ -79,18 +79,17 @@ def make_report(
         return Report(cut)
     need_values(inputs, "report")
     small, dense_params = narrow(fn, cut), cut.fill(params)
-    # With pruned outputs the results are others.
-    pairs = (fn, dense_params), (small, params)
-    compared = not cut.dense.prune_outputs
-    found = differences(*pairs, inputs, cut.take_output) if compared else []
-    worst = max(found, key=lambda d: d.size, default=None)
-    dense_time, small_time = latency(
-        fn, small, args=[(dense_params, *inputs), (params, *inputs)], repeats=repeats
+    dense = (dense_params, *cut.zero_inputs(*inputs))
+    narrowed = (params, *cut.take_inputs(*inputs))
+    found = differences(
+        (fn, dense[0], dense[1:]), (small, params, narrowed[1:]), cut.take_output
     )
+    worst = max(found, key=lambda d: d.size, default=None)
+    dense_time, small_time = latency(fn, small, args=[dense, narrowed], repeats=repeats)
     return Report(
         cut,
-        cost(fn, dense_params, *inputs),
-        cost(small, params, *inputs),
+        cost(fn, *dense),
+        cost(small, *narrowed),
         dense_time,
         small_time,
         worst.size if worst else 0.0,

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import sdp_jax
+from sdp_jax.tree import leaf_table
 
 
 def randomise(shapes, seed=0, dtype=jnp.float64):
@@ -49,7 +50,16 @@ def close(a, b, rtol):
 
 
 def check(
-    fn, params, inputs, *, shares=(0.5,), seeds=(0,), rtol=1e-9, grads=True, join=None
+    fn,
+    params,
+    inputs,
+    *,
+    shares=(0.5,),
+    seeds=(0,),
+    rtol=1e-9,
+    grads=True,
+    join=None,
+    **where,
 ):
     """Checks the promise; returns the groups.
 
@@ -63,14 +73,15 @@ def check(
       grads: whether to compare gradients as well, at the first share.
       join: if the function returns ``(result, state)``: what puts the state into the
         parameters, so that it can be cut like them.
+      **where: which inputs and outputs have channels, as `find_groups` takes it.
     """
-    groups = sdp_jax.find_groups(fn, params, *inputs)
+    groups = sdp_jax.find_groups(fn, params, *inputs, **where)
     assert sdp_jax.Groups.from_json(groups.to_json()) == groups
 
     def both(fn):
         """The result, and the slope of a number that it makes: compiled as one."""
 
-        def loss(params):
+        def loss(params, inputs):
             result = fn(params, *inputs)
             outs = jax.tree.leaves(result)
             value = sum(
@@ -82,7 +93,7 @@ def check(
 
     def alone(fn):
         compiled = jax.jit(fn)
-        return lambda params: (None, compiled(params, *inputs))
+        return lambda params, inputs: (None, compiled(params, *inputs))
 
     dense_fn = both(fn) if grads else alone(fn)
     for share in shares:
@@ -93,15 +104,16 @@ def check(
             small = take(dense)
             narrowed = sdp_jax.narrow(fn, cut)
             small_fn = both if grads and share == shares[0] else alone
-            expected_slope, expected = dense_fn(dense)
-            slope, found = small_fn(narrowed)(small)
+            expected_slope, expected = dense_fn(dense, cut.zero_inputs(*inputs))
+            slope, found = small_fn(narrowed)(small, cut.take_inputs(*inputs))
             if join is not None:
                 expected = expected[0], take(join(dense, expected[1]))
                 found = found[0], join(small, found[1])
             assert jax.tree.structure(found) == jax.tree.structure(expected)
-            for a, b in zip(
-                jax.tree.leaves(found), jax.tree.leaves(expected), strict=True
+            for a, (path, b) in zip(
+                jax.tree.leaves(found), leaf_table(expected).items(), strict=True
             ):
+                b = cut.take_output(path, b) if join is None else b
                 assert a.dtype == b.dtype
                 close(a, b, rtol)
             if grads and share == shares[0]:

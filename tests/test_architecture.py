@@ -14,7 +14,7 @@ import sdp_jax
 PACKAGE = pathlib.Path(sdp_jax.__file__).parent
 ROOT = PACKAGE.parent
 # What training and cutting share, in the order in which modules may import one another.
-COMMON = ["tree", "checks", "polynomial", "groups", "axes", "channels"]
+COMMON = ["tree", "checks", "polynomial", "ports", "groups", "axes", "channels"]
 # Each goes on from there, and neither imports the other.
 TRAINING = ["prox", "strength", "target", "base", "transforms", "_altsdp"]
 CUTTING = ["modules", "tracing", "matching", "cut", "_narrow", "measure", "compare"]
@@ -25,7 +25,7 @@ DOORS = ["valley", "methods"]
 FOLDERS = {
     "tracing": ["source", "static", "atoms", "sizes", "values", "rule", "trace"]
     + ["evaluate", "rules_elementwise", "rules_shape", "rules_contract"]
-    + ["rules_control", "rules", "analyse", "flops", "members", "find"],
+    + ["rules_control", "rules", "analyse", "ports", "flops", "members", "find"],
     "valley": ["vectors", "sketch", "project", "curvature", "_sdp", "statistics"]
     + ["path", "figure", "certificate", "_certify"],
     # No method but the common ground is imported by another one.

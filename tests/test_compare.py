@@ -15,7 +15,7 @@ def test_the_largest_difference_of_each_output():
         y = x.at[1, 2].add(shift)
         return {"same": x, "moved": y, "count": jnp.int32(3), "none": x[:0]}
 
-    found = {d.path: d for d in differences((fn, 0.0), (fn, 0.25), (X,))}
+    found = {d.path: d for d in differences((fn, 0.0, (X,)), (fn, 0.25, (X,)))}
     assert set(found) == {"same", "moved"}  # whole numbers and nothing do not round
     assert found["same"].size == 0
     moved = found["moved"]
@@ -30,15 +30,15 @@ def test_the_largest_difference_of_each_output():
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_what_is_not_finite_in_one_of_them_differs(bad):
     fn = lambda value, x: x.at[0, 1].set(value)  # noqa: E731
-    (both,) = differences((fn, bad), (fn, bad), (X,))
+    (both,) = differences((fn, bad, (X,)), (fn, bad, (X,)))
     assert both.size == 0 and both.largest == 5
-    (one,) = differences((fn, 0.0), (fn, bad), (X,))
+    (one,) = differences((fn, 0.0, (X,)), (fn, bad, (X,)))
     assert not one.size <= 1e9 and one.index == (0, 1)
 
 
 def test_complex_outputs():
     fn = lambda value, x: x + 1j * value  # noqa: E731
-    (found,) = differences((fn, 0.0), (fn, 2.0), (X,))
+    (found,) = differences((fn, 0.0, (X,)), (fn, 2.0, (X,)))
     assert found.size == pytest.approx(2)
 
 

@@ -39,6 +39,7 @@ SIZES = {
     "stacked": [8, 12],
     "custom_vjp": [8],
     "custom_jvp": [8],
+    "cached_decoder": [3, 3, 4, 4, 4, 4, 8, 12, 12],
     "unknown": [6, 8],
 }
 
@@ -51,7 +52,12 @@ def test_small_is_dense_with_zeros(name, x64):
     # With a training mode, the single channels and the gradients are left to it.
     shares = (0.5,) if trains else (0.5, 0.99)
     groups = promise.check(
-        model.fn, params, model.inputs, shares=shares, grads=not trains
+        model.fn,
+        params,
+        model.inputs,
+        shares=shares,
+        grads=not trains,
+        **model.where,
     )
     assert sorted(groups.sizes.values()) == SIZES[name]
     share = promise.prunable_share(groups)
@@ -70,7 +76,7 @@ def test_many_cuts(name, x64):
     model = ZOO[name]()
     params = promise.randomise(model.shapes, seed=1)
     many = {"shares": (0.25, 0.5, 0.75, 0.9), "seeds": (1, 2, 3)}
-    promise.check(model.fn, params, model.inputs, **many)
+    promise.check(model.fn, params, model.inputs, **many, **model.where)
     if model.train is not None:
         promise.check(model.train, params, model.inputs, join=model.join, **many)
     jax.clear_caches()

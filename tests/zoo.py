@@ -29,6 +29,7 @@ class Model:
         channel.
       train: in training mode, ``(result, new running statistics)``, if that differs.
       join: puts new running statistics into the parameters.
+      where: which inputs and outputs have channels, as `find_groups` takes it.
     """
 
     fn: Callable[..., Any]
@@ -37,6 +38,7 @@ class Model:
     share: float
     train: Callable[..., Any] | None = None
     join: Callable[[Any, Any], Any] | None = None
+    where: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 class norm(nn.Module):
@@ -445,6 +447,47 @@ def gate(x):
 gate.defjvp(lambda p, t: (gate(p[0]), 3.0 * t[0]))
 
 
+def decode(p, cache, word, at):
+    """One step of a decoder that is handed its keys and values, and hands them on."""
+    x = p["embed"][word]
+    for name in cache:
+        w, old = p[name], cache[name]
+        y = x / jnp.sqrt(jnp.mean(x**2, -1, keepdims=True) + 1e-6) * w["norm"]
+        q = jnp.einsum("bd,dhk->bhk", y, w["q"]) / 2
+        new = {k: jnp.einsum("bd,dhk->bhk", y, w[k])[:, None] for k in ("k", "v")}
+        old = {
+            k: jax.lax.dynamic_update_slice_in_dim(old[k], new[k], at, 1) for k in old
+        }
+        cache = cache | {name: old}
+        a = jnp.einsum("bhk,bnhk->bhn", q, old["k"])
+        a = jnp.where(jnp.arange(a.shape[-1]) <= at, a, -1e9)
+        y = jnp.einsum("bhn,bnhk->bhk", jax.nn.softmax(a), old["v"])
+        x = x + jnp.einsum("bhk,hkd->bd", y, w["o"])
+        x = x + jax.nn.silu(x @ w["up"]) @ w["down"]
+    return x @ p["embed"].T, cache
+
+
+def cached_decoder(share):
+    sizes = {k: (8, 3, 4) for k in "qkv"} | {"o": (3, 4, 8), "norm": (8,)}
+    sizes |= {"up": (8, 12), "down": (12, 8)}
+    names = ("block0", "block1")
+    tree = {"embed": (11, 8)} | dict.fromkeys(names, sizes)
+    shapes = jax.tree.map(
+        lambda n: jax.ShapeDtypeStruct(n, jnp.float64), tree, is_leaf=_is_shape
+    )
+    rng = np.random.default_rng(3)
+    cache = {
+        n: {k: jnp.asarray(rng.normal(size=(2, 6, 3, 4))) for k in "kv"} for n in names
+    }
+    inputs = cache, jnp.asarray(WORDS[:, 0]), jnp.asarray(3)
+    where = {"prune_inputs": ("0/*",), "prune_outputs": ("1/*",)}
+    return Model(decode, shapes, inputs, share, where=where)
+
+
+def _is_shape(x):
+    return isinstance(x, tuple)
+
+
 def unknown(p, x):
     x = jnp.tanh(x @ p["a"]) @ p["b"]
     x = jnp.linalg.qr(x)[1] @ p["c"]
@@ -498,6 +541,7 @@ ZOO: dict[str, Callable[[], Model]] = {
         TOKENS,
         share=0.88,
     ),
+    "cached_decoder": lambda: cached_decoder(0.98),
     "unknown": lambda: plain(
         unknown,
         {"a": (5, 8), "b": (8, 4), "c": (4, 6), "d": (6, 2)},

@@ -2,7 +2,8 @@
 
 import dataclasses
 import fnmatch
-from collections.abc import Callable, Iterable, Sequence
+import itertools
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,9 +14,9 @@ import numpy as np
 from sdp_jax.groups import Groups
 from sdp_jax.tracing.atoms import Reason, Solution
 from sdp_jax.tracing.rules import RULES
-from sdp_jax.tracing.static import separate
+from sdp_jax.tracing.static import is_static, separate
 from sdp_jax.tracing.trace import NO_RULE, Body, Trace
-from sdp_jax.tracing.values import Value
+from sdp_jax.tracing.values import ZERO, Value
 from sdp_jax.tree import PyTree, leaf_dtype, leaf_keys, leaf_table, owner_of
 
 
@@ -40,6 +41,9 @@ class Analysis:
     solution: Solution
     used: np.ndarray
     out_tree: Any
+    inputs: dict[str, Value]
+    outputs: dict[str, Value]
+    states: frozenset[str]  # The inputs that come back as outputs.
 
 
 def matches(path: str, patterns: Iterable[str]) -> bool:
@@ -51,19 +55,26 @@ def analyse(
     fn: Callable[..., Any],
     params: PyTree,
     args: Sequence[Any],
+    kwargs: Mapping[str, Any],
     *,
     is_state: Callable[[str], bool],
     ignore: Sequence[str] = (),
     whole: Sequence[str] = (),
-    prune_inputs: bool = False,
-    prune_outputs: bool = False,
+    prune_inputs: Sequence[str] = (),
+    prune_outputs: Sequence[str] = (),
+    states: Collection[str] | None = None,
     derivatives: bool = True,
 ) -> Analysis:
-    """Traces ``fn(params, *args)`` and solves for its classes."""
-    moving, join = separate(args)
+    """Traces ``fn(params, *args, **kwargs)`` and solves for its classes.
+
+    Without ``states`` those inputs are states that come back among the outputs.
+    """
+    moving, join = separate((args, kwargs))
+    names = input_paths(args, kwargs)
 
     def function(params: PyTree, moving: list[Any]) -> Any:
-        return fn(params, *join(moving))
+        args, kwargs = join(moving)
+        return fn(params, *args, **kwargs)
 
     try:
         closed, out_shape = jax.make_jaxpr(function, return_shape=True)(params, moving)
@@ -97,22 +108,45 @@ def analyse(
             if matches(path, whole):
                 space.freeze(axis, Reason("whole", "was asked to stay whole"))
         values.append(Value(tuple(factors), data=False))
-    for var in closed.jaxpr.invars[len(values) :]:
-        shape = getattr(var.aval, "shape", ())
-        make = space.fresh_value if prune_inputs else space.plain_value
-        values.append(make(trace.sizes.shape(shape), data=True))
+    variables = closed.jaxpr.invars[len(values) :]
+    sizes = [trace.sizes.shape(getattr(v.aval, "shape", ())) for v in variables]
+    results = [
+        ("/".join(keys), trace.sizes.shape(np.shape(leaf)))
+        for keys, leaf in leaf_keys(out_shape)
+    ]
+    pairs = _pairs(
+        [(p, n) for p, n in zip(names, sizes, strict=True) if matches(p, prune_inputs)],
+        [(p, n) for p, n in results if matches(p, prune_outputs)],
+    )
+    back = frozenset(pairs.values() if states is None else states)
+    inputs: dict[str, Value] = {}
+    for path, shape in zip(names, sizes, strict=True):
+        if path in back:
+            axes_in = tuple(space.fresh(n, ZERO) for n in shape)
+            inputs[path] = Value(axes_in, data=True)
+        elif matches(path, prune_inputs):
+            inputs[path] = space.fresh_value(shape, data=True)
+        else:
+            inputs[path] = space.plain_value(shape, data=True)
+    values += inputs.values()
     body = trace.run(closed.jaxpr, closed.consts, values)
-    states = {axis.path for axis in axes if axis.state}
+    running = {axis.path for axis in axes if axis.state}
     leaves = dict(zip(leaf_table(params), values, strict=False))
     why = Reason("output", "is an output of the function")
+    grows = Reason("output", "is a state that does not stay zero")
+    outputs: dict[str, Value] = {}
     for (keys, _), value in zip(leaf_keys(out_shape), body.outs, strict=True):
-        shapes = {path: leaves[path].shape for path in states}
+        outputs[path := "/".join(keys)] = value
+        shapes = {path: leaves[path].shape for path in running}
         found = owner_of(keys, value.shape, shapes)
         owner = leaves[found] if found else None
+        state = pairs.get(path)
         for d, axis in enumerate(value.axes):
             if owner is not None:
                 space.unify([axis, owner.axes[d]], why)
-            elif not prune_outputs:
+            elif state in back:
+                space.unify([trace.zero(axis, grows), inputs[state].axes[d]], why)
+            elif not matches(path, prune_outputs):
                 space.freeze(axis, why)
     asked = Reason("ignore", "its channels were asked to stay")
     for axis in axes:
@@ -120,7 +154,40 @@ def analyse(
             space.atoms.freeze(axis.atoms, asked)
     out_tree = jax.tree.structure(out_shape)
     solution = space.atoms.solve()
-    return Analysis(trace, body, axes, solution, _used(body, solution), out_tree)
+    used = _used(body, solution)
+    return Analysis(trace, body, axes, solution, used, out_tree, inputs, outputs, back)
+
+
+def input_paths(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[str]:
+    """The paths of the arrays among the arguments behind the parameters."""
+    found = leaf_keys((tuple(args), dict(kwargs)))
+    return ["/".join(keys[1:]) for keys, leaf in found if not is_static(leaf)]
+
+
+def _pairs(
+    inputs: Sequence[tuple[str, Any]], outputs: Sequence[tuple[str, Any]]
+) -> dict[str, str]:
+    """Which output is the new value of which input.
+
+    They have the same shape; the longest common end of their paths decides, then order.
+    """
+    ranked = sorted(
+        (-_common(a, b), i, j)
+        for i, (a, shape) in enumerate(inputs)
+        for j, (b, other) in enumerate(outputs)
+        if shape and shape == other
+    )
+    found: dict[int, int] = {}
+    for _, i, j in ranked:
+        if i not in found.values() and j not in found:
+            found[j] = i
+    return {outputs[j][0]: inputs[i][0] for j, i in found.items()}
+
+
+def _common(a: str, b: str) -> int:
+    """How many of the last keys of two paths are the same."""
+    pairs = zip(reversed(a.split("/")), reversed(b.split("/")), strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def analyse_with(
@@ -128,18 +195,24 @@ def analyse_with(
     fn: Callable[..., Any],
     params: PyTree,
     args: Sequence[Any],
+    kwargs: Mapping[str, Any],
     *,
+    states: Collection[str] | None = None,
     derivatives: bool = True,
 ) -> Analysis:
     """The same for a function of parameters whose groups are known."""
     state = {m.path for d in groups for m in d.members if m.role == "state"}
+    if states is None:
+        states = {p.path for p in groups.ports if p.role == "state"}
     return analyse(
         fn,
         params,
         args,
+        kwargs,
         is_state=state.__contains__,
         prune_inputs=groups.prune_inputs,
         prune_outputs=groups.prune_outputs,
+        states=states,
         derivatives=derivatives,
     )
 

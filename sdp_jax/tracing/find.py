@@ -12,6 +12,7 @@ from sdp_jax.modules import take_apart
 from sdp_jax.tracing.analyse import Analysis, analyse, matches
 from sdp_jax.tracing.flops import flop_polynomial
 from sdp_jax.tracing.members import find_dimensions
+from sdp_jax.tracing.ports import find_ports
 from sdp_jax.tree import leaf_table
 
 # Running statistics by the names that Flax, Haiku and Equinox give them.
@@ -28,8 +29,8 @@ _UNEVEN = (
 def find_groups(
     fn: Callable[..., Any],
     *args: Any,
-    prune_inputs: bool = False,
-    prune_outputs: bool = False,
+    prune_inputs: bool | Sequence[str] = False,
+    prune_outputs: bool | Sequence[str] = False,
     ignore: Sequence[str] = (),
     whole: Sequence[str] = (),
     state: Sequence[str] = STATE,
@@ -54,9 +55,18 @@ def find_groups(
         floating-point or complex are cut, but never thresholded. Then the inputs,
         likewise; what is no array (Python numbers, strings) stays what it is: give
         arrays for what will vary.
-      prune_inputs: whether features of the inputs count as channels, too. The small
-        function takes the whole input and leaves out what it does not need.
-      prune_outputs: whether positions of the outputs do.
+      prune_inputs: whether features of the inputs count as channels, too: of all of
+        them, or of those whose paths match one of some patterns. The path of an input
+        begins with its number behind the parameters, from 0: ``"1/cache/*"``. The small
+        function takes the whole input and leaves out what it does not need, or
+        :meth:`Cut.take_inputs` of it.
+      prune_outputs: whether positions of the outputs do, likewise; the path of an
+        output is that in the tree of results. An output that matches a pattern, and an
+        input that does, of the same shape and with the same end of their paths, are a
+        *state* (of a recurrent net, keys and values of a decoder), whose channels are
+        the same. The small function takes a small state and returns one. A state is
+        zero where channels are gone: it has to begin so, as :meth:`Cut.zero_inputs`
+        does.
       ignore: patterns (as in :mod:`fnmatch`) of paths of leaves, whose channels stay:
         those that a leaf makes (as a producer). What it only reads may go.
       whole: patterns of paths of leaves that keep their shape: what they read stays,
@@ -91,17 +101,23 @@ def find_groups(
     fn, params, inputs = take_apart(fn, args)
     for name, patterns in (("ignore", ignore), ("whole", whole), ("state", state)):
         _check_patterns(name, patterns, list(leaf_table(params)))
+    chosen_in = _chosen("prune_inputs", prune_inputs)
+    chosen_out = _chosen("prune_outputs", prune_outputs)
     found = analyse(
         fn,
         params,
         inputs,
+        {},
         is_state=lambda path: matches(path, state),
         ignore=ignore,
         whole=whole,
-        prune_inputs=prune_inputs,
-        prune_outputs=prune_outputs,
+        prune_inputs=chosen_in,
+        prune_outputs=chosen_out,
+        states=() if prune_inputs is True or prune_outputs is True else None,
         derivatives=False,
     )
+    _check_patterns("prune_inputs", chosen_in, list(found.inputs))
+    _check_patterns("prune_outputs", chosen_out, list(found.outputs))
     leaves = tuple(
         Leaf(path, tuple(np.shape(leaf))) for path, leaf in leaf_table(params).items()
     )
@@ -109,25 +125,40 @@ def find_groups(
     groups = Groups(
         find_dimensions(found, shapes),
         leaves,
-        prune_inputs=prune_inputs,
-        prune_outputs=prune_outputs,
+        prune_inputs=chosen_in,
+        prune_outputs=chosen_out,
     )
     return dataclasses.replace(
-        groups, frozen=_frozen(found, groups), flops=flop_polynomial(found, groups)
+        groups,
+        frozen=_frozen(found, groups),
+        flops=flop_polynomial(found, groups),
+        ports=find_ports(found, groups),
     )
 
 
-def _check_patterns(name: str, patterns: Any, paths: Sequence[str]) -> None:
+def _chosen(name: str, flag: Any) -> tuple[str, ...]:
+    """Patterns of paths, from them or from whether all are meant."""
+    if isinstance(flag, bool):
+        return ("*",) if flag else ()
+    _check_sequence(name, flag)
+    return tuple(flag)
+
+
+def _check_sequence(name: str, patterns: Any) -> None:
     if isinstance(patterns, str) or not all(isinstance(p, str) for p in patterns):
         raise TypeError(
             f"{name} must be a sequence of patterns, as in {name}=('*/norm/*',); got "
             f"{patterns!r}"
         )
+
+
+def _check_patterns(name: str, patterns: Any, paths: Sequence[str]) -> None:
+    _check_sequence(name, patterns)
     for pattern in patterns:
-        if pattern not in STATE and not fnmatch.filter(paths, pattern):
+        if pattern not in ("*", *STATE) and not fnmatch.filter(paths, pattern):
             raise ValueError(
                 f"{name} pattern {pattern!r} matches none of the leaves; there are, "
-                f"for example, {list(paths[:5])}"
+                f"for example, {paths[:5]}"
             )
 
 

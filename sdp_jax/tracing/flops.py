@@ -9,6 +9,7 @@ import numpy as np
 from sdp_jax.groups import Groups
 from sdp_jax.polynomial import Polynomial, monomial
 from sdp_jax.tracing.analyse import Analysis, analyse_with
+from sdp_jax.tracing.ports import class_channels
 from sdp_jax.tracing.rules import RULES
 from sdp_jax.tracing.trace import NO_RULE, Body
 from sdp_jax.tracing.values import Axis
@@ -55,7 +56,7 @@ def count_flops(
             f"{groups.shapes.get(odd[0])} in the groups; give groups and parameters of "
             "the same model"
         )
-    found = analyse_with(groups, fn, params, inputs, derivatives=False)
+    found = analyse_with(groups, fn, params, inputs, {}, derivatives=False)
     return dataclasses.replace(groups, flops=flop_polynomial(found, groups))
 
 
@@ -70,7 +71,9 @@ class _Counter:
     def __init__(self, found: Analysis, groups: Groups) -> None:
         self._sizes = [d.size for d in groups]
         self._label = found.solution.label
-        owner = _owners(found, groups)
+        dimension = np.repeat(np.arange(len(groups)), self._sizes)
+        # The last is that of classes without a channel.
+        owner = np.append(dimension, -1)[class_channels(found, groups)]
         self._kind, self._dims = _kinds(owner[found.solution.operands])
         # The arrays are kept alive, so that their identity stays theirs.
         self._lengths: dict[int, tuple[np.ndarray, Polynomial | int]] = {}
@@ -117,22 +120,3 @@ def _kinds(rows: np.ndarray) -> tuple[np.ndarray, list[tuple[int, ...]]]:
         both = kind * (rows.max() + 2) + column + 1
         _, first, kind = np.unique(both, return_index=True, return_inverse=True)
     return kind, [tuple(d for d in row if d >= 0) for row in rows[first].tolist()]
-
-
-def _owners(found: Analysis, groups: Groups) -> np.ndarray:
-    """For each class of a trace the number of its dimension, or -1."""
-    label, operands = found.solution.label, found.solution.operands
-    atoms = {(axis.path, axis.axis): axis.atoms for axis in found.axes}
-    owner = np.full(len(operands), -1)
-    for number, d in enumerate(groups):
-        for m in d.members:
-            places = m.positions(d.size).swapaxes(0, 1).reshape(d.size, -1)
-            rows = operands[label[atoms[m.path, m.axis][places]]]
-            # The class of a channel is the one that all of its positions have, and
-            # that no other channel has.
-            common = rows[:, 0]
-            shared = (rows[:, :, None, :] == common[:, None, :, None]).any(3).all(1)
-            single = shared & (common > 0)
-            classes, times = np.unique(common[single], return_counts=True)
-            owner[classes[times == 1]] = number
-    return owner

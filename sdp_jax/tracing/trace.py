@@ -190,6 +190,12 @@ class Trace:
             return ZERO
         return fill
 
+    def zero(self, axis: Axis, why: Reason) -> Axis:
+        """An axis whose absent entries are zero, or which is frozen."""
+        if any(f.fill is None and not self.space.is_plain(f) for f in axis):
+            return self.space.freeze(axis, why)
+        return tuple(Factor(f.atoms, self.settle(f.fill or ZERO)) for f in axis)
+
     def settled(self, value: Value) -> Value:
         """Settles the fills of an activation."""
         if not value.data or not any(f.fill for axis in value.axes for f in axis):
