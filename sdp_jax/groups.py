@@ -561,10 +561,26 @@ class Groups:
             )
         if self.frozen:
             lines.append("cannot be cut:")
-        for f in self.frozen:
-            why = "; ".join(f.reasons)
-            lines.append(f"  {f.path}[{f.axis}], {f.positions} positions: {why}")
+        lines += [f"  {line}" for line in self._frozen_lines()]
         return "\n".join(lines)
+
+    def _frozen_lines(self) -> list[str]:
+        """What is frozen, by leaf; leaves of a layer with the same reasons as one."""
+        leaves: dict[str, list[Frozen]] = {}
+        for f in self.frozen:
+            leaves.setdefault(f.path, []).append(f)
+        lines: dict[tuple[str, str, str], list[str]] = {}
+        for path, parts in leaves.items():
+            layer, slash, name = path.rpartition("/")
+            axes = []
+            for f in parts:
+                length = self.shapes[path][f.axis]
+                some = "" if f.positions == length else f": {f.positions} of {length}"
+                axes.append(f"{f.axis}{some}")
+            why = "; ".join(dict.fromkeys(r for f in parts for r in f.reasons))
+            key = (layer + slash, "" if layer else path, why)
+            lines.setdefault(key, []).append(f"{name}[{', '.join(axes)}]")
+        return [f"{k[0]}{', '.join(names)}: {k[2]}" for k, names in lines.items()]
 
     def draw(self) -> str:
         """A picture of layers and couplings, in the language of Graphviz.

@@ -240,4 +240,5 @@ def _used(body: Body, solution: Solution) -> np.ndarray:
     walk(body)
     used = np.zeros_like(there)
     used[solution.operands[there]] = True
+    used[0] = False
     return used

@@ -66,6 +66,7 @@ class Atoms:
         self._left: list[np.ndarray] = []
         self._right: list[np.ndarray] = []
         self._frozen: list[tuple[np.ndarray, Reason]] = []
+        self._held: list[np.ndarray] = []  # Frozen by what else is.
         self._conjunctions: list[Conjunction] = []
         # Classes by what has been merged so far: equalities; freezes, too.
         self._free = np.zeros(1, np.int32)
@@ -92,13 +93,29 @@ class Atoms:
         self._frozen.append((atoms, reason))
 
     def reasons(self) -> tuple[np.ndarray, dict[int, list[Reason]]]:
-        """The class of each atom without freezes; by class the reasons to freeze it."""
+        """For each atom a number under which the reasons to freeze it are."""
         label = self._components(frozen=False)
+        stuck = self._components() == 0
         found: dict[int, list[Reason]] = {}
         for atoms, reason in self._frozen:
             for one in np.unique(label[atoms]).tolist():
                 found.setdefault(one, []).append(reason)
-        return label, found
+        # A grid that is frozen without a reason of its own has that of its factors.
+        source = np.full(label.max() + 1, -1)
+        source[list(found)] = list(found)
+        pairs = [np.zeros((0, 2), np.int32)]
+        for c in self._conjunctions:
+            for part in np.moveaxis(c.operands(), 1, 0):
+                both = stuck[c.z] & stuck[part]
+                pairs.append(np.unique(label[np.stack([c.z, part], 1)[both]], axis=0))
+        a, b = np.concatenate(pairs).T
+        while True:
+            before = source.copy()
+            for x, y in ((a, b), (b, a)):
+                new = (source[x] < 0) & (source[y] >= 0)
+                source[x[new]] = source[y[new]]
+            if (source == before).all():
+                return source[label], found
 
     def solve(self) -> Solution:
         """Solves all equations; what cannot be expressed exactly becomes coarser."""
@@ -126,7 +143,9 @@ class Atoms:
             atom = np.zeros(label.max() + 1, np.int32)
             atom[label[::-1]] = np.arange(len(label))[::-1]
             for a, b in pairs:
-                self.equate(atom[a], atom[b])
+                stuck = (a == 0) | (b == 0)
+                self._held.append(atom[np.maximum(a, b)[stuck]])
+                self.equate(atom[a[~stuck]], atom[b[~stuck]])
 
     def _components(self, frozen: bool = True) -> np.ndarray:
         """The class of each atom by all equalities, with or without the freezes."""
@@ -137,7 +156,8 @@ class Atoms:
             (atoms, np.broadcast_to(zero, atoms.shape))
             for atoms, _ in self._frozen[self._stuck :]
         ]
-        self._stuck = len(self._frozen)
+        stuck += [(atoms, np.broadcast_to(zero, atoms.shape)) for atoms in self._held]
+        self._stuck, self._held = len(self._frozen), []
         self._free = _merge(self._free, pairs, self.count)
         if self._fixed is None:
             self._fixed = _merge(self._free, stuck, self.count)

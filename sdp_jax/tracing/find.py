@@ -95,8 +95,8 @@ def find_groups(
       in                8                7  in[1], out[0] (consumer)
       1 dimensions, 8 channels; they hold 56 of 56 entries (100.0%)
       cannot be cut:
-        in[0], 4 positions: dot_general: meets an axis that is always kept (...)
-        out[1], 3 positions: output: is an output of the function
+        in[0]: dot_general: meets an axis that is always kept (...)
+        out[1]: output: is an output of the function
     """
     fn, params, inputs = take_apart(fn, args)
     for name, patterns in (("ignore", ignore), ("whole", whole), ("state", state)):
@@ -175,7 +175,8 @@ def _frozen(found: Analysis, groups: Groups) -> tuple[Frozen, ...]:
         why: dict[str, None] = {}
         for one in np.unique(label[axis.atoms[~free]]).tolist():
             why.update((str(reason), None) for reason in reasons.get(one, ()))
-        used = found.used[solution.operands[solution.label[axis.atoms[~free]]]].any()
+        classes = solution.label[axis.atoms[~free]]
+        used = found.used[solution.operands[classes]].any() or not classes.all()
         told = tuple(why) or (_UNEVEN if used else _UNUSED,)
         if len(told) > 4:
             told = (*told[:4], f"and {len(told) - 4} more")
