@@ -39,6 +39,7 @@ class Cut:
       dense: the groups before the cut.
       kept: for each dimension, in order, the indices of the channels that stay,
         ascending, at least one.
+      notes: what has to be said of it: zeros that were found, and stay all the same.
 
     Raises:
       ValueError: if ``kept`` does not fit the groups.
@@ -46,6 +47,7 @@ class Cut:
 
     dense: Groups
     kept: tuple[tuple[int, ...], ...]
+    notes: tuple[str, ...] = dataclasses.field(default=(), compare=False)
 
     def __hash__(self) -> int:
         return self._hash
@@ -405,7 +407,7 @@ class Cut:
     def to_json(self) -> str:
         """The cut as a JSON string."""
         dense = json.loads(self.dense.to_json())
-        return json.dumps({"dense": dense, "kept": self.kept})
+        return json.dumps({"dense": dense, "kept": self.kept, "notes": self.notes})
 
     @classmethod
     def from_json(cls, text: str) -> "Cut":
@@ -424,17 +426,18 @@ class Cut:
             raw = json.loads(text)
             dense = Groups.from_json(json.dumps(raw["dense"]))
             kept = tuple(tuple(line) for line in raw["kept"])
+            notes = tuple(str(note) for note in raw.get("notes", ()))
         except (KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(
                 f"not a cut in JSON, as written by Cut.to_json: {error!r}"
             ) from error
         try:
-            return cls(dense, kept)
+            return cls(dense, kept, notes)
         except ValueError as error:
             raise ValueError(f"not a cut in JSON: {error}") from error
 
     def summary(self) -> str:
-        """A table of before and after the cut: widths, entries, FLOPs."""
+        """A table of before and after the cut: widths, entries, FLOPs; and notes."""
         rows: list[tuple[str, float, float]] = [
             (d.name, d.size, len(kept))
             for d, kept in zip(self.dense.dimensions, self.kept, strict=True)
@@ -449,7 +452,7 @@ class Cut:
             flops = self.dense.flops.at
             full, left = (list(w.values()) for w in (self.dense.sizes, self.widths))
             rows.append(("FLOPs", flops(full), flops(left)))
-        return "\n".join(before_and_after("dimension", rows))
+        return "\n".join([*before_and_after("dimension", rows), *self.notes])
 
     def __str__(self) -> str:
         return self.summary()

@@ -17,6 +17,7 @@ from sdp_jax.checks import check_number, check_share
 from sdp_jax.cut import Cut
 from sdp_jax.groups import Groups, Ranking, check_ranking, need_groups
 from sdp_jax.measure import latency
+from sdp_jax.remains import zeros_that_stay
 from sdp_jax.tree import PyTree, leaf_table, missing_path_message
 
 Target = Literal["channels", "params", "flops", "latency"]
@@ -70,7 +71,9 @@ def plan_cut(
     Returns:
       A :class:`Cut`. A target is met to within one channel (or within ``round_to`` of
       each dimension), from below: at least as much goes as was asked for, except of
-      channels, which are counted exactly.
+      channels, which are counted exactly. Without scores its ``notes`` say which zeros
+      stay, and why: where only some of the leaves that make a channel are zero (the
+      scale and bias of a normalisation, not the filter), or what is zero cannot be cut.
 
     Raises:
       ValueError: if ``params`` does not match the groups or has no values (under
@@ -323,10 +326,11 @@ def _cut_zeros(groups: Groups, params: PyTree, min_channels: int, round_to: int)
                     "cannot be cut"
                 )
     kept = []
-    for name, alive in groups.split(np.asarray(channels_alive(groups, params))).items():
+    every = groups.split(np.asarray(channels_alive(groups, params)))
+    for name, alive in every.items():
         stay = alive.copy()
         missing = min(min_channels, groups.sizes[name]) - int(stay.sum())
         if missing > 0:
             stay[np.flatnonzero(~stay)[:missing]] = True
         kept.append(_rounded(stay, np.zeros(len(stay)), round_to))
-    return Cut(groups, tuple(kept))
+    return Cut(groups, tuple(kept), zeros_that_stay(groups, table, kept))

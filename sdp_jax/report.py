@@ -64,7 +64,7 @@ class Report:
                 "the small function is no faster here: widths may be uneven for this "
                 "device (see round_to), or the model too small for its FLOPs to matter"
             )
-        return "\n".join(lines)
+        return "\n".join([*lines, *self.cut.notes])
 
 
 def make_report(

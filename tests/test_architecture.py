@@ -18,7 +18,7 @@ COMMON = ["tree", "checks", "polynomial", "ports", "groups", "axes", "channels"]
 # Each goes on from there, and neither imports the other.
 TRAINING = ["prox", "strength", "target", "base", "transforms", "_altsdp"]
 CUTTING = ["modules", "tracing", "matching", "cut", "_narrow", "measure", "compare"]
-CUTTING += ["plan", "files", "export", "report", "_prune"]
+CUTTING += ["remains", "plan", "files", "export", "report", "_prune"]
 # Behind doors of their own; both train.
 DOORS = ["valley", "methods"]
 # Inside a folder, the modules in the order in which they may import one another.

@@ -1,0 +1,94 @@
+"""Zeros that stay: what makes a channel is zero in part, or the whole cannot be cut."""
+
+import collections
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from sdp_jax.groups import Dimension, Groups
+from sdp_jax.tree import leaf_dtype
+
+# A vector of zeros is a dead channel if one of them is a scale, by its name.
+_SCALES = ("scale", "gamma", "weight")
+
+
+def zeros_that_stay(
+    groups: Groups, table: Mapping[str, Any], kept: Sequence[Sequence[int]]
+) -> tuple[str, ...]:
+    """Says which channels stay though something that makes them is exactly zero."""
+    notes = []
+    for d, stay in zip(groups, kept, strict=True):
+        zero = {m.path: np.ones(d.size, bool) for m in d.producers}
+        for m in d.producers:
+            lines = _zero_along(table[m.path], m.axis)
+            zero[m.path] &= lines[m.positions(d.size)].all(axis=(0, 2))
+        stays = np.zeros(d.size, bool)
+        stays[list(stay)] = True
+        gone = np.logical_and.reduce(list(zero.values()))
+        if count := int((gone & stays).sum()):
+            notes.append(
+                f"{d.name}: {_channels(count)} zero stay, for min_channels or round_to"
+            )
+        notes += _in_part(d, groups, zero, stays & ~gone)
+    for f in groups.frozen:
+        number = jnp.issubdtype(leaf_dtype(table[f.path]), jnp.inexact)
+        if len(groups.shapes[f.path]) < 2 or not number:
+            continue  # A bias is often zero.
+        lines = _zero_along(table[f.path], f.axis)
+        for mask in groups.covered.get((f.path, f.axis), {}).values():
+            lines &= ~mask
+        if 0 < lines.sum() < len(lines):
+            notes.append(
+                f"{f.path}[{f.axis}]: {int(lines.sum())} of {len(lines)} positions are "
+                f"zero and stay: {'; '.join(f.reasons)}"
+            )
+    return tuple(notes)
+
+
+def _zero_along(leaf: Any, axis: int) -> np.ndarray:
+    """Where along an axis all entries are zero."""
+    on = np if getattr(leaf, "is_fully_addressable", True) else jnp
+    rest = tuple(d for d in range(np.ndim(leaf)) if d != axis)
+    return np.asarray(on.all(on.asarray(leaf) == 0, axis=rest))
+
+
+def _in_part(
+    d: Dimension, groups: Groups, zero: Mapping[str, np.ndarray], stays: np.ndarray
+) -> list[str]:
+    """Channels of which some leaves are zero: matrices, or a normalisation."""
+    # What is zero as a whole was set up so.
+    part = {path: line for path, line in zero.items() if not line.all()}
+    rank = {path: len(groups.shapes[path]) for path in zero}
+    vectors = [path for path in zero if rank[path] == 1]
+    scales = [p for p in vectors if p in part and p.rpartition("/")[2] in _SCALES]
+    dead = np.ones(d.size, bool) if scales else np.zeros(d.size, bool)
+    for path in vectors:
+        dead &= zero[path]
+    for path, line in part.items():
+        if rank[path] > 1:
+            dead |= line
+    kinds: collections.Counter[tuple[str, ...]] = collections.Counter()
+    first: dict[tuple[str, ...], int] = {}
+    for c in np.flatnonzero(dead & stays).tolist():
+        kind = tuple(path for path, line in zero.items() if line[c])
+        kinds[kind] += 1
+        first.setdefault(kind, c)
+    notes = []
+    for kind, count in kinds.most_common(2):
+        rest = [path for path in zero if path not in kind]
+        notes.append(
+            f"{d.name}: {_channels(count)} zero in {_few(kind)} stay (as number "
+            f"{first[kind]}), for they are not in {_few(rest)}"
+        )
+    return notes
+
+
+def _channels(count: int) -> str:
+    return f"{count} channel{'s' * (count > 1)}"
+
+
+def _few(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
