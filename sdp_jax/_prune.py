@@ -144,14 +144,17 @@ class Pruned:
         """Writes parameters (Orbax) and cut (JSON) into a new directory.
 
         The directory appears when everything is written, or not at all;
-        :func:`sdp_jax.load` reads it.
+        :func:`sdp_jax.load` reads it. Of several processes (``jax.distributed``) all
+        have to call this; parameters may be sharded over them.
 
         Args:
-          directory: where to write; it must not exist.
+          directory: where to write; it must not exist. Several processes have to share
+            it; that of the first one counts.
 
         Raises:
           FileExistsError: if the directory exists.
           ValueError: if the parameters are not those of the cut.
+          RuntimeError: if it has failed in another process.
           ImportError: if orbax-checkpoint is not installed.
         """
         files.save(directory, self.params, self.cut)
@@ -337,6 +340,9 @@ def load(
 ) -> Pruned:
     """Reads what :meth:`Pruned.save` wrote.
 
+    Any number of processes may do so, each for itself; the parameters come to a device
+    of the process, or where the arrays of ``like`` are.
+
     Args:
       directory: where it is.
       fn: the dense function, or the dense nnx or Equinox module, in the mode in which
@@ -345,7 +351,8 @@ def load(
         one of these parameters.
       like: a tree of arrays or shapes with the structure of the dense or small
         parameters. Needed if they are in other containers than dictionaries and lists,
-        and the function is no module.
+        and the function is no module. If it is small and has shardings, the parameters
+        get them.
 
     Returns:
       The :class:`Pruned`.

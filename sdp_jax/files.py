@@ -1,62 +1,98 @@
 """Saving small parameters together with the cut that made them."""
 
+import contextlib
+import glob
 import importlib
 import json
 import os
 import pathlib
 import shutil
 import uuid
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
 
 from sdp_jax.cut import Cut
 from sdp_jax.tree import PyTree, leaf_dtype, leaf_table
 
 
 def save(directory: str | os.PathLike[str], params: PyTree, cut: Cut) -> None:
-    """Writes small parameters (Orbax) and their cut (JSON), all or nothing."""
-    cut.check_small(params)
-    checkpointing = _orbax()
-    path = pathlib.Path(directory).absolute()
+    """Writes small parameters (Orbax) and their cut (JSON), all or nothing.
+
+    Of several processes all call it. They go by the path of the first one, which also
+    writes the JSON; arrays of one process are taken to be the same in all of them.
+    """
+    path = pathlib.Path(_broadcast(str(pathlib.Path(directory).absolute())))
+    # Not by tempfile, whose directories nobody else may read.
+    scratch = path.with_name(_broadcast(f"{path.name}.{uuid.uuid4().hex}.part"))
+    first = jax.process_index() == 0
+    try:
+        with _together():
+            cut.check_small(params)
+            checkpointing = _orbax()
+            if first:
+                _begin(path, scratch, params, cut)
+        with _together():
+            if not scratch.is_dir():
+                raise FileNotFoundError(
+                    f"process {jax.process_index()} does not see {scratch}, which the "
+                    "first process has made: save into a directory that all of them "
+                    "share"
+                )
+        with _together(), checkpointing.StandardCheckpointer() as checkpointer:
+            checkpointer.save(scratch / "params", jax.tree.map(_everywhere, params))
+        with _together():
+            if first:
+                scratch.rename(path)
+    except BaseException:
+        if first:
+            shutil.rmtree(scratch, ignore_errors=True)
+        raise
+
+
+def _begin(path: pathlib.Path, scratch: pathlib.Path, params: PyTree, cut: Cut) -> None:
     if path.exists():
         raise FileExistsError(f"{path} exists; choose another directory or remove it")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    table = leaf_table(params)
-    dtypes = {p: str(leaf_dtype(x)) for p, x in table.items()}
+    dtypes = {p: str(leaf_dtype(x)) for p, x in leaf_table(params).items()}
     record = json.loads(cut.to_json()) | {"dtypes": dtypes}
-    # Not by tempfile, whose directories nobody else may read.
-    scratch = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
-    scratch.mkdir()
-    try:
-        (scratch / "cut.json").write_text(json.dumps(record))
-        with checkpointing.StandardCheckpointer() as checkpointer:
-            checkpointer.save(scratch / "params", params)
-        scratch.rename(path)
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
+    scratch.mkdir(parents=True)
+    (scratch / "cut.json").write_text(json.dumps(record))
 
 
 def load(
     directory: str | os.PathLike[str], like: PyTree | None = None
 ) -> tuple[Any, Cut]:
-    """Reads what :func:`save` wrote, in the containers of ``like`` if it is given."""
+    """Reads what :func:`save` wrote, in the containers of ``like`` if it is given.
+
+    Arrays lie where those of ``like`` do if these are small, else on a device of this
+    process, however many processes have saved them.
+    """
     checkpointing = _orbax()
     path = pathlib.Path(directory).absolute()
     if not (path / "cut.json").is_file() or not (path / "params").is_dir():
+        parts = sorted(
+            p.name for p in path.parent.glob(f"{glob.escape(path.name)}.*.part")
+        )
+        cut_off = f"; {', '.join(parts)} beside it is left of saves that were cut off"
         raise FileNotFoundError(
             f"{path} holds no saved cut: it needs cut.json and params/, as "
-            "Pruned.save writes them"
+            f"Pruned.save writes them{cut_off if parts else ''}"
         )
     text = (path / "cut.json").read_text()
     cut = Cut.from_json(text)
-    target = None
-    if like is not None:
-        dtypes = json.loads(text).get("dtypes", {})
-        target = _of_dtypes(cut.small_like(like), dtypes)
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     with checkpointing.StandardCheckpointer() as checkpointer:
+        if like is None:
+            saved = checkpointer.metadata(path / "params").item_metadata.tree
+            target = jax.tree.map(lambda leaf: _as_saved(leaf, here), saved)
+        else:
+            dtypes = json.loads(text).get("dtypes", {})
+            shapes = _of_dtypes(cut.small_like(like), dtypes)
+            target = jax.tree.map(lambda x, y: _placed(x, y, here), shapes, like)
         params = checkpointer.restore(path / "params", target)
     if like is None:
         try:
@@ -68,6 +104,61 @@ def load(
             ) from error
     cut.check_small(params)
     return params, cut
+
+
+def _as_saved(leaf: Any, here: jax.sharding.Sharding) -> Any:
+    """What stands for an array, or for a NumPy array or number, that was saved."""
+    if leaf.sharding is None:
+        empty = np.zeros(leaf.shape, leaf.dtype)
+        number = isinstance(leaf, _orbax().metadata.ScalarMetadata)
+        return empty.item() if number else empty
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here)
+
+
+def _placed(shape: Any, like: Any, here: jax.sharding.Sharding) -> Any:
+    """A small shape where a leaf like it lies, if that is small."""
+    place = getattr(like, "sharding", None)
+    if place is None or np.shape(like) != shape.shape:
+        place = here
+    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place)
+
+
+@contextlib.contextmanager
+def _together() -> Iterator[None]:
+    """Waits for all processes behind what they do; if one fails, all do."""
+    error = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    if jax.process_count() > 1:
+        fine = multihost_utils.process_allgather(np.asarray(error is None))
+        if error is None and not fine.all():
+            raise RuntimeError(
+                f"saving failed in process {int(np.argmin(fine))}, whose error says why"
+            )
+    if error is not None:
+        raise error
+
+
+def _broadcast(text: str) -> str:
+    """The text of the first process."""
+    if jax.process_count() == 1:
+        return text
+    own = np.frombuffer(text.encode(), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.asarray(len(own))))
+    own = np.resize(own, size)
+    return bytes(np.asarray(multihost_utils.broadcast_one_to_all(own))).decode()
+
+
+def _everywhere(leaf: Any) -> Any:
+    """An array of this process as one of all processes, each of which has it."""
+    local = isinstance(leaf, jax.Array) and leaf.is_fully_addressable
+    if jax.process_count() == 1 or not local:
+        return leaf
+    mesh = jax.sharding.Mesh(np.asarray(jax.devices()), ("all",))
+    whole = jax.sharding.PartitionSpec()
+    return multihost_utils.host_local_array_to_global_array(leaf, mesh, whole)
 
 
 def _of_dtypes(shapes: PyTree, dtypes: dict[str, str]) -> PyTree:

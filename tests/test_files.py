@@ -5,6 +5,7 @@ import sys
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import sdp_jax
@@ -41,12 +42,38 @@ def test_nothing_is_half_written(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_numpy_arrays_and_numbers_come_back_as_they_were(tmp_path):
+    params = {"w": np.ones((2, 3), np.float64), "v": jnp.ones(3), "n": 3, "x": 0.5}
+    axes = {"d": [sdp_jax.Member("w", 1), sdp_jax.Member("v", 0)]}
+    cut = sdp_jax.Cut(sdp_jax.groups_from_axes(params, axes), ((0, 2),))
+    files.save(tmp_path / "model", cut.take(params), cut)
+    found, _ = files.load(tmp_path / "model")
+    assert type(found["w"]) is np.ndarray and found["w"].dtype == np.float64
+    assert (found["n"], found["x"]) == (3, 0.5)
+    assert found["v"].sharding.device_set == {jax.local_devices()[0]}
+
+
+def test_shardings_are_those_of_small_arrays(tmp_path):
+    cut = half()
+    mesh = jax.make_mesh((2,), ("d",), devices=jax.devices()[:2])
+    sharding = jax.NamedSharding(mesh, jax.P())
+    small = jax.device_put(cut.take(PARAMS), sharding)
+    files.save(tmp_path / "model", small, cut)
+    found, _ = files.load(tmp_path / "model", small)
+    assert {x.sharding for x in jax.tree.leaves(found)} == {sharding}
+    found, _ = files.load(tmp_path / "model", PARAMS)
+    assert all(len(x.devices()) == 1 for x in jax.tree.leaves(found))
+
+
 def test_bad_directories(tmp_path):
     cut = half()
     with pytest.raises(FileNotFoundError, match="holds no saved cut"):
         files.load(tmp_path)
     with pytest.raises(FileExistsError, match="choose another"):
         files.save(tmp_path, cut.take(PARAMS), cut)
+    (tmp_path / "model.3f.part").mkdir()
+    with pytest.raises(FileNotFoundError, match="model.3f.part beside it is left of"):
+        files.load(tmp_path / "model")
     files.save(tmp_path / "model", cut.take(PARAMS), cut)
     with pytest.raises(ValueError, match="neither the dense nor the small"):
         files.load(tmp_path / "model", {"w": jnp.ones(3)})

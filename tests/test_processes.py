@@ -1,0 +1,105 @@
+"""Two processes save and load as one: what is sharded over both, and what each has."""
+
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import sdp_jax
+
+KEPT = (0, 2, 3, 5)
+SMALL = np.arange(24, dtype=np.float32).reshape(4, 6)[:, list(KEPT)]
+CANNOT = 77
+
+
+def fn(params, x):
+    return jnp.tanh(x @ params["w"] + params["b"]) @ params["v"]
+
+
+def model(w):
+    """A cut model: a matrix as given, a vector of this process, and of NumPy."""
+    dense = {"w": (4, 6), "b": (6,), "v": (6, 3)}
+    dense = {k: jax.ShapeDtypeStruct(s, np.float32) for k, s in dense.items()}
+    x = jax.ShapeDtypeStruct((1, 4), np.float32)
+    cut = sdp_jax.Cut(sdp_jax.find_groups(fn, dense, x), (KEPT,))
+    params = {"w": w, "b": jnp.ones(4), "v": np.ones((4, 3), np.float32)}
+    return sdp_jax.Pruned(fn, params, cut)
+
+
+def run(number, port, folder):
+    """What each of the two processes does."""
+    try:
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        jax.distributed.initialize(f"127.0.0.1:{port}", 2, number)
+    except Exception as error:
+        print(error)
+        sys.exit(CANNOT)
+    mesh = jax.sharding.Mesh(np.asarray(jax.devices()), ("d",))
+    where = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("d"))
+    w = jax.make_array_from_callback(SMALL.shape, where, lambda i: SMALL[i])
+    # Each gives a path of its own; that of the first one counts.
+    model(w).save(f"{folder}/{('together', 'other')[number]}")
+    try:
+        model(w).save(f"{folder}/together")
+    except (FileExistsError, RuntimeError) as error:
+        print(type(error).__name__)
+    for name in ("together", "alone"):
+        found = sdp_jax.load(f"{folder}/{name}", fn)
+        np.testing.assert_array_equal(found.params["w"], SMALL)
+    like = found.params | {"w": w}
+    found = sdp_jax.load(f"{folder}/together", fn, like=like).params["w"]
+    assert found.sharding == where and not found.is_fully_addressable
+    for part in found.addressable_shards:
+        np.testing.assert_array_equal(part.data, SMALL[part.index])
+    print("loaded")
+
+
+def test_two_processes_save_once_and_any_number_loads(tmp_path):
+    try:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+    except OSError as error:
+        pytest.skip(f"no loopback: {error}")
+    model(jnp.asarray(SMALL)).save(tmp_path / "alone")
+    root = pathlib.Path(sdp_jax.__file__).parents[1]
+    env = os.environ | {"PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu"}
+    env["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(number), str(port), str(tmp_path)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=env,
+        )
+        for number in (0, 1)
+    ]
+    try:
+        told = [p.communicate(timeout=120) for p in processes]
+    finally:
+        for p in processes:
+            p.kill()
+    if CANNOT in (codes := [p.returncode for p in processes]):
+        pytest.skip(f"two processes cannot be joined here: {told}")
+    assert codes == [0, 0], told
+    lines = [[s for s in out.splitlines() if "[Gloo]" not in s] for out, _ in told]
+    assert lines == [
+        ["FileExistsError", "loaded"],
+        ["RuntimeError", "loaded"],
+    ]
+    # One path, and nothing of the one that was refused.
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["alone", "together"]
+    found = sdp_jax.load(tmp_path / "together", fn, jnp.ones((1, 4)))
+    for k, x in model(SMALL).params.items():
+        np.testing.assert_array_equal(found.params[k], x)
+
+
+if __name__ == "__main__":
+    run(int(sys.argv[1]), *sys.argv[2:])
