@@ -1,6 +1,7 @@
 """narrow: the function without the channels that are cut out."""
 
 import functools
+import inspect
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -30,8 +31,8 @@ def narrow(fn: Callable[..., Any], cut: Cut) -> Callable[..., Any]:
       cut: which channels stay.
 
     Returns:
-      A function of the same signature that takes ``cut.take(params)``, and states that
-      go in and out small (:meth:`Cut.take_inputs`). It traces at
+      A function of the same signature that takes ``cut.take(params)``; a recurrent
+      state or a cache goes in and out small (:meth:`Cut.take_inputs`). It traces at
       each call, so put ``jax.jit`` around it; ``grad``, ``vmap``, ``checkpoint`` and
       ``jax.export`` work on it as on any other function.
 
@@ -69,6 +70,7 @@ def narrow(fn: Callable[..., Any], cut: Cut) -> Callable[..., Any]:
                 for path, leaf in table.items()
             ],
         )
+        args, kwargs = _positional(fn, params, args, kwargs)
         moving, join = separate((args, kwargs))
         paths = input_paths(args, kwargs)
         forms = [
@@ -82,21 +84,21 @@ def narrow(fn: Callable[..., Any], cut: Cut) -> Callable[..., Any]:
                 for path, leaf in zip(paths, moving, strict=True)
             ]
         )
-        states = {p.path for p in cut.dense.ports if p.role == "state"}
+        carries = {p.path for p in cut.dense.ports if p.role == "carry"}
         try:
-            found = analyse_with(cut.dense, fn, dense, *whole, states=states & small)
+            found = analyse_with(cut.dense, fn, dense, *whole, carries=carries & small)
             _check_producers(found, cut)
             keep = _kept_classes(found, cut, small)
         except Exception as error:
-            if states:
+            if carries:
                 given = [
                     f"{path!r} of shape {np.shape(leaf)}, taken as {form}"
                     for path, leaf, form in zip(paths, moving, forms, strict=True)
-                    if path in states
+                    if path in carries
                 ]
                 error.add_note(
-                    "the groups of the cut were found on a function with states "
-                    f"{sorted(states)}, which the small function takes small, as "
+                    "the groups of the cut were found on a function that hands on its "
+                    f"inputs {sorted(carries)}, which the small one takes small, as "
                     f"cut.take_inputs makes them; here {'; '.join(given) or 'none'}"
                 )
             raise
@@ -110,6 +112,19 @@ def narrow(fn: Callable[..., Any], cut: Cut) -> Callable[..., Any]:
         return jax.tree.unflatten(found.out_tree, outs)
 
     return small_fn
+
+
+def _positional(
+    fn: Callable[..., Any], params: PyTree, args: tuple[Any, ...], kwargs: dict
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments by position where the function lets them be, as paths number them."""
+    if not kwargs:
+        return args, kwargs
+    try:
+        bound = inspect.signature(fn).bind(params, *args, **kwargs)
+    except (TypeError, ValueError):
+        return args, kwargs  # The function itself says what is wrong.
+    return bound.args[1:], bound.kwargs
 
 
 def _check_producers(found: Analysis, cut: Cut) -> None:

@@ -53,8 +53,8 @@ class Pruned:
         among them; with other objects that are no arrays it is not compiled.
 
         Args:
-          *inputs: as the dense function takes them behind the parameters; states that
-            go in and out small (:meth:`Cut.take_inputs`).
+          *inputs: as the dense function takes them behind the parameters; a
+            recurrent state or a cache small (:meth:`Cut.take_inputs`).
           **keywords: likewise.
 
         Returns:

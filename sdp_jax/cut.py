@@ -118,6 +118,18 @@ class Cut:
             ports=ports_after(self.dense.ports, self._alive),
         )
 
+    @functools.cached_property
+    def passed(self) -> list[tuple[str, int, int]]:
+        """Axes of inputs and outputs that channels sit in, before and after the cut."""
+        return [
+            (
+                f"{p.path}[{p.axis}] ({p.role})",
+                len(p.channels),
+                int(p.stays(self._alive).sum()),
+            )
+            for p in self.dense.ports
+        ]
+
     def take(self, tree: PyTree, *, like: PyTree | None = None) -> PyTree:
         """Slices every leaf that belongs to a channel.
 
@@ -293,7 +305,7 @@ class Cut:
         return self._each_input(take, inputs)
 
     def zero_inputs(self, *inputs: Any) -> tuple[Any, ...]:
-        """The arguments of the dense function, zero where a state's channels are gone.
+        """The dense function's arguments, zero where channels of a carry are gone.
 
         Args:
           *inputs: arrays, or trees of them.
@@ -306,7 +318,7 @@ class Cut:
 
         def zero(path: str, leaf: Any) -> Any:
             for axis, port in self._inputs.get(path, {}).items():
-                if port.state:
+                if port.carry:
                     stays = np.zeros(port.length, bool)
                     stays[port.index] = True
                     stays = np.expand_dims(
@@ -442,9 +454,7 @@ class Cut:
             (d.name, d.size, len(kept))
             for d, kept in zip(self.dense.dimensions, self.kept, strict=True)
         ]
-        for p in self.dense.ports:
-            left = int(p.stays(self._alive).sum())
-            rows.append((f"{p.path}[{p.axis}] ({p.role})", len(p.channels), left))
+        rows += self.passed
         before = sum(math.prod(s) for s in self.dense.shapes.values())
         after = sum(math.prod(s) for s in self.small_shapes.values())
         rows.append(("entries", before, after))
@@ -479,7 +489,7 @@ class Cut:
         for p in self.dense.ports:
             if p.role != "output":
                 index = np.flatnonzero(p.stays(self._alive))
-                axis = _Input(len(p.channels), index, p.role == "state")
+                axis = _Input(len(p.channels), index, p.role == "carry")
                 out.setdefault(p.path, {})[p.axis] = axis
         return out
 
@@ -542,11 +552,11 @@ class Cut:
 
 
 class _Input(NamedTuple):
-    """An axis of an input: dense length, what stays, whether it is of a state."""
+    """An axis of an input: dense length, what stays, whether it is handed on."""
 
     length: int
     index: np.ndarray
-    state: bool
+    carry: bool
 
 
 def _members_after(

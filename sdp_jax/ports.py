@@ -10,7 +10,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
-PortRole = Literal["state", "input", "output"]
+PortRole = Literal["carry", "input", "output"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,10 +19,10 @@ class Port:
 
     Attributes:
       path: path of the leaf, its keys joined by ``/``. That of an argument begins with
-        its number behind the parameters, from 0, or with its name if it has been given
-        by name; that of a result is its path in what the function returns.
+        its number behind the parameters, from 0; that of a result is its path in what
+        the function returns.
       axis: the axis.
-      role: ``"state"`` for an argument that comes back as a result, ``"input"`` for any
+      role: ``"carry"`` for an argument that comes back as a result, ``"input"`` for any
         other argument, ``"output"`` for a result.
       channels: for each position the channels that it needs, by their numbers in a
         vector of all; it is there as long as all of them are.

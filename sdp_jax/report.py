@@ -44,6 +44,7 @@ class Report:
             (name, size, self.cut.widths[name])
             for name, size in self.cut.dense.sizes.items()
         ]
+        rows += self.cut.passed
         rows += [
             ("parameters", self.dense.parameters, self.small.parameters),
             ("bytes", self.dense.parameter_bytes, self.small.parameter_bytes),

@@ -44,8 +44,8 @@ def test_a_small_network_streams_with_a_small_state(x64):
     # The same channels, made by the same leaves, as with the state inside.
     assert groups.dimensions == sdp_jax.find_groups(sequence, params, xs).dimensions
     assert sized(groups) == {
-        ("0/0", 1, "state"): 8,
-        ("0/1", 1, "state"): 4,
+        ("0/0", 1, "carry"): 8,
+        ("0/1", 1, "carry"): 4,
         ("0/0", 1, "output"): 8,
         ("0/1", 1, "output"): 4,
     }
@@ -80,11 +80,16 @@ def test_prune_checks_and_reports_a_state_from_anywhere(x64):
     groups = sdp_jax.find_groups(fn, params, x, state, **where)
     cut = promise.random_cut(groups, 0.5, 2)
     pruned = sdp_jax.prune(fn, params, x, state, cut=cut)
-    assert "1/c[1] (state)" in str(pruned)
-    assert pruned.report(x, state, repeats=1).difference < 1e-12
+    assert "1/c[1] (carry)" in str(pruned)
+    report = pruned.report(x, state, repeats=1)
+    assert report.difference < 1e-12
+    assert "1/c[1] (carry)" in str(report)
     dense = fn(cut.zero(params), *cut.zero_inputs(x, state))
     found = pruned(*cut.take_inputs(x, state))
     promise.close(found["y"], dense["y"], 1e-12)
+    small = cut.take_inputs(x, state)
+    by_name = pruned(state=small[1], x=small[0])
+    promise.close(by_name["y"], dense["y"], 1e-12)
     kept = np.asarray(cut.kept[0])
     promise.close(found["state"]["c"], dense["state"]["c"][:, kept], 1e-12)
     with pytest.raises(ValueError, match="takes small|were zero") as caught:
@@ -110,7 +115,7 @@ def test_a_state_that_does_not_stay_zero_is_whole():
         prune_outputs=("0",),
     )
     assert not len(groups)
-    assert "output: is a state that does not stay zero" in str(groups)
+    assert "output: is handed on, and does not stay zero" in str(groups)
 
 
 def test_features_shrink_beside_logits_that_stay(x64):

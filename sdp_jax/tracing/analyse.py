@@ -43,7 +43,7 @@ class Analysis:
     out_tree: Any
     inputs: dict[str, Value]
     outputs: dict[str, Value]
-    states: frozenset[str]  # The inputs that come back as outputs.
+    carries: frozenset[str]  # The inputs that come back as outputs.
 
 
 def matches(path: str, patterns: Iterable[str]) -> bool:
@@ -62,12 +62,12 @@ def analyse(
     whole: Sequence[str] = (),
     prune_inputs: Sequence[str] = (),
     prune_outputs: Sequence[str] = (),
-    states: Collection[str] | None = None,
+    carries: Collection[str] | None = None,
     derivatives: bool = True,
 ) -> Analysis:
     """Traces ``fn(params, *args, **kwargs)`` and solves for its classes.
 
-    Without ``states`` those inputs are states that come back among the outputs.
+    Without ``carries`` they are the inputs that come back among the outputs.
     """
     moving, join = separate((args, kwargs))
     names = input_paths(args, kwargs)
@@ -118,7 +118,7 @@ def analyse(
         [(p, n) for p, n in zip(names, sizes, strict=True) if matches(p, prune_inputs)],
         [(p, n) for p, n in results if matches(p, prune_outputs)],
     )
-    back = frozenset(pairs.values() if states is None else states)
+    back = frozenset(pairs.values() if carries is None else carries)
     inputs: dict[str, Value] = {}
     for path, shape in zip(names, sizes, strict=True):
         if path in back:
@@ -133,19 +133,19 @@ def analyse(
     running = {axis.path for axis in axes if axis.state}
     leaves = dict(zip(leaf_table(params), values, strict=False))
     why = Reason("output", "is an output of the function")
-    grows = Reason("output", "is a state that does not stay zero")
+    grows = Reason("output", "is handed on, and does not stay zero")
     outputs: dict[str, Value] = {}
     for (keys, _), value in zip(leaf_keys(out_shape), body.outs, strict=True):
         outputs[path := "/".join(keys)] = value
         shapes = {path: leaves[path].shape for path in running}
         found = owner_of(keys, value.shape, shapes)
         owner = leaves[found] if found else None
-        state = pairs.get(path)
+        carry = pairs.get(path)
         for d, axis in enumerate(value.axes):
             if owner is not None:
                 space.unify([axis, owner.axes[d]], why)
-            elif state in back:
-                space.unify([trace.zero(axis, grows), inputs[state].axes[d]], why)
+            elif carry in back:
+                space.unify([trace.zero(axis, grows), inputs[carry].axes[d]], why)
             elif not matches(path, prune_outputs):
                 space.freeze(axis, why)
     asked = Reason("ignore", "its channels were asked to stay")
@@ -197,13 +197,13 @@ def analyse_with(
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     *,
-    states: Collection[str] | None = None,
+    carries: Collection[str] | None = None,
     derivatives: bool = True,
 ) -> Analysis:
     """The same for a function of parameters whose groups are known."""
     state = {m.path for d in groups for m in d.members if m.role == "state"}
-    if states is None:
-        states = {p.path for p in groups.ports if p.role == "state"}
+    if carries is None:
+        carries = {p.path for p in groups.ports if p.role == "carry"}
     return analyse(
         fn,
         params,
@@ -212,7 +212,7 @@ def analyse_with(
         is_state=state.__contains__,
         prune_inputs=groups.prune_inputs,
         prune_outputs=groups.prune_outputs,
-        states=states,
+        carries=carries,
         derivatives=derivatives,
     )
 

@@ -61,12 +61,12 @@ def find_groups(
         function takes the whole input and leaves out what it does not need, or
         :meth:`Cut.take_inputs` of it.
       prune_outputs: whether positions of the outputs do, likewise; the path of an
-        output is that in the tree of results. An output that matches a pattern, and an
-        input that does, of the same shape and with the same end of their paths, are a
-        *state* (of a recurrent net, keys and values of a decoder), whose channels are
-        the same. The small function takes a small state and returns one. A state is
-        zero where channels are gone: it has to begin so, as :meth:`Cut.zero_inputs`
-        does.
+        output is that in the tree of results. An input and an output that both match
+        patterns and have the same shape, if need be the same end of their paths, are
+        one *carry*: a recurrent state, the keys and values of a decoder. It has the
+        same channels on both sides, and the small function takes and returns a small
+        one. A carry is zero where channels are gone; it has to begin so, as with
+        :meth:`Cut.zero_inputs`.
       ignore: patterns (as in :mod:`fnmatch`) of paths of leaves, whose channels stay:
         those that a leaf makes (as a producer). What it only reads may go.
       whole: patterns of paths of leaves that keep their shape: what they read stays,
@@ -113,7 +113,7 @@ def find_groups(
         whole=whole,
         prune_inputs=chosen_in,
         prune_outputs=chosen_out,
-        states=() if prune_inputs is True or prune_outputs is True else None,
+        carries=() if prune_inputs is True or prune_outputs is True else None,
         derivatives=False,
     )
     _check_patterns("prune_inputs", chosen_in, list(found.inputs))

@@ -43,7 +43,7 @@ def find_ports(found: Analysis, groups: Groups) -> tuple[Port, ...]:
                 ports.append(Port(path, d, role, rows))
 
     for path, value in found.inputs.items():
-        add(path, "state" if path in found.states else "input", value.axes)
+        add(path, "carry" if path in found.carries else "input", value.axes)
     for path, value in found.outputs.items():
         add(path, "output", value.axes)
     return tuple(ports)
