@@ -359,8 +359,11 @@ class Cut:
         whatever ``prune_outputs`` of :func:`sdp_jax.find_groups` named.
         """
         dense = self.dense
+        shape = np.shape(output)
         for port in dense.ports:
-            if (port.path, port.role) == (path, "output"):
+            length = shape[port.axis] if port.axis < len(shape) else -1
+            found = port.path, port.role, len(port.channels)
+            if found == (path, "output", length):
                 index = np.flatnonzero(port.stays(self._alive))
                 output = _take(output, index, port.axis)
         states = {m.path for d in dense for m in d.members if m.role == "state"}

@@ -29,7 +29,7 @@ def zeros_that_stay(
         gone = np.logical_and.reduce(list(zero.values()))
         if count := int((gone & stays).sum()):
             notes.append(
-                f"{d.name}: {_channels(count)} zero stay, for min_channels or round_to"
+                f"{d.name}: {_channels(count)}, zero, for min_channels or round_to"
             )
         notes += _in_part(d, groups, zero, stays & ~gone)
     for f in groups.frozen:
@@ -41,8 +41,8 @@ def zeros_that_stay(
             lines &= ~mask
         if 0 < lines.sum() < len(lines):
             notes.append(
-                f"{f.path}[{f.axis}]: {int(lines.sum())} of {len(lines)} positions are "
-                f"zero and stay: {'; '.join(f.reasons)}"
+                f"{f.path}[{f.axis}]: {int(lines.sum())} of {len(lines)} positions "
+                f"stay, zero: {'; '.join(f.reasons)}"
             )
     return tuple(notes)
 
@@ -79,14 +79,14 @@ def _in_part(
     for kind, count in kinds.most_common(2):
         rest = [path for path in zero if path not in kind]
         notes.append(
-            f"{d.name}: {_channels(count)} zero in {_few(kind)} stay (as number "
-            f"{first[kind]}), for they are not in {_few(rest)}"
+            f"{d.name}: {_channels(count)} (number {first[kind]}): zero in "
+            f"{_few(kind)}, but not in {_few(rest)}"
         )
     return notes
 
 
 def _channels(count: int) -> str:
-    return f"{count} channel{'s' * (count > 1)}"
+    return f"{count} channels stay" if count > 1 else "1 channel stays"
 
 
 def _few(names: Sequence[str]) -> str:

@@ -41,8 +41,8 @@ def test_nothing_is_said_of_what_starts_at_zero():
 def test_a_dead_normalisation_in_front_of_a_live_filter():
     (note,) = notes(params(norm_scale=[2, 3]))
     assert note == (
-        "dense: 2 channels zero in norm/bias, norm/scale stay (as number 2), for they "
-        "are not in dense/kernel"
+        "dense: 2 channels stay (number 2): zero in norm/bias, norm/scale, but not in "
+        "dense/kernel"
     )
 
 
@@ -50,15 +50,13 @@ def test_a_filter_of_zeros_with_a_bias():
     tree = params(dense_kernel=[1])
     tree["norm"]["bias"][1] = 1
     (note,) = notes(tree)
-    assert "1 channel zero in dense/kernel stay" in note
-    assert "not in norm/bias, norm/scale" in note
+    assert "1 channel stays (number 1): zero in dense/kernel, but not in" in note
+    assert note.endswith("norm/bias, norm/scale")
 
 
 def test_zeros_kept_for_the_width_and_zeros_that_cannot_go():
     tree = params(dense_kernel=range(5), norm_scale=range(5))
     tree["out"][:, 0] = 0
     width, frozen = notes(tree, round_to=2)
-    assert width == "dense: 1 channel zero stay, for min_channels or round_to"
-    assert frozen.startswith(
-        "out[1]: 1 of 3 positions are zero and stay: output: is an"
-    )
+    assert width == "dense: 1 channel stays, zero, for min_channels or round_to"
+    assert frozen.startswith("out[1]: 1 of 3 positions stay, zero: output: is an")

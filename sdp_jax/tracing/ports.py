@@ -4,7 +4,7 @@ import numpy as np
 
 from sdp_jax.groups import Groups
 from sdp_jax.ports import Port, PortRole
-from sdp_jax.tracing.analyse import Analysis
+from sdp_jax.tracing.analyse import Analysis, matches
 from sdp_jax.tracing.values import Axis
 
 
@@ -33,8 +33,13 @@ def class_channels(found: Analysis, groups: Groups) -> np.ndarray:
 
 def find_ports(found: Analysis, groups: Groups) -> tuple[Port, ...]:
     """The axes of arguments and results in which channels sit."""
+    chosen = {
+        p: v for p, v in found.outputs.items() if matches(p, groups.prune_outputs)
+    }
+    if not groups.prune_inputs and not chosen:
+        return ()
     channel = class_channels(found, groups)
-    ports = []
+    ports: list[Port] = []
 
     def add(path: str, role: PortRole, axes: tuple[Axis, ...]) -> None:
         for d, axis in enumerate(axes):
@@ -44,7 +49,7 @@ def find_ports(found: Analysis, groups: Groups) -> tuple[Port, ...]:
 
     for path, value in found.inputs.items():
         add(path, "carry" if path in found.carries else "input", value.axes)
-    for path, value in found.outputs.items():
+    for path, value in chosen.items():
         add(path, "output", value.axes)
     return tuple(ports)
 
