@@ -7,7 +7,8 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
-from sdp_jax.tracing.rule import Rule, per_operand_entry
+from sdp_jax.tracing import numbers
+from sdp_jax.tracing.rule import Analyse, Rule, per_operand_entry
 from sdp_jax.tracing.rules_elementwise import joint_fill
 from sdp_jax.tracing.trace import INEXACT, Record, Trace, freeze_all, need_zero
 from sdp_jax.tracing.values import ZERO, Axis, Factor, Value, agree, refill
@@ -269,30 +270,30 @@ def _window_flops(eqn: Any, shapes: Sequence[Any], outs: Sequence[Any]) -> Any:
 WINDOWS = "reduce_window_sum reduce_window_max reduce_window_min reduce_window \
 select_and_scatter_add select_and_gather_add".split()
 
+
+def _reductions(names: Sequence[str], analyse: Analyse, **more: Any) -> dict[str, Rule]:
+    more["flops"] = per_operand_entry
+    known = numbers.REDUCTIONS
+    return {n: Rule(analyse, known=known.get(n), **more) for n in names}
+
+
 RULES: dict[str, Rule] = {
     "dot_general": Rule(_dot, flops=_dot_flops),
     "conv_general_dilated": Rule(_conv, rebuild=_rebuild_conv, flops=_conv_flops),
-    "psum": Rule(_psum, known=False, flops=per_operand_entry),
-    "reduce_sum": Rule(_sum, rebuild=_rebuild_sum, flops=per_operand_entry),
-    **dict.fromkeys(("reduce_or", "reduce_xor"), Rule(_bits, flops=per_operand_entry)),
-    **dict.fromkeys(
-        ("reduce_max", "reduce_min"),
-        Rule(_extreme, rebuild=_rebuild_extreme, flops=per_operand_entry),
-    ),
-    **dict.fromkeys(
-        ("reduce_prod", "reduce_and"), Rule(_reduce, flops=per_operand_entry)
-    ),
-    **dict.fromkeys(("argmax", "argmin"), Rule(_argument, flops=per_operand_entry)),
-    **dict.fromkeys(
-        ("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp"), Rule(_cumulate)
-    ),
-    "sort": Rule(_sort),
+    "psum": Rule(_psum, flops=per_operand_entry),
+    **_reductions(["reduce_sum"], _sum, rebuild=_rebuild_sum),
+    **_reductions(["reduce_or", "reduce_xor"], _bits),
+    **_reductions(["reduce_max", "reduce_min"], _extreme, rebuild=_rebuild_extreme),
+    **_reductions(["reduce_prod", "reduce_and"], _reduce),
+    **_reductions(["argmax", "argmin"], _argument),
+    **_reductions("cumsum cumprod cummax cummin cumlogsumexp".split(), _cumulate),
+    "sort": Rule(_sort, known=numbers.sort),
     "top_k": Rule(_top_k),
     "fft": Rule(_fft),
     **dict.fromkeys(WINDOWS, Rule(_window, flops=_window_flops)),
-    "select_and_scatter": Rule(freeze_all, known=False, flops=_window_flops),
+    "select_and_scatter": Rule(freeze_all, flops=_window_flops),
     **dict.fromkeys(
         ("reduce_scatter", "reduce_scatter_start", "reduce_scatter_done"),
-        Rule(freeze_all, known=False, flops=per_operand_entry),
+        Rule(freeze_all, flops=per_operand_entry),
     ),
 }

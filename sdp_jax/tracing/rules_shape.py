@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from sdp_jax.tracing import numbers
 from sdp_jax.tracing.evaluate import pick_out
 from sdp_jax.tracing.rule import Rule, moves
 from sdp_jax.tracing.sizes import Equation
@@ -566,34 +567,50 @@ scatter_min scatter-min scatter_max scatter-max".split()
 
 RULES: dict[str, Rule] = {
     "broadcast_in_dim": Rule(
-        _broadcast, rebuild=_rebuild_broadcast, even=True, flops=moves
+        _broadcast,
+        known=numbers.broadcast_in_dim,
+        rebuild=_rebuild_broadcast,
+        even=True,
+        flops=moves,
     ),
-    "reshape": Rule(_reshape, rebuild=_rebuild_reshape, flops=moves),
-    "transpose": Rule(_transpose, flops=moves),
-    "squeeze": Rule(_squeeze, flops=moves),
-    "slice": Rule(_slice, rebuild=_rebuild_slice, picks=True, flops=moves),
-    "split": Rule(_split, rebuild=_rebuild_split, picks=True, flops=moves),
-    "rev": Rule(_reverse, flops=moves),
-    "concatenate": Rule(_concatenate, flops=moves),
-    "tile": Rule(_tile, rebuild=_rebuild_tile),
-    "stack": Rule(_stack),
-    "pad": Rule(_pad, rebuild=_rebuild_pad, picks=True, flops=moves),
+    "reshape": Rule(
+        _reshape, known=numbers.reshape, rebuild=_rebuild_reshape, flops=moves
+    ),
+    "transpose": Rule(_transpose, known=numbers.transpose, flops=moves),
+    "squeeze": Rule(_squeeze, known=numbers.squeeze, flops=moves),
+    "slice": Rule(
+        _slice, known=numbers.slices, rebuild=_rebuild_slice, picks=True, flops=moves
+    ),
+    "split": Rule(
+        _split, known=numbers.split, rebuild=_rebuild_split, picks=True, flops=moves
+    ),
+    "rev": Rule(_reverse, known=numbers.rev, flops=moves),
+    "concatenate": Rule(_concatenate, known=numbers.concatenate, flops=moves),
+    "tile": Rule(_tile, known=numbers.tile, rebuild=_rebuild_tile),
+    "stack": Rule(_stack, known=numbers.stack),
+    "pad": Rule(_pad, known=numbers.pad, rebuild=_rebuild_pad, picks=True, flops=moves),
     "dynamic_slice": Rule(
-        _dynamic_slice, rebuild=_rebuild_dynamic_slice, picks=True, flops=moves
+        _dynamic_slice,
+        known=numbers.dynamic_slice,
+        rebuild=_rebuild_dynamic_slice,
+        picks=True,
+        flops=moves,
     ),
-    "dynamic_update_slice": Rule(_dynamic_update_slice, flops=moves),
-    "gather": Rule(_gather, rebuild=_rebuild_gather, picks=True, flops=moves),
+    "dynamic_update_slice": Rule(
+        _dynamic_update_slice, known=numbers.dynamic_update_slice, flops=moves
+    ),
+    "gather": Rule(
+        _gather, known=numbers.gather, rebuild=_rebuild_gather, picks=True, flops=moves
+    ),
     **dict.fromkeys(SCATTERS, Rule(_scatter)),
-    **dict.fromkeys(
-        ("iota", "dim_as_value"),
-        Rule(_generate, rebuild=_rebuild_generate, flops=moves),
-    ),
+    "iota": Rule(_generate, rebuild=_rebuild_generate, known=numbers.iota, flops=moves),
+    "dim_as_value": Rule(_generate, rebuild=_rebuild_generate, flops=moves),
     **dict.fromkeys(
         ("random_bits", "rng_bit_generator", "rng_uniform"),
-        Rule(_generate, rebuild=_rebuild_generate, known=False),
+        Rule(_generate, rebuild=_rebuild_generate),
     ),
     **dict.fromkeys(
         ("random_seed", "random_wrap", "random_unwrap"),
-        Rule(freeze_all, known=False, flops=moves),
+        Rule(freeze_all, flops=moves),
     ),
 }
