@@ -125,9 +125,18 @@ def _owners(found: Analysis, groups: Groups) -> np.ndarray:
     atoms = {(axis.path, axis.axis): axis.atoms for axis in found.axes}
     owner = np.full(len(operands), -1)
     for number, d in enumerate(groups):
+        # Many members have the same classes; whether all positions of a channel share
+        # one is asked once.
+        seen: set[bytes] = set()
         for m in d.members:
             places = m.positions(d.size).swapaxes(0, 1).reshape(d.size, -1)
-            rows = operands[label[atoms[m.path, m.axis][places]]]
+            lines = label[atoms[m.path, m.axis][places]]
+            if lines.shape[1] > 1:
+                lines = np.unique(lines, axis=1)
+            if lines.tobytes() in seen:
+                continue
+            seen.add(lines.tobytes())
+            rows = operands[lines]
             # The class of a channel is the one that all of its positions have, and
             # that no other channel has.
             common = rows[:, 0]
