@@ -25,8 +25,17 @@ DOORS = ["valley", "methods"]
 FOLDERS = {
     "tracing": ["source", "static", "atoms", "sizes", "values"]
     + ["numbers", "rule", "trace"]
-    + ["evaluate", "rules_elementwise", "rules_shape", "rules_contract"]
-    + ["rules_control", "rules", "analyse", "flops", "members", "find"],
+    + ["evaluate", "rules_elementwise", "rules_shape", "rules_index"]
+    + [
+        "rules_contract",
+        "rules_control",
+        "rules_linalg",
+        "rules",
+        "analyse",
+        "flops",
+        "members",
+        "find",
+    ],
     "valley": ["vectors", "sketch", "project", "curvature", "_sdp", "statistics"]
     + ["path", "figure", "certificate", "_certify"],
     # No method but the common ground is imported by another one.

@@ -146,6 +146,8 @@ def test_entries_move_as_in_jax():
         lambda x, i, one: x.at[:, i, 1:3].get(mode="promise_in_bounds"),
         lambda x, i, one: x.at[1, i, i].get(mode="clip"),
         lambda x, i, one: jnp.take_along_axis(x[0, :2], i, 1, mode="promise_in_bounds"),
+        lambda x, i, one: x.at[:, i[0], 2].set(one, mode="promise_in_bounds"),
+        lambda x, i, one: x.at[1, :2].set(i[0, 0], mode="promise_in_bounds"),
         lambda x, i, one: lax.reduce_sum(x, (0, 2)),
         lambda x, i, one: lax.reduce_max(x, (1,)),
         lambda x, i, one: lax.reduce_and(x > 3, (1,)),

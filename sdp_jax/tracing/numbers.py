@@ -300,6 +300,32 @@ def gather(eqn: Any, x: np.ndarray, indices: np.ndarray) -> Any:
     return x[where].transpose(order)
 
 
+def scatter(eqn: Any, x: np.ndarray, indices: np.ndarray, updates: np.ndarray) -> Any:
+    """An array with blocks written at known places that do not meet."""
+    dims = eqn.params["dimension_numbers"]
+    gone = {*dims.inserted_window_dims, *dims.operand_batching_dims}
+    window = list(dims.update_window_dims)
+    sizes = [1] * x.ndim
+    for d, k in zip((d for d in range(x.ndim) if d not in gone), window, strict=True):
+        sizes[d] = updates.shape[k]
+    where = places(
+        x.shape,
+        indices,
+        sizes,
+        (dims.scatter_dims_to_operand_dims, dims.inserted_window_dims),
+        (dims.operand_batching_dims, dims.scatter_indices_batching_dims),
+    )
+    if where is None:
+        return None
+    flat = np.ravel_multi_index(where, x.shape)
+    if len(np.unique(flat)) < flat.size:
+        return None
+    rows = [d for d in range(updates.ndim) if d not in window]
+    out = x.copy()
+    out[where] = updates.transpose(*rows, *window)
+    return out
+
+
 def places(
     shape: Sequence[int],
     indices: np.ndarray,
