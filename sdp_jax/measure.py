@@ -183,6 +183,8 @@ def bodies(eqn: Any) -> list[Any]:
     """The jaxprs that an equation runs (not once for each entry)."""
     if eqn.primitive.name == "reduce":
         return []
+    if eqn.primitive.name == "custom_linear_solve":
+        return [eqn.params["jaxprs"].solve.jaxpr]
     keys = ("jaxpr", "call_jaxpr", "body_jaxpr", "cond_jaxpr", "branches")
     found = []
     for key in keys:

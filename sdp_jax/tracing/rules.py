@@ -5,6 +5,7 @@ from sdp_jax.tracing import (
     rules_control,
     rules_elementwise,
     rules_index,
+    rules_linalg,
     rules_shape,
 )
 from sdp_jax.tracing.rule import Rule
@@ -15,4 +16,5 @@ RULES: dict[str, Rule] = {
     **rules_index.RULES,
     **rules_contract.RULES,
     **rules_control.RULES,
+    **rules_linalg.RULES,
 }

@@ -361,7 +361,7 @@ def _rebuild_custom_vjp(n: Any, record: Record, args: list[Any]) -> list[Any]:
 
 RULES: dict[str, Rule] = {
     **dict.fromkeys(
-        ("jit", "pjit", "closed_call"),
+        ("jit", "pjit", "closed_call", "composite"),
         Rule(_call, rebuild=_rebuild_call, picks=True),
     ),
     "core_call": Rule(_call, rebuild=_rebuild_call),

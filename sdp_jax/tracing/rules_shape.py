@@ -268,6 +268,13 @@ def _stack(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
     return [Value(tuple(axes), data, all(v.zero for v in ins))]
 
 
+def _unstack(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
+    x, d = ins[0], eqn.params["axis"]
+    t.freeze(eqn, x.axes[d], "takes single positions")
+    part = Value((*x.axes[:d], *x.axes[d + 1 :]), x.data, x.zero)
+    return [part] * len(eqn.outvars)
+
+
 def _pad_positions(axis: Axis, config: tuple[int, int, int]) -> np.ndarray:
     """For each position of the padded axis the one it comes from, or -1."""
     low, high, interior = config
@@ -357,6 +364,7 @@ RULES: dict[str, Rule] = {
     "concatenate": Rule(_concatenate, known=numbers.concatenate, flops=moves),
     "tile": Rule(_tile, known=numbers.tile, rebuild=_rebuild_tile),
     "stack": Rule(_stack, known=numbers.stack),
+    "unstack": Rule(_unstack, flops=moves),
     "pad": Rule(_pad, known=numbers.pad, rebuild=_rebuild_pad, picks=True, flops=moves),
     "iota": Rule(_generate, rebuild=_rebuild_generate, known=numbers.iota, flops=moves),
     "dim_as_value": Rule(_generate, rebuild=_rebuild_generate, flops=moves),
