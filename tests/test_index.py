@@ -67,7 +67,7 @@ def flat(p, x):  # a permutation behind a flattening of 2 × 8
 
 def taken_apart(p, x):
     first, second = jnp.unstack((x @ p["a"]).reshape(3, 2, 4), axis=1)
-    return lax.composite(lambda y: jnp.tanh(y), name="tanh")(first * second) @ p["u"]
+    return lax.composite(lambda y: jnp.tanh(y), name="my.tanh")(first * second) @ p["u"]
 
 
 # name: function, parameters, sizes of the dimensions that must be found
