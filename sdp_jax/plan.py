@@ -284,12 +284,12 @@ def _measure(
 
         def time_left(cut: Cut) -> float:
             # In turns with the uncut one, which also goes through narrow.
-            dense_time, small_time = latency(
+            _, small = latency(
                 narrow(fn, dense),
                 narrow(fn, cut),
                 args=[(params, *inputs), (cut.take(params), *inputs)],
             )
-            return small_time / dense_time
+            return small.ratio
 
         return time_left
     if target == "channels":
