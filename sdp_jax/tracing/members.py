@@ -114,9 +114,10 @@ def _runs(places: list[_Place]) -> list[list[_Place]]:
 
 
 def _alike(place: _Place) -> bool:
-    """Whether the positions of all channels lie in the same way from their first."""
+    """Whether channels lie in the same way from their first position, and apart."""
     lines = place.positions - place.positions[:, :1]
-    return bool((lines == lines[:1]).all())
+    apart = len(np.unique(place.positions)) == lines.size
+    return apart and bool((lines == lines[:1]).all())
 
 
 def _inner(positions: np.ndarray) -> int:
