@@ -184,7 +184,7 @@ def record(name: str, config: Config, dataset: data.Dataset) -> dict[str, Any]:
     result, images = run.result, dataset.test.images[:200]
     variables = run.state.variables
     cut = sdp_jax.plan_cut(run.groups, variables)
-    dense_time, small_time = time_cut(run.model, cut, variables, images, repeats=30)
+    _, small_time = time_cut(run.model, cut, variables, images, repeats=30)
     found = {
         "name": name,
         "sparsity": config.sparsity,
@@ -193,7 +193,8 @@ def record(name: str, config: Config, dataset: data.Dataset) -> dict[str, Any]:
         "train_loss": run.epochs[-1]["train_loss"],
         "flops_left": result["small_flops"] / result["flops"],
         "parameters_left": result["small_parameters"] / result["parameters"],
-        "latency_left": small_time / dense_time,
+        "latency_left": small_time.ratio,
+        "latency_interval": [small_time.low, small_time.high],
         "widths": list(result["widths"].values()),
         "seconds": sum(r["seconds"] for r in run.epochs),
     }
@@ -226,6 +227,9 @@ def rows(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
             values = np.asarray([r[key] for r in group])
             deviation = values.std(ddof=1) if len(values) > 1 else 0.0
             row[key] = (float(values.mean()), float(deviation))
+        if all("latency_interval" in r for r in group):
+            ends = np.mean([r["latency_interval"] for r in group], axis=0)
+            row["latency_interval"] = tuple(ends.tolist())
         out.append(row)
     return out
 
@@ -274,12 +278,15 @@ def markdown(table: list[dict[str, Any]]) -> str:
         for r in sorted(part, key=lambda r: -r["accuracy"][0]):
             mark = " ●" if (r["name"], r["sparsity"]) in on_front else ""
             mean, deviation = r["accuracy"]
+            ends = r.get("latency_interval")
+            left = f"{r['latency_left'][0]:.0%}"
+            left += f" ({ends[0]:.0%} to {ends[1]:.0%})" if ends else ""
             lines.append(
                 f"| {r['name']}{mark} | {r['seeds']} "
                 f"| {100 * mean:.2f} ± {100 * deviation:.2f} % "
                 f"| {r['train_loss'][0]:.4f} ± {r['train_loss'][1]:.4f} "
                 f"| {r['flops_left'][0]:.1%} | {r['parameters_left'][0]:.1%} "
-                f"| {r['latency_left'][0]:.0%} |"
+                f"| {left} |"
             )
         parts.append("\n".join(lines))
     return "\n\n".join(parts) + "\n"

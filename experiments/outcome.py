@@ -12,6 +12,7 @@ from experiments import data, models
 from experiments.config import Config
 from experiments.steps import make_evaluate
 from sdp_jax import methods
+from sdp_jax.measure import Timing
 
 
 def make_watch(groups: sdp_jax.Groups) -> Callable[[Any], dict[str, Any]]:
@@ -72,8 +73,9 @@ def outcome(
         "small_flops": sdp_jax.cost(small, small_variables, images[:1]).flops,
     }
     if config.timed:
-        times = time_cut(model, cut, variables, dataset.test.images[:200])
-        result["milliseconds"], result["small_milliseconds"] = times
+        dense, less = time_cut(model, cut, variables, dataset.test.images[:200])
+        result["milliseconds"] = 1e3 * dense.seconds
+        result["small_milliseconds"] = 1e3 * less.seconds
     return result
 
 
@@ -84,8 +86,8 @@ def time_cut(
     images: np.ndarray,
     *,
     repeats: int = 10,
-) -> tuple[float, float]:
-    """Milliseconds that dense and small network take for some images, in turns.
+) -> list[Timing]:
+    """How long dense and small network take for some images, in turns.
 
     Args:
       model: the dense network.
@@ -95,17 +97,16 @@ def time_cut(
       repeats: how often each is timed.
 
     Returns:
-      Both medians.
+      Both timings.
     """
     # On the device, or the copies would be timed, too.
     args = [(variables, images), (cut.take(variables), images)]
-    dense, small = sdp_jax.latency(
+    return sdp_jax.latency(
         model.apply,
         sdp_jax.narrow(model.apply, cut),
         args=jax.device_put(args),
         repeats=repeats,
     )
-    return 1e3 * dense, 1e3 * small
 
 
 def _count(params: Any) -> int:

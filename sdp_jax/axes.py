@@ -86,6 +86,8 @@ def groups_from_axes(
             if m.period is None:
                 whole = shapes[m.path][m.axis] // m.outer
                 period = whole if m.outer > 1 else size * m.inner
+                if m.places is not None and m.outer == 1:
+                    period = max(m.places, default=0) + m.inner
                 members[k] = dataclasses.replace(m, period=period)
         dimensions.append(Dimension(name, size, tuple(members)))
     groups = Groups(tuple(dimensions), leaves)
@@ -116,6 +118,8 @@ def _normalise(name: str, member: Any, shapes: Mapping[str, tuple[int, ...]]) ->
                 f"integer; got {value!r}"
             )
         plain[field] = int(value)
+    if member.places is not None:
+        plain["places"] = _places(name, member)
     member = dataclasses.replace(member, **plain)
     rank = len(shapes[member.path])
     if not -rank <= member.axis < rank:
@@ -126,10 +130,25 @@ def _normalise(name: str, member: Any, shapes: Mapping[str, tuple[int, ...]]) ->
     return dataclasses.replace(member, axis=member.axis % rank)
 
 
+def _places(name: str, member: Member) -> tuple[int, ...]:
+    places = member.places
+    whole = isinstance(places, Sequence) and all(
+        isinstance(n, int | np.integer) and not isinstance(n, bool) for n in places
+    )
+    if not whole:
+        raise TypeError(
+            f"dimension {name!r}, member {member.path!r}: places must be a tuple of "
+            f"integers, one for each channel; got {places!r}"
+        )
+    return tuple(int(n) for n in places or ())
+
+
 def _infer_size(
     name: str, members: Sequence[Member], shapes: Mapping[str, tuple[int, ...]]
 ) -> int:
     for m in members:
+        if m.places is not None:
+            return len(m.places)
         if m.role == "producer" and m.offset == 0 and m.period is None:
             length, each = shapes[m.path][m.axis], m.outer * m.inner
             if each < 1 or length % each:

@@ -436,6 +436,8 @@ def _reduce_to_axis(
 
 def _blocks(line: jax.Array, member: Member, size: int) -> jax.Array:
     """The entries of a vector along the axis as ``(outer, size, inner)``."""
+    if member.places is not None:
+        return line[member.positions(size)]
     block = size * member.inner
     if member.outer == 1:
         line = line[member.offset : member.offset + block]
@@ -451,6 +453,10 @@ def _spread(factor: jax.Array, member: Member, size: int, length: int) -> jax.Ar
     """Inverse of :func:`_blocks`: factors along the axis, 1 where nobody is."""
     block = size * member.inner
     shape = (member.outer, size, member.inner)
+    if member.places is not None:
+        ones = jnp.ones(length, factor.dtype)
+        spread = jnp.broadcast_to(factor[None, :, None], shape)
+        return ones.at[member.positions(size)].set(spread)
     line = jnp.broadcast_to(factor[None, :, None], shape).reshape(member.outer, block)
     if member.outer > 1:
         period = member.period or block

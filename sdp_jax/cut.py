@@ -572,32 +572,42 @@ def _members_after(
     stays = np.zeros(length, bool)
     stays[index] = True
     rank = np.cumsum(stays) - 1
-    runs: list[tuple[int, int]] = []
+    runs: list[tuple[int, int, tuple[int, ...]]] = []
     for row in m.positions(d.size)[:, list(kept), :]:
         columns = np.flatnonzero(stays[row].any(axis=0))
         new = rank[row[:, columns]]
-        if not stays[row[:, columns]].all() or (np.diff(new.reshape(-1)) != 1).any():
+        if not stays[row[:, columns]].all() or (np.diff(new, axis=1) != 1).any():
             raise ValueError(
                 f"dimension {d.name!r}: what is left of its channels on axis {m.axis} "
                 f"of {m.path!r} is irregular and cannot be written as groups; cut.take "
                 "works, but build the groups of the small parameters by hand"
             )
         if new.size:
-            runs.append((int(new[0, 0]), len(columns)))
+            start = int(new[:, 0].min())
+            places = tuple((new[:, 0] - start).tolist())
+            runs.append((start, len(columns), places))
     members = []
     while runs:
-        start, inner = runs[0]
+        start, inner, places = runs[0]
         step = runs[1][0] - start if len(runs) > 1 else 0
         outer = 1
-        while (
-            outer < len(runs)
-            and runs[outer][1] == inner
-            and runs[outer][0] == start + outer * step
+        while outer < len(runs) and runs[outer] == (
+            start + outer * step,
+            inner,
+            places,
         ):
             outer += 1
-        period = step if outer > 1 else len(kept) * inner
-        sizes = {"outer": outer, "inner": inner, "offset": start, "period": period}
-        members.append(dataclasses.replace(m, **sizes))
+        regular = places == tuple(range(0, len(kept) * inner, inner))
+        members.append(
+            dataclasses.replace(
+                m,
+                outer=outer,
+                inner=inner,
+                offset=start,
+                period=step if outer > 1 else max(places) + inner,
+                places=None if regular else places,
+            )
+        )
         runs = runs[outer:]
     return members
 

@@ -9,7 +9,9 @@ positions. Channel ``c`` of a member occupies, along its axis, the positions ::
 
 which covers a plain axis (``outer = inner = 1``), a flattened convolution
 (``outer = height * width``), an attention head (``inner = head_dim``), a
-concatenation (``offset``) and their combinations (``period``).
+concatenation (``offset``) and their combinations (``period``). Where the channels do
+not sit side by side in their order (a permutation, a strided slice), ``places[c]``
+stands for ``c * inner``.
 
 :class:`Groups` holds only Python integers and strings: it is static, hashable,
 printable, serialises to JSON, and never keeps an array alive.
@@ -68,6 +70,8 @@ class Member:
       period: distance between two repetitions, at least ``size * inner``;
         ``None`` stands for "the axis divided by ``outer``". Giving it also says that
         positions which no member covers are meant to stay.
+      places: where each channel begins, counted from ``offset``, if they do not sit
+        side by side in their order.
 
     Example:
       >>> import sdp_jax
@@ -85,14 +89,16 @@ class Member:
     inner: int = 1
     offset: int = 0
     period: int | None = None
+    places: tuple[int, ...] | None = None
 
     def positions(self, size: int) -> np.ndarray:
         """Positions along the axis, an integer array ``(outer, size, inner)``."""
         period = size * self.inner if self.period is None else self.period
+        places = self.inner * np.arange(size) if self.places is None else self.places
         return (
             self.offset
             + period * np.arange(self.outer)[:, None, None]
-            + self.inner * np.arange(size)[None, :, None]
+            + np.asarray(places)[None, :, None]
             + np.arange(self.inner)[None, None, :]
         )
 
@@ -625,11 +631,12 @@ def _count(value: Any) -> int:
 
 def _member_from_json(raw: dict[str, Any]) -> Member:
     numbers = ("axis", "outer", "inner", "offset")
-    period = raw.get("period")
+    period, places = raw.get("period"), raw.get("places")
     return Member(
         _text(raw["path"]),
         role=raw["role"],
         period=None if period is None else _count(period),
+        places=None if places is None else tuple(map(_count, places)),
         **{k: _count(raw[k]) for k in numbers},
     )
 
@@ -677,6 +684,9 @@ def _check_member(groups: Groups, d: Dimension, m: Member) -> None:
             f"{where}: outer and inner must be at least 1 and offset at least 0; got "
             f"outer={m.outer}, inner={m.inner}, offset={m.offset}"
         )
+    if m.places is not None:
+        _check_places(f"{where}, axis {m.axis}", d, m, shape[m.axis])
+        return
     block = d.size * m.inner
     period = block if m.period is None else m.period
     if m.outer > 1 and period < block:
@@ -690,4 +700,19 @@ def _check_member(groups: Groups, d: Dimension, m: Member) -> None:
             f"{where}: {d.size} channels need {end} positions, but axis {m.axis} has "
             f"length {shape[m.axis]} (shape {shape}, outer={m.outer}, inner={m.inner}, "
             f"offset={m.offset})"
+        )
+
+
+def _check_places(where: str, d: Dimension, m: Member, length: int) -> None:
+    places = m.places or ()
+    if len(places) != d.size or min(places) < 0:
+        raise ValueError(
+            f"{where}: places must hold a non-negative integer for each of {d.size} "
+            f"channels; got {places}"
+        )
+    positions = m.positions(d.size)
+    if positions.max() >= length or len(np.unique(positions)) < positions.size:
+        raise ValueError(
+            f"{where}: places {places} with inner={m.inner}, outer={m.outer}, "
+            f"offset={m.offset} overlap, or go beyond the length {length}"
         )

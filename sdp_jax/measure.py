@@ -1,14 +1,15 @@
 """What a function costs: parameters, FLOPs, bytes of activations, latency."""
 
 import dataclasses
+import functools
 import math
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+import scipy.stats
 
 from sdp_jax.tracing.rules import RULES
 from sdp_jax.tracing.source import user_line
@@ -111,12 +112,35 @@ def cost(fn: Callable[..., Any], params: PyTree, *inputs: Any) -> Cost:
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """How long a function takes, and how that compares with the first one.
+
+    Attributes:
+      seconds: median of one call.
+      ratio: median of its time over that of the first function in the same round.
+      low: lower end of a 95 % interval of that median.
+      high: upper end. Where 1 lies between, the two cannot be told apart.
+    """
+
+    seconds: float
+    ratio: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.ratio:.2f} ({self.low:.2f} to {self.high:.2f})"
+
+
 def latency(
     *fns: Callable[..., Any], args: Sequence[Sequence[Any]], repeats: int = 20
-) -> list[float]:
-    """Median seconds of one call, for several functions in turns.
+) -> list[Timing]:
+    """How long one call of several functions takes, compared on a busy machine.
 
-    They run alternately, so that their ratio is fair on a busy machine.
+    In each round all of them run once, in random order, and are compared with the first
+    one in that round alone: what slows the machine down slows all of them down. The
+    interval is that of order statistics of these ratios and supposes no distribution;
+    fewer than six rounds give no 95 %, but all that was seen.
 
     Args:
       *fns: functions to compile and time.
@@ -124,7 +148,8 @@ def latency(
       repeats: number of timed rounds, after one that is not timed.
 
     Returns:
-      Seconds, one number for each function.
+      For each function a :class:`Timing`: ``seconds``, the ``ratio`` to the first
+      function, and the ends ``low`` and ``high`` of the interval of that ratio.
 
     Raises:
       ValueError: if there are not as many arguments as functions, or no rounds.
@@ -134,7 +159,7 @@ def latency(
       >>> x = jnp.ones((8, 8))
       >>> once, twice = sdp_jax.latency(
       ...     jnp.sin, lambda x: jnp.sin(x @ x), args=[(x,), (x,)], repeats=3)
-      >>> once > 0 and twice > 0
+      >>> once.seconds > 0 and twice.low <= twice.ratio <= twice.high
       True
     """
     if len(fns) != len(args) or repeats < 1:
@@ -142,19 +167,28 @@ def latency(
             f"latency needs arguments for each function and at least one round; got "
             f"{len(fns)} functions, {len(args)} arguments, {repeats} rounds"
         )
-    compiled, arrays = [], []
+    calls = []
     for fn, given in zip(fns, args, strict=True):
         moving, join = separate(given)
-        compiled.append(jax.jit(lambda moving, fn=fn, join=join: fn(*join(moving))))
-        arrays.append((moving,))
-    times: list[list[float]] = [[] for _ in fns]
-    for turn in range(repeats + 1):
-        for line, fn, given in zip(times, compiled, arrays, strict=True):
+        compiled = jax.jit(lambda moving, fn=fn, join=join: fn(*join(moving)))
+        calls.append(functools.partial(compiled, moving))
+        jax.block_until_ready(calls[-1]())
+    rng = np.random.default_rng(0)
+    times = np.empty((len(fns), repeats))
+    for turn in range(repeats):
+        for k in rng.permutation(len(fns)):
             start = time.perf_counter()
-            jax.block_until_ready(fn(*given))
-            if turn:
-                line.append(time.perf_counter() - start)
-    return [statistics.median(line) for line in times]
+            jax.block_until_ready(calls[k]())
+            times[k, turn] = time.perf_counter() - start
+    return [Timing(float(np.median(t)), *_interval(t / times[0])) for t in times]
+
+
+def _interval(values: np.ndarray) -> tuple[float, float, float]:
+    """The median, and the ends of its 95 % interval by order statistics."""
+    values = np.sort(values)
+    count = int(scipy.stats.binom.ppf(0.025, len(values), 0.5))
+    inside = values[max(count - 1, 0) : len(values) - max(count - 1, 0)]
+    return float(np.median(values)), float(inside[0]), float(inside[-1])
 
 
 def _walk(jaxpr: Any, repeats: int) -> list[EquationCost]:
@@ -180,7 +214,11 @@ def _walk(jaxpr: Any, repeats: int) -> list[EquationCost]:
 
 
 def bodies(eqn: Any) -> list[Any]:
-    """The jaxprs that an equation runs."""
+    """The jaxprs that an equation runs (not once for each entry)."""
+    if eqn.primitive.name == "reduce":
+        return []
+    if eqn.primitive.name == "custom_linear_solve":
+        return [eqn.params["jaxprs"].solve.jaxpr]
     keys = ("jaxpr", "call_jaxpr", "body_jaxpr", "cond_jaxpr", "branches")
     found = []
     for key in keys:

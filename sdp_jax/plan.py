@@ -287,7 +287,7 @@ def _measure(
 
         def time_left(cut: Cut) -> float:
             # In turns with the uncut one, which also goes through narrow.
-            dense_time, small_time = latency(
+            _, small = latency(
                 narrow(fn, dense),
                 narrow(fn, cut),
                 args=[
@@ -295,7 +295,7 @@ def _measure(
                     (cut.take(params), *cut.take_inputs(*inputs)),
                 ],
             )
-            return small_time / dense_time
+            return small.ratio
 
         return time_left
     if target == "channels":

@@ -9,7 +9,7 @@ import jax
 from sdp_jax._narrow import narrow
 from sdp_jax.compare import differences
 from sdp_jax.cut import Cut, before_and_after
-from sdp_jax.measure import Cost, cost, latency
+from sdp_jax.measure import Cost, Timing, cost, latency
 from sdp_jax.tree import PyTree
 
 
@@ -21,9 +21,10 @@ class Report:
       cut: what went.
       dense: parameters, FLOPs and bytes of the dense function; ``None`` without inputs.
       small: those of the small one.
-      dense_seconds: median time of a call of the dense function, compiled; measured in
-        turns with the small one.
-      small_seconds: that of the small one.
+      dense_time: median ``seconds`` of a call of the dense function, compiled; measured
+        in turns with the small one.
+      small_time: that of the small one; its ``ratio`` to the dense one, and the ends
+        ``low`` and ``high`` of a 95 % interval of it.
       difference: largest difference of their floating-point outputs.
       largest: largest magnitude of the output in which that is.
     """
@@ -31,8 +32,8 @@ class Report:
     cut: Cut
     dense: Cost | None = None
     small: Cost | None = None
-    dense_seconds: float | None = None
-    small_seconds: float | None = None
+    dense_time: Timing | None = None
+    small_time: Timing | None = None
     difference: float | None = None
     largest: float | None = None
 
@@ -52,15 +53,19 @@ class Report:
         ]
         sizes = self.dense.activation_bytes, self.small.activation_bytes
         rows.append(("activation bytes", *sizes))
-        assert self.dense_seconds is not None and self.small_seconds is not None
-        times = 1e6 * self.dense_seconds, 1e6 * self.small_seconds
+        assert self.dense_time is not None and self.small_time is not None
+        times = 1e6 * self.dense_time.seconds, 1e6 * self.small_time.seconds
         rows.append(("microseconds", *times))
         lines = before_and_after("", rows)
+        t = self.small_time
+        lines.append(
+            f"time left, in turns: {t.ratio:.1%}, between {t.low:.1%} and {t.high:.1%}"
+        )
         lines.append(
             f"largest difference of the outputs: {self.difference:.2g}, "
             f"where the largest entry is {self.largest:.3g}"
         )
-        if self.small_seconds > self.dense_seconds:
+        if t.high >= 1:
             lines.append(
                 "the small function is no faster here: widths may be uneven for this "
                 "device (see round_to), or the model too small for its FLOPs to matter"

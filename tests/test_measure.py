@@ -7,6 +7,7 @@ import pytest
 from jax import lax
 
 import sdp_jax
+from sdp_jax import measure
 
 
 def shape(*size):
@@ -91,6 +92,49 @@ def test_latency_times_in_turns():
     fast, slow = sdp_jax.latency(
         lambda x: x, lambda x: x @ x @ x, args=[(jnp.ones(1),), (jnp.ones((300, 300)),)]
     )
-    assert 0 < fast < slow
+    assert 0 < fast.seconds < slow.seconds
+    assert (fast.ratio, fast.low, fast.high) == (1, 1, 1)
+    assert 1 < slow.low <= slow.ratio <= slow.high
     with pytest.raises(ValueError, match="arguments for each function"):
         sdp_jax.latency(lambda x: x, args=[])
+
+
+def busy(monkeypatch, costs, seed):
+    """A machine on which calls cost what they say, and others run, too."""
+    rng = np.random.default_rng(seed)
+    now = [0.0]
+    load = [1.0]
+
+    class Compiled:
+        def __init__(self, fn):
+            self.cost = costs[fn([])]
+
+        def __call__(self, moving):
+            load[0] = max(1.0, load[0] + rng.normal() * 0.3)
+            pause = rng.exponential(2.0) if rng.random() < 0.1 else 0.0
+            now[0] += load[0] * self.cost * rng.lognormal(0, 0.1) + pause
+            return 0.0
+
+    monkeypatch.setattr(measure.jax, "jit", Compiled)
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
+
+
+def test_equal_programs_are_equal_on_a_busy_machine(monkeypatch):
+    told = {"equal": 0, "faster": 0}
+    for seed in range(200):
+        with monkeypatch.context() as patch:
+            busy(patch, {"a": 1.0, "b": 1.0, "c": 0.7}, seed)
+            _, same, less = sdp_jax.latency(
+                lambda: "a", lambda: "b", lambda: "c", args=[(), (), ()], repeats=30
+            )
+        told["equal"] += same.low <= 1 <= same.high
+        told["faster"] += less.high < 1
+    assert told["equal"] >= 185  # 95 %, less what chance allows
+    assert told["faster"] >= 195
+
+
+def test_the_interval_is_that_of_order_statistics():
+    # Of 20 values the 6th and the 15th: P(fewer than 6 of 20 heads) = 0.021.
+    median, low, high = measure._interval(np.arange(1.0, 21.0)[::-1])
+    assert (median, low, high) == (10.5, 6, 15)
+    assert measure._interval(np.array([3.0, 1.0, 2.0])) == (2, 1, 3)

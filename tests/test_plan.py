@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import sdp_jax
+from sdp_jax.measure import Timing
 from tests import toy
 
 PARAMS = toy.mlp_params(widths=(4, 12, 8, 3))
@@ -102,11 +103,13 @@ def test_latency_is_searched_in_the_ratio_of_two_timings(monkeypatch):
     def timed(dense, small, *, args):
         """A machine whose speed drifts and on which a call takes FLOPs."""
         sizes.append(sum(jax.tree.leaves(jax.tree.map(np.size, args[1][0]))))
-        drift = 1.0 + len(sizes)
-        return [
-            drift * sdp_jax.cost(fn, *given).flops
+        first, second = (
+            sdp_jax.cost(fn, *given).flops
             for fn, given in zip((dense, small), args, strict=True)
-        ]
+        )
+        drift = 1.0 + len(sizes)
+        ratio = second / first
+        return [Timing(drift * first, 1, 1, 1), Timing(drift * second, *[ratio] * 3)]
 
     monkeypatch.setattr("sdp_jax.plan.latency", timed)
     inputs = dict(sparsity=0.5, fn=toy.mlp_apply, inputs=(X,))
@@ -116,8 +119,12 @@ def test_latency_is_searched_in_the_ratio_of_two_timings(monkeypatch):
 
 def test_a_latency_met_once_is_taken(monkeypatch):
     """Timings that are no function of the width do not make the search fail."""
+
+    def timed(ratio):
+        return [Timing(1.0, 1.0, 1.0, 1.0), Timing(ratio, ratio, ratio, ratio)]
+
     left = iter([0.4, 0.9, 0.9, 0.9, 0.9, 0.9])
-    monkeypatch.setattr("sdp_jax.plan.latency", lambda *_, args: [1.0, next(left)])
+    monkeypatch.setattr("sdp_jax.plan.latency", lambda *_, args: timed(next(left)))
     cut = plan(sparsity=0.5, target="latency", fn=toy.mlp_apply, inputs=(X,))
     assert sum(cut.widths.values()) < 20
 

@@ -14,7 +14,8 @@ X = np.random.default_rng(0).normal(size=(3, 4, 5))
 OPS = st.sampled_from(
     "tanh relu sigmoid scale add concat slice reshape transpose pad mean where flip "
     "matmul heads broadcast conv depthwise grouped gather window layernorm groupnorm "
-    "softmax largest cumsum split scan jit norms".split()
+    "softmax largest cumsum split scan jit norms shuffle block slots number more twice "
+    "along solve".split()
 )
 KERNELS = {
     "matmul": (12, 12),
@@ -25,7 +26,20 @@ KERNELS = {
     "conv": (3, 12, 12),
     "depthwise": (3, 1, 12),
     "grouped": (3, 4, 12),
+    "block": (12, 4),
+    "slots": (12, 4),
+    "more": (12, 4),
+    "along": (3, 1, 1),
 }
+ODD = np.array([7, 2, 3, 10, 0, 1, 11, 4, 9, 5, 8, 6])
+
+
+def gated(x, kernel):
+    y = x.reshape(12, 12, 1)
+    gate = jax.lax.conv_general_dilated(
+        y, kernel, (1,), "SAME", dimension_numbers=("NHC", "HIO", "NHC")
+    )
+    return x * jax.nn.sigmoid(gate.reshape(x.shape))
 
 
 def recurrent(x, w):
@@ -119,6 +133,22 @@ def test_random_programs_keep_the_promise(ops, seed):
                 x = jax.jit(lambda x: x - x.var(-1, keepdims=True))(x + 1)
             elif op == "norms":
                 x = x / (1e-3 + jnp.linalg.norm(x, axis=-1, keepdims=True))
+            elif op == "shuffle":
+                x = x[..., ODD]
+            elif op == "block":
+                x = x.at[..., 3:7].set(jnp.tanh(x @ w))
+            elif op == "slots":
+                x = x.at[..., ODD[:4]].set(x @ w)
+            elif op == "number":
+                x = x.at[..., 5:].set(0.5).at[..., 2].multiply(3.0)
+            elif op == "more":
+                x = x.at[..., ODD[4:8]].add(x @ w).at[:, 1, :6].add(1.0)
+            elif op == "twice":
+                x = jnp.zeros_like(x).at[..., ODD].set(x[..., np.r_[:6, :6]])
+            elif op == "along":
+                x = gated(x, w)
+            elif op == "solve":
+                x = jnp.linalg.solve(3 * jnp.eye(4) + x @ x.swapaxes(1, 2), x)
         return x @ p["last"]
 
     with jax.enable_x64(True):

@@ -7,6 +7,7 @@ import pytest
 
 import sdp_jax
 from sdp_jax import methods
+from sdp_jax.measure import Timing
 from tests import toy
 
 X = toy.batch()[0]
@@ -33,10 +34,11 @@ def test_its_numbers_are_those_of_cost_and_cut(pruned):
 
 def test_it_says_when_nothing_was_gained(pruned):
     report = pruned.report(X, repeats=1)
-    slow = dataclasses.replace(report, dense_seconds=1e-3, small_seconds=2e-3)
-    assert "no faster here" in str(slow)
-    fast = dataclasses.replace(report, dense_seconds=2e-3, small_seconds=1e-3)
-    assert "no faster here" not in str(fast) and "50.0%" in str(fast)
+    equal = dataclasses.replace(report, small_time=Timing(1e-3, 0.9, 0.7, 1.1))
+    assert "no faster here" in str(equal)
+    fast = dataclasses.replace(report, small_time=Timing(1e-3, 0.61, 0.55, 0.66))
+    assert "no faster here" not in str(fast)
+    assert "61.0%, between 55.0% and 66.0%" in str(fast)
 
 
 def test_without_inputs_it_counts(pruned):

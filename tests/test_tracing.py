@@ -245,7 +245,7 @@ PROGRAMS = {
     "shuffled by index": (
         lambda p, x: (x @ p["a"])[..., np.arange(8).reshape(2, 4).T.ravel()] @ p["b"],
         MLP,
-        {},
+        {"a": 8},
     ),
     "some of them twice": (
         lambda p, x: (
@@ -276,12 +276,12 @@ PROGRAMS = {
             @ p["d"]
         ),
         {"a": (5, 8), "d": (4, 3)},
-        {"a": 3, "a[1]": 4},
+        {"a": 4, "a[1]": 4},
     ),
     "mirrored padding": (
         lambda p, x: jnp.pad(x @ p["a"], ((0, 0),) * 2 + ((2, 2),), "reflect") @ p["d"],
         {"a": (5, 8), "d": (12, 3)},
-        {},
+        {"a": 4},
     ),
     "sort of the rest": (
         lambda p, x: jnp.sort(x @ p["a"], axis=1) @ p["b"],

@@ -137,6 +137,19 @@ class MobileNet(nn.Module):
         return nn.Dense(10)(x.mean((1, 2)))
 
 
+class Eca(nn.Module):
+    """Convolutions along the channels gate them."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Conv(8, (3, 3))(x))
+        for _ in range(2):
+            y = norm()(nn.Conv(8, (3, 3))(nn.relu(norm()(nn.Conv(6, (3, 3))(x)))))
+            gate = nn.Conv(1, (3,), use_bias=False)(y.mean((1, 2))[..., None])
+            x = nn.relu(x + y * nn.sigmoid(gate[..., 0])[:, None, None])
+        return nn.Dense(10)(x.mean((1, 2)))
+
+
 class DenseNet(nn.Module):
     @nn.compact
     def __call__(self, x):
@@ -494,6 +507,46 @@ def unknown(p, x):
     return jnp.tanh(x) @ p["d"]
 
 
+def grouped_experts(p, x):
+    """Each token goes to two of four experts; products of rows sorted by expert."""
+    x = (x @ p["in"]).reshape(-1, 8)
+    weight, chosen = jax.lax.top_k(nn.softmax(x @ p["router"]), 2)
+    order = jnp.argsort(chosen.reshape(-1))
+    sizes = jnp.bincount(chosen.reshape(-1), length=4).astype(jnp.int32)
+    y = x[order // 2]
+    gate, up = (jax.lax.ragged_dot(y, p[k], sizes) for k in ("gate", "up"))
+    y = jax.lax.ragged_dot(nn.silu(gate) * up, p["down"], sizes)
+    y = jnp.zeros_like(y).at[order].set(y).reshape(*chosen.shape, -1)
+    return (x + (y * weight[..., None]).sum(1)) @ p["out"]
+
+
+@jax.custom_vjp
+def rounded(x):
+    return jnp.round(x)
+
+
+rounded.defvjp(lambda x: (jnp.round(x), None), lambda _, g: (g,))
+
+
+def quantised(p, x):
+    """Weights of 8 bits with learned steps, activations of 4, straight through."""
+
+    def weight(name):
+        step = p[f"{name}_step"]
+        return rounded(jnp.clip(p[name] / step, -128, 127)) * step
+
+    def conv(x, name):
+        numbers = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(
+            x, weight(name), (1, 1), "SAME", dimension_numbers=numbers
+        )
+
+    for name in "ab":
+        x = nn.relu(conv(x, name) + p[f"{name}_bias"])
+        x = rounded(jnp.clip(x * 8, 0, 15)) / 8
+    return x.mean((1, 2)) @ weight("c")
+
+
 ZOO: dict[str, Callable[[], Model]] = {
     "vgg": lambda: linen(Vgg(), IMAGE, share=0.97),
     "resnet18": lambda: linen(ResNet(), IMAGE, share=0.97),
@@ -503,6 +556,7 @@ ZOO: dict[str, Callable[[], Model]] = {
     "resnext": lambda: linen(ResNeXt(), IMAGE, share=0.94),
     "mobilenet": lambda: linen(MobileNet(), IMAGE, share=0.90),
     "efficientnet": lambda: linen(MobileNet(squeeze=True), IMAGE, share=0.91),
+    "eca": lambda: linen(Eca(), IMAGE, share=0.95),
     "densenet": lambda: linen(DenseNet(), IMAGE, share=0.92),
     "shufflenet": lambda: linen(ShuffleNet(), IMAGE, share=0.89),
     "unet": lambda: linen(UNet(), IMAGE, share=0.96),
@@ -528,6 +582,20 @@ ZOO: dict[str, Callable[[], Model]] = {
         {"in": (5, 8), "up": (3, 8, 12), "down": (3, 12, 8), "out": (8, 2)},
         TOKENS,
         share=0.98,
+    ),
+    "grouped_experts": lambda: plain(
+        grouped_experts,
+        {"in": (5, 8), "router": (8, 4), "gate": (4, 8, 12), "up": (4, 8, 12)}
+        | {"down": (4, 12, 8), "out": (8, 2)},
+        TOKENS,
+        share=0.98,
+    ),
+    "quantised": lambda: plain(
+        quantised,
+        {"a": (3, 3, 3, 8), "a_bias": (8,), "a_step": (), "b": (3, 3, 8, 6)}
+        | {"b_bias": (6,), "b_step": (), "c": (6, 4), "c_step": ()},
+        IMAGE,
+        share=0.93,
     ),
     "custom_vjp": lambda: plain(
         lambda p, x: scaled(x @ p["a"], p["s"]) @ p["b"],

@@ -237,7 +237,7 @@ def main(config: Config) -> dict[str, dict[str, float]]:
     print(
         f"{'network':<14} trace  groups  narrow  channels  forward ms  "
         "dense/small: FLOPs  "
-        " time  small/twin"
+        "time (95 %)            twin/small (95 %)"
     )
     figures: dict[str, dict[str, float]] = {}
     for name, (network, twin) in networks.items():
@@ -252,13 +252,14 @@ def main(config: Config) -> dict[str, dict[str, float]]:
         if twin is None:
             args = [(variables, x)]
             (dense,) = sdp_jax.latency(network.apply, args=args, repeats=config.repeats)
-            found["dense"] = dense
-            line += f"  {dense * 1e3:10.1f}"
+            found["dense"] = dense.seconds
+            line += f"  {dense.seconds * 1e3:10.1f}"
         else:
             found |= _speed(network, twin, groups, variables, x, config.repeats)
-            dense, small, same = found["dense"], found["small"], found["twin"]
-            line += f"  {dense * 1e3:10.1f}  {found['flops']:18.2f}  "
-            line += f"{dense / small:5.2f}  {small / same:10.2f}"
+            line += f"  {found['dense'] * 1e3:10.1f}  {found['flops']:18.2f}"
+            for key in ("dense", "twin"):
+                ends = (found[f"{key}_{part}"] for part in ("ratio", "low", "high"))
+                line += "  {:5.2f} ({:5.2f} to {:5.2f})".format(*ends)
         figures[name] = found
         print(line)
     if config.layers:
@@ -310,23 +311,27 @@ def _speed(
     x: jax.Array,
     repeats: int,
 ) -> dict[str, float]:
-    """Seconds of dense and small function and of its twin; ratio of the FLOPs."""
+    """Seconds of small and dense function and twin, compared; ratio of the FLOPs."""
     cut = _half(groups)
     small = cut.take(variables)
     written = jax.jit(twin.init)(jax.random.key(0), x)
     have, want = (jax.tree.map(jnp.shape, tree) for tree in (small, written))
     assert have == want, "the twin has other shapes than the small network"
     narrowed = sdp_jax.narrow(network.apply, cut)
-    dense, after, same = sdp_jax.latency(
-        network.apply,
+    times = sdp_jax.latency(
         narrowed,
+        network.apply,
         twin.apply,
-        args=[(variables, x), (small, x), (written, x)],
+        args=[(small, x), (variables, x), (written, x)],
         repeats=repeats,
     )
     before = sdp_jax.cost(network.apply, variables, x).flops
     flops = before / sdp_jax.cost(narrowed, small, x).flops
-    return {"dense": dense, "small": after, "twin": same, "flops": flops}
+    found = {"flops": flops}
+    for key, timing in zip(("small", "dense", "twin"), times, strict=True):
+        found[key] = timing.seconds
+        found |= {f"{key}_{k}": getattr(timing, k) for k in ("ratio", "low", "high")}
+    return found
 
 
 if __name__ == "__main__":

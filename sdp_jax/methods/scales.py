@@ -113,7 +113,7 @@ def _beside(groups: Groups, bias: Member, scale: Member) -> bool:
     """Whether two vectors are of one module, entry by entry."""
 
     def place(m: Member) -> tuple[Any, ...]:
-        where = (m.axis, m.outer, m.inner, m.offset, m.period)
+        where = (m.axis, m.outer, m.inner, m.offset, m.period, m.places)
         return m.path.rpartition("/")[0], groups.shapes[m.path], where
 
     return place(bias) == place(scale)

@@ -20,9 +20,8 @@ STATE = "*batch_stats* *running_* *moving_* *_ema/* mean */mean var */var".split
 
 _UNUSED = "is not used by the function at these input shapes"
 _UNEVEN = (
-    "belong to single channels, or to channels that sit at uneven places of some "
-    "parameter (after a permutation, a strided slice); dimensions are two channels or "
-    "more, side by side"
+    "belong to single channels, or to channels whose positions lie otherwise in each "
+    "(behind a transposition); dimensions are two channels or more"
 )
 
 

@@ -106,11 +106,18 @@ def _runs(places: list[_Place]) -> list[list[_Place]]:
         even &= (inner > 0) & (steps == inner).all(axis=1)
     stops = [*(np.flatnonzero(~even) + 1).tolist(), size]
     starts = [0, *stops[:-1]]
-    return [
-        [_Place(p.axis, p.positions[a:b]) for p in places]
-        for a, b in zip(starts, stops, strict=True)
-        if b - a > 1
-    ]
+    runs = [(a, b) for a, b in zip(starts, stops, strict=True) if b - a > 1]
+    if sum(b - a for a, b in runs) < size and all(map(_alike, places)):
+        # A permutation, a strided slice: each member says where its channels are.
+        runs = [(0, size)]
+    return [[_Place(p.axis, p.positions[a:b]) for p in places] for a, b in runs]
+
+
+def _alike(place: _Place) -> bool:
+    """Whether channels lie in the same way from their first position, and apart."""
+    lines = place.positions - place.positions[:, :1]
+    apart = len(np.unique(place.positions)) == lines.size
+    return apart and bool((lines == lines[:1]).all())
 
 
 def _inner(positions: np.ndarray) -> int:
@@ -126,24 +133,30 @@ def _inner(positions: np.ndarray) -> int:
 
 def _members(found: Analysis, place: _Place) -> list[Member]:
     axis, positions = place.axis, place.positions
-    size = len(positions)
-    inner = int(positions[1, 0] - positions[0, 0])
-    starts = positions[0, ::inner]
     role: Role = "consumer"
     if axis.state:
         role = "state"
     elif axis.number in found.trace.producers:
         role = "producer"
+    size, inner = len(positions), _inner(positions)
+    places, first = None, positions[0]
+    if not inner or (np.diff(positions, axis=0) != inner).any():
+        start = positions[:, 0].min()
+        places = tuple((positions[:, 0] - start).tolist())
+        first = first - first[0] + start
+        edges = np.flatnonzero(np.diff(first) != 1) + 1
+        inner = math.gcd(len(first), *edges.tolist())
+    starts = first[::inner]
     steps = set(np.diff(starts).tolist())
+    block = size * inner if places is None else max(places) + inner
     if len(steps) <= 1:
-        period = steps.pop() if steps else size * inner
-        outer = len(starts)
-        return [
-            Member(axis.path, axis.axis, role, outer, inner, int(starts[0]), period)
-        ]
+        period = steps.pop() if steps else block
+        runs = [(len(starts), int(starts[0]), period)]
+    else:
+        runs = [(1, int(start), block) for start in starts]
     return [
-        Member(axis.path, axis.axis, role, 1, inner, int(start), size * inner)
-        for start in starts
+        Member(axis.path, axis.axis, role, outer, inner, offset, period, places)
+        for outer, offset, period in runs
     ]
 
 

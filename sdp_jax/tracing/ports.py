@@ -15,9 +15,17 @@ def class_channels(found: Analysis, groups: Groups) -> np.ndarray:
     number = np.full(len(operands), -1)
     start = 0
     for d in groups:
+        # Many members have the same classes; they are looked at once.
+        seen: set[bytes] = set()
         for m in d.members:
             places = m.positions(d.size).swapaxes(0, 1).reshape(d.size, -1)
-            rows = operands[label[atoms[m.path, m.axis][places]]]
+            lines = label[atoms[m.path, m.axis][places]]
+            if lines.shape[1] > 1:
+                lines = np.unique(lines, axis=1)
+            if lines.tobytes() in seen:
+                continue
+            seen.add(lines.tobytes())
+            rows = operands[lines]
             # The class of a channel is the one that all of its positions have, and
             # that no other channel has.
             common = rows[:, 0]

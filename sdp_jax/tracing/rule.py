@@ -5,6 +5,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
+from sdp_jax.tracing.numbers import Known
+
 Analyse: TypeAlias = Callable[[Any, Any, list[Any]], Any]
 Rebuild: TypeAlias = Callable[[Any, Any, list[Any]], Sequence[Any]]
 Flops: TypeAlias = Callable[[Any, Sequence[Any], Sequence[Any]], Any]
@@ -42,8 +44,9 @@ class Rule:
       rebuild: from the evaluator, the record and the small operands to the small
         results, for primitives with parameters that depend on shapes; without it the
         primitive is bound again as it is.
-      known: whether the results are a function of the operands alone, which can be
-        evaluated while tracing. Random numbers, effects and calls are not.
+      known: from the equation and the entries of its operands to those of its results,
+        by NumPy (``numbers.py``), where the results are a function of the operands
+        alone and NumPy gives exactly what JAX gives.
       picks: whether it may leave positions of its operand unused.
       even: whether evaluation can repeat it on what absent positions hold.
       flops: from the equation and the shapes of its operands and results, of numbers
@@ -55,7 +58,7 @@ class Rule:
     analyse: Analyse
     _: dataclasses.KW_ONLY
     rebuild: Rebuild | None = None
-    known: bool = True
+    known: Known | None = None
     picks: bool = False
     even: bool = False
     flops: Flops = per_entry

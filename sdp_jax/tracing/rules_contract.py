@@ -5,9 +5,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
-from sdp_jax.tracing.rule import Rule, per_operand_entry
+from sdp_jax.tracing import numbers
+from sdp_jax.tracing.evaluate import pick_out
+from sdp_jax.tracing.rule import Analyse, Rule, per_operand_entry
 from sdp_jax.tracing.rules_elementwise import joint_fill
 from sdp_jax.tracing.trace import INEXACT, Record, Trace, freeze_all, need_zero
 from sdp_jax.tracing.values import ZERO, Axis, Factor, Value, agree, refill
@@ -56,6 +59,45 @@ def _dot_flops(eqn: Any, shapes: Sequence[Any], outs: Sequence[Any]) -> Any:
     return 2 * math.prod(outs[0]) * math.prod(shapes[0][i] for i in left)
 
 
+def _ragged_dot(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
+    """Rows are told apart by sizes of run time: those axes stay whole."""
+    x, y = ins[:2]
+    p = eqn.params["ragged_dot_dimension_numbers"]
+    (left, right), (rows, columns) = p.dot_dimension_numbers
+    why = "is grouped by sizes that are known only at run time"
+    for v, dims in ((x, p.lhs_ragged_dimensions), (y, p.rhs_group_dimensions)):
+        for d in dims:
+            t.freeze(eqn, v.axes[d], why)
+    # An operand of the other side runs along with the ragged axis.
+    (ragged,) = p.lhs_ragged_dimensions
+    if ragged in left:
+        t.freeze(eqn, y.axes[right[left.index(ragged)]], why)
+    for value in ins[2:]:
+        for axis in value.axes:
+            t.freeze(eqn, axis, why)
+    for i, j in zip(left, right, strict=True):
+        _contract(t, eqn, x.axes[i], y.axes[j], (x.data, y.data))
+    axes = [
+        _either(t, eqn, x.axes[i], y.axes[j])
+        for i, j in zip(rows, columns, strict=True)
+    ]
+    gone = (*right, *columns, *p.rhs_group_dimensions)
+    axes += [a for i, a in enumerate(x.axes) if i not in (*left, *rows)]
+    axes += [a for i, a in enumerate(y.axes) if i not in gone]
+    if ragged in left:
+        axes.insert(0, t.space.plain(eqn.outvars[0].aval.shape[0]))
+    data = x.data or y.data or ins[2].data
+    return [Value(tuple(axes), data, x.zero or y.zero)]
+
+
+def _ragged_flops(eqn: Any, shapes: Sequence[Any], outs: Sequence[Any]) -> Any:
+    p = eqn.params["ragged_dot_dimension_numbers"]
+    left, _ = p.dot_dimension_numbers[0]
+    # Each row of the ragged axis is in one group.
+    out = outs[0][1:] if p.lhs_ragged_dimensions[0] in left else outs[0]
+    return 2 * math.prod(out) * math.prod(shapes[0][i] for i in left)
+
+
 def _conv_groups(t: Trace, eqn: Any, ins: list[Value]) -> tuple[Axis, ...] | None:
     """Feature axes as (groups, features) of input, output; and of the kernel."""
     x, kernel = ins
@@ -70,11 +112,11 @@ def _conv_groups(t: Trace, eqn: Any, ins: list[Value]) -> tuple[Axis, ...] | Non
 def _conv(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
     x, kernel = ins
     spec = eqn.params["dimension_numbers"]
-    for value, dims in ((x, spec.lhs_spec), (kernel, spec.rhs_spec)):
-        for d in dims[2:]:
-            t.freeze(eqn, value.axes[d], "convolves along this axis")
     shape = eqn.outvars[0].aval.shape
     axes = [t.space.plain(n) for n in shape]
+    for d, e, f in zip(spec.lhs_spec, spec.rhs_spec, spec.out_spec, strict=True):
+        if d in spec.lhs_spec[2:]:
+            axes[f] = _along(t, eqn, [(x, d), (kernel, e)], shape[f])
     axes[spec.out_spec[0]] = x.axes[spec.lhs_spec[0]]
     groups = _conv_groups(t, eqn, ins)
     if eqn.params["batch_group_count"] > 1 or groups is None:
@@ -89,8 +131,44 @@ def _conv(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
     return [Value(tuple(axes), x.data or kernel.data, x.zero or kernel.zero)]
 
 
+def _along(
+    t: Trace, eqn: Any, operands: Sequence[tuple[Value, int]], size: int
+) -> Axis:
+    """Convolves along an axis: activations along channels are padded with their zeros.
+
+    So that is what absent channels must be; any part of the result can be taken.
+    """
+    padded = False
+    for value, d in operands:
+        live = [f for f in value.axes[d] if not t.space.is_plain(f)]
+        if live and value.data and all(f.fill is not None for f in live):
+            need_zero(t, eqn, value.axes[d])
+            padded = True
+        elif live:
+            t.freeze(eqn, value.axes[d], "convolves along this axis")
+    return t.space.fresh(size, None) if padded else t.space.plain(size)
+
+
+def _pad_channels(n: Any, x: Any, value: Value, dims: Sequence[int]) -> Any:
+    """Zeros where channels are absent along some axes."""
+    for d in dims:
+        if n.is_cut(value.axes[d]):
+            mask = n.mask(value.axes[d])
+            shape = list(x.shape)
+            shape[d] = 1
+            index = np.where(mask, np.cumsum(mask) - 1, x.shape[d])
+            x = pick_out(lax.concatenate([x, jnp.zeros(shape, x.dtype)], d), index, d)
+    return x
+
+
 def _rebuild_conv(n: Any, record: Record, args: list[Any]) -> list[Any]:
     eqn = record.eqn
+    both = eqn.params["dimension_numbers"]
+    dims = (both.lhs_spec[2:], both.rhs_spec[2:])
+    args = [
+        _pad_channels(n, x, v, d)
+        for x, v, d in zip(args, record.ins, dims, strict=True)
+    ]
     count = eqn.params["feature_group_count"]
     if count > 1:
         spec = eqn.params["dimension_numbers"]
@@ -100,16 +178,27 @@ def _rebuild_conv(n: Any, record: Record, args: list[Any]) -> list[Any]:
     for name, arg in (("lhs_shape", args[0]), ("rhs_shape", args[1])):
         if name in eqn.params:
             changed[name] = arg.shape
-    return n.rebind(record, args, **changed)
+    (out,) = n.rebind(record, args, **changed)
+    for d in both.out_spec[2:]:
+        if n.is_cut(axis := record.outs[0].axes[d]):
+            out = pick_out(out, np.flatnonzero(n.mask(axis)), d)
+    return [out]
 
 
 def _conv_flops(eqn: Any, shapes: Sequence[Any], outs: Sequence[Any]) -> Any:
-    spec = eqn.params["dimension_numbers"].rhs_spec
-    window = math.prod(shapes[1][d] for d in spec[1:])
+    spec, out_spec = (
+        getattr(eqn.params["dimension_numbers"], k) for k in ("rhs_spec", "out_spec")
+    )
+    kernel, out = (v.aval.shape for v in (eqn.invars[1], eqn.outvars[0]))
+    # Convolutions along channels run along all of them.
+    window = math.prod(kernel[d] for d in spec[2:]) * shapes[1][spec[1]]
+    places = math.prod(outs[0][d] for d in out_spec[:2]) * math.prod(
+        out[d] for d in out_spec[2:]
+    )
     # Zeros that only spread a transposed convolution's input do not count.
     spread = math.prod(eqn.params["lhs_dilation"])
     share = 1 / (eqn.params["batch_group_count"] * spread)
-    return 2 * math.prod(outs[0]) * window * share
+    return 2 * places * window * share
 
 
 def _sum(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
@@ -224,15 +313,30 @@ def _fft(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
 
 
 def _top_k(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
-    x = ins[0]
-    d = eqn.params.get("axis", len(x.axes) - 1) % len(x.axes)
+    x, rank = ins[0], len(ins[0].axes)
+    d = eqn.params.get("axis", eqn.params.get("reduction_dimension", -1)) % rank
     t.freeze(eqn, x.axes[d], "compares all channels")
     outs = []
-    for var in eqn.outvars:
-        axes = [refill(axis, None) for axis in x.axes]
+    for k, var in enumerate(eqn.outvars):
+        # The largest of zeros is zero; where it is, is anywhere.
+        axes = list(x.axes) if k == 0 else [refill(axis, None) for axis in x.axes]
         axes[d] = t.space.plain(var.aval.shape[d])
         outs.append(Value(tuple(axes), x.data))
     return outs
+
+
+def _reduce_by(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
+    """Any reduction of several arrays: nobody knows what it makes of zeros."""
+    arrays = ins[: len(ins) // 2]
+    axes = []
+    for d in range(len(arrays[0].axes)):
+        lines = [v.axes[d] for v in arrays]
+        if d in eqn.params["dimensions"]:
+            for line in lines:
+                t.freeze(eqn, line, "compares all channels")
+        else:
+            axes.append(refill(t.unify(eqn, lines)[0], None))
+    return [Value(tuple(axes), any(v.data for v in ins)) for _ in eqn.outvars]
 
 
 def _window(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
@@ -269,30 +373,32 @@ def _window_flops(eqn: Any, shapes: Sequence[Any], outs: Sequence[Any]) -> Any:
 WINDOWS = "reduce_window_sum reduce_window_max reduce_window_min reduce_window \
 select_and_scatter_add select_and_gather_add".split()
 
+
+def _reductions(names: Sequence[str], analyse: Analyse, **more: Any) -> dict[str, Rule]:
+    more["flops"] = per_operand_entry
+    known = numbers.REDUCTIONS
+    return {n: Rule(analyse, known=known.get(n), **more) for n in names}
+
+
 RULES: dict[str, Rule] = {
     "dot_general": Rule(_dot, flops=_dot_flops),
+    "ragged_dot_general": Rule(_ragged_dot, flops=_ragged_flops),
     "conv_general_dilated": Rule(_conv, rebuild=_rebuild_conv, flops=_conv_flops),
-    "psum": Rule(_psum, known=False, flops=per_operand_entry),
-    "reduce_sum": Rule(_sum, rebuild=_rebuild_sum, flops=per_operand_entry),
-    **dict.fromkeys(("reduce_or", "reduce_xor"), Rule(_bits, flops=per_operand_entry)),
-    **dict.fromkeys(
-        ("reduce_max", "reduce_min"),
-        Rule(_extreme, rebuild=_rebuild_extreme, flops=per_operand_entry),
-    ),
-    **dict.fromkeys(
-        ("reduce_prod", "reduce_and"), Rule(_reduce, flops=per_operand_entry)
-    ),
-    **dict.fromkeys(("argmax", "argmin"), Rule(_argument, flops=per_operand_entry)),
-    **dict.fromkeys(
-        ("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp"), Rule(_cumulate)
-    ),
-    "sort": Rule(_sort),
-    "top_k": Rule(_top_k),
+    "psum": Rule(_psum, flops=per_operand_entry),
+    **_reductions(["reduce_sum"], _sum, rebuild=_rebuild_sum),
+    **_reductions(["reduce_or", "reduce_xor"], _bits),
+    **_reductions(["reduce_max", "reduce_min"], _extreme, rebuild=_rebuild_extreme),
+    **_reductions(["reduce_prod", "reduce_and"], _reduce),
+    **_reductions(["argmax", "argmin"], _argument),
+    **_reductions("cumsum cumprod cummax cummin cumlogsumexp".split(), _cumulate),
+    "sort": Rule(_sort, known=numbers.sort),
+    **dict.fromkeys(("top_k", "approx_top_k"), Rule(_top_k)),
+    "reduce": Rule(_reduce_by, flops=per_operand_entry),
     "fft": Rule(_fft),
     **dict.fromkeys(WINDOWS, Rule(_window, flops=_window_flops)),
-    "select_and_scatter": Rule(freeze_all, known=False, flops=_window_flops),
+    "select_and_scatter": Rule(freeze_all, flops=_window_flops),
     **dict.fromkeys(
         ("reduce_scatter", "reduce_scatter_start", "reduce_scatter_done"),
-        Rule(freeze_all, known=False, flops=per_operand_entry),
+        Rule(freeze_all, flops=per_operand_entry),
     ),
 }

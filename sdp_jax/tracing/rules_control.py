@@ -361,17 +361,17 @@ def _rebuild_custom_vjp(n: Any, record: Record, args: list[Any]) -> list[Any]:
 
 RULES: dict[str, Rule] = {
     **dict.fromkeys(
-        ("jit", "pjit", "closed_call"),
-        Rule(_call, rebuild=_rebuild_call, known=False, picks=True),
+        ("jit", "pjit", "closed_call", "composite"),
+        Rule(_call, rebuild=_rebuild_call, picks=True),
     ),
-    "core_call": Rule(_call, rebuild=_rebuild_call, known=False),
+    "core_call": Rule(_call, rebuild=_rebuild_call),
     **dict.fromkeys(
         ("remat2", "checkpoint", "remat"),
-        Rule(_call, rebuild=_rebuild_checkpoint, known=False),
+        Rule(_call, rebuild=_rebuild_checkpoint),
     ),
-    "scan": Rule(_scan, rebuild=_rebuild_scan, known=False, runs=_scan_runs),
-    "while": Rule(_while, rebuild=_rebuild_while, known=False, runs=_while_runs),
-    "cond": Rule(_cond, rebuild=_rebuild_cond, known=False, runs=_cond_runs),
-    "custom_jvp_call": Rule(_custom_jvp, rebuild=_rebuild_custom_jvp, known=False),
-    "custom_vjp_call": Rule(_custom_vjp, rebuild=_rebuild_custom_vjp, known=False),
+    "scan": Rule(_scan, rebuild=_rebuild_scan, runs=_scan_runs),
+    "while": Rule(_while, rebuild=_rebuild_while, runs=_while_runs),
+    "cond": Rule(_cond, rebuild=_rebuild_cond, runs=_cond_runs),
+    "custom_jvp_call": Rule(_custom_jvp, rebuild=_rebuild_custom_jvp),
+    "custom_vjp_call": Rule(_custom_vjp, rebuild=_rebuild_custom_vjp),
 }

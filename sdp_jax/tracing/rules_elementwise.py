@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Literal
 
+from sdp_jax.tracing import numbers
 from sdp_jax.tracing.rule import Flops, Rule, moves, per_entry
 from sdp_jax.tracing.trace import Record, Trace, freeze_all, number_of
 from sdp_jax.tracing.values import ZERO, Factor, Fill, Value, length
@@ -19,14 +20,15 @@ COPY = "convert_element_type copy copy_p name device_put stop_gradient".split()
 # f(0) = 0
 KEEP = (
     "neg tanh sin tan asin atan sinh asinh atanh erf expm1 log1p sqrt cbrt abs sign "
-    "floor ceil round real imag conj reduce_precision square population_count"
+    "floor ceil round real imag conj reduce_precision square population_count "
+    "erf_inv bessel_i1e"
 ).split()
 # f(0) is another number, or nobody knows
 LOSE = (
-    "exp exp2 atan2 cos acos cosh acosh logistic not is_finite erfc erf_inv bessel_i0e "
-    "bessel_i1e igamma igammac polygamma eq ge le nextafter clz xor shift_left "
+    "exp exp2 atan2 cos acos cosh acosh logistic not is_finite erfc bessel_i0e "
+    "igamma igammac polygamma eq ge le nextafter clz xor shift_left "
     "shift_right_logical shift_right_arithmetic threefry2x32 random_gamma_grad "
-    "regularized_incomplete_beta eq_to le_to lt_to"
+    "regularized_incomplete_beta zeta igamma_grad_a eq_to le_to lt_to"
 ).split()
 # f(0) is not finite, and 0 times it is not 0
 POLE = "log rsqrt lgamma digamma".split()
@@ -112,32 +114,23 @@ def _map(fills: str, t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
 
 def _evaluated(eqn: Any, ins: Sequence[Value], given: Sequence[Fill]) -> Fill:
     """The fill of f(0, constants), by evaluation."""
-    numbers, fill = [], ZERO
+    operands, fill = [], ZERO
     for value, one, var in zip(ins, given, eqn.invars, strict=True):
         dtype = var.aval.dtype
         if jnp.issubdtype(dtype, jax.dtypes.extended):
             return None
         if one is not None:
-            numbers.append((0, dtype))
+            operands.append(np.zeros((), dtype))
             fill |= one
         elif (number := number_of(value.known)) is not None:
-            numbers.append((number.item(), dtype))
+            operands.append(np.asarray(number))
         else:
             return None
+    known = numbers.ELEMENTWISE.get(eqn.primitive.name)
     if all(one is None for one in given):
-        return None  # no operand is absent anywhere
-    try:
-        params = tuple(sorted(eqn.params.items()))
-        return fill if _is_zero(eqn.primitive, params, tuple(numbers)) else None
-    except TypeError:  # parameters without a hash or an order
-        return None
-
-
-@functools.cache
-def _is_zero(primitive: Any, params: Any, numbers: Any) -> bool:
-    with jax.ensure_compile_time_eval():
-        found = primitive.bind(*(np.asarray(*n) for n in numbers), **dict(params))
-        return all(not np.any(np.asarray(x)) for x in jax.tree.leaves(found))
+        return None  # In the latter case no operand is absent anywhere.
+    found = numbers.evaluate(known, eqn, operands)
+    return None if found is None or any(map(np.any, found)) else fill
 
 
 def _literal(eqn: Any, position: int) -> float | None:
@@ -219,9 +212,11 @@ def _rebuild_sharding(n: Any, record: Record, args: list[Any]) -> list[Any]:
 def _each(
     names: Sequence[str], fills: str, flops: Flops = per_entry
 ) -> dict[str, Rule]:
-    return dict.fromkeys(
-        names, Rule(functools.partial(_map, fills), even=True, flops=flops)
-    )
+    analyse = functools.partial(_map, fills)
+    return {
+        n: Rule(analyse, known=numbers.ELEMENTWISE.get(n), even=True, flops=flops)
+        for n in names
+    }
 
 
 RULES: dict[str, Rule] = {
@@ -231,24 +226,29 @@ RULES: dict[str, Rule] = {
     **_each(LOSE, "lose"),
     **_each(POLE, "pole"),
     **_each(FIRST, "first"),
-    "select_n": Rule(_select, even=True, flops=moves),
-    "clamp": Rule(functools.partial(_map, "lose"), even=True),
-    "integer_pow": Rule(_integer_pow, even=True),
+    "select_n": Rule(
+        _select, known=numbers.ELEMENTWISE["select_n"], even=True, flops=moves
+    ),
+    **_each(["clamp"], "lose"),
+    "integer_pow": Rule(
+        _integer_pow, known=numbers.ELEMENTWISE["integer_pow"], even=True
+    ),
     "pow": Rule(_pow, even=True),
     "optimization_barrier": Rule(_many, flops=moves),
-    "bitcast_convert_type": Rule(_bitcast, flops=moves),
+    "bitcast_convert_type": Rule(
+        _bitcast, known=numbers.ELEMENTWISE["bitcast_convert_type"], flops=moves
+    ),
     **dict.fromkeys(
         ("sharding_constraint", "reshard"),
         Rule(
             functools.partial(_map, "all"),
             rebuild=_rebuild_sharding,
-            known=False,
             even=True,
             flops=moves,
         ),
     ),
     **_each(["pvary"], "all", moves),
     # Over axes of the mesh, not of the arrays.
-    **dict.fromkeys(("psum_invariant", "pmax", "pmin"), Rule(_across, known=False)),
-    **dict.fromkeys(("debug_callback", "debug_print"), Rule(_look, known=False)),
+    **dict.fromkeys(("psum_invariant", "pmax", "pmin"), Rule(_across)),
+    **dict.fromkeys(("debug_callback", "debug_print"), Rule(_look)),
 }

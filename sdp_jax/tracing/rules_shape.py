@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from sdp_jax.tracing import numbers
 from sdp_jax.tracing.evaluate import pick_out
 from sdp_jax.tracing.rule import Rule, moves
-from sdp_jax.tracing.sizes import Equation
-from sdp_jax.tracing.trace import Record, Trace, freeze_all, need_zero
-from sdp_jax.tracing.values import ZERO, Axis, Factor, Fill, Value, length, refill
+from sdp_jax.tracing.trace import Record, Trace, freeze_all
+from sdp_jax.tracing.values import ZERO, Axis, Factor, Fill, Value, length
 
 
 def _broadcast(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
@@ -194,9 +194,24 @@ def _concatenate(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
     axes = []
     for k in range(len(ins[0].axes)):
         lines = [v.axes[k] for v in ins]
-        axes.append(_join(t, lines) if k == d else _together(t, eqn, lines))
+        if k == d:
+            lines = _beside(t, eqn, ins, lines)
+        axes.append(_join(t, lines) if k == d else together(t, eqn, lines))
     data = any(v.data for v in ins)
     return [Value(tuple(axes), data, all(v.zero for v in ins))]
+
+
+def _beside(t: Trace, eqn: Any, ins: Sequence[Value], lines: list[Axis]) -> list[Axis]:
+    """Constants beside channels that become zero stay, and those can still go."""
+    lost = [
+        v.free and any(f.fill is None for f in a)
+        for v, a in zip(ins, lines, strict=True)
+    ]
+    rest = [f for a, c in zip(lines, lost, strict=True) if not c for f in a]
+    if not rest or any(f.fill is None for f in rest):
+        return lines
+    why = "is a constant beside channels"
+    return [t.freeze(eqn, a, why) if c else a for a, c in zip(lines, lost, strict=True)]
 
 
 def _join(t: Trace, lines: list[Axis]) -> Axis:
@@ -205,18 +220,18 @@ def _join(t: Trace, lines: list[Axis]) -> Axis:
         return t.space.plain(sum(length(line) for line in lines))
     atoms = np.concatenate([f[0].atoms if f else np.zeros(1, np.int32) for f in flat])
     live = [f[0].fill for f in flat if f and not t.space.is_plain(f[0])]
-    return (Factor(atoms, _union(live)),)
+    return (Factor(atoms, union(live)),)
 
 
-def _together(t: Trace, eqn: Any, lines: list[Axis]) -> Axis:
+def together(t: Trace, eqn: Any, lines: list[Axis]) -> Axis:
     """An axis that runs along all operands: zero where all of them are."""
     return tuple(
-        Factor(fs[0].atoms, _union([f.fill for f in fs]))
+        Factor(fs[0].atoms, union([f.fill for f in fs]))
         for fs in zip(*t.unify(eqn, lines), strict=True)
     )
 
 
-def _union(fills: list[Fill]) -> Fill:
+def union(fills: list[Fill]) -> Fill:
     return None if None in fills else ZERO.union(*(f or ZERO for f in fills))
 
 
@@ -247,10 +262,17 @@ def _rebuild_tile(n: Any, record: Record, args: list[Any]) -> list[Any]:
 def _stack(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
     d = eqn.params["axis"]
     lines = zip(*(v.axes for v in ins), strict=True)
-    axes = [_together(t, eqn, [*line]) for line in lines]
+    axes = [together(t, eqn, [*line]) for line in lines]
     axes.insert(d, t.space.plain(len(ins)))
     data = any(v.data for v in ins)
     return [Value(tuple(axes), data, all(v.zero for v in ins))]
+
+
+def _unstack(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
+    x, d = ins[0], eqn.params["axis"]
+    t.freeze(eqn, x.axes[d], "takes single positions")
+    part = Value((*x.axes[:d], *x.axes[d + 1 :]), x.data, x.zero)
+    return [part] * len(eqn.outvars)
 
 
 def _pad_positions(axis: Axis, config: tuple[int, int, int]) -> np.ndarray:
@@ -319,281 +341,39 @@ def _rebuild_generate(n: Any, record: Record, args: list[Any]) -> list[Any]:
     return [n.take(x, v) for x, v in zip(outs, record.outs, strict=True)]
 
 
-def _starts(eqn: Any, ins: Sequence[Value]) -> list[np.ndarray | None]:
-    """The positions that a dynamic slice takes along each axis, where known."""
-    out: list[np.ndarray | None] = []
-    for axis, start, size in zip(
-        ins[0].axes, ins[1:], eqn.params["slice_sizes"], strict=True
-    ):
-        if start.known is None:
-            out.append(None)
-            continue
-        first = min(max(int(start.known), 0), length(axis) - size)
-        out.append(np.arange(first, first + size))
-    return out
-
-
-def _dynamic_slice(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
-    x = ins[0]
-    axes = []
-    for axis, where, size in zip(
-        x.axes, _starts(eqn, ins), eqn.params["slice_sizes"], strict=True
-    ):
-        if size != length(axis) and where is not None:
-            axis = pick(t, eqn, axis, where)
-        elif size != length(axis):
-            t.freeze(eqn, axis, "slices at a place that is known only at run time")
-            axis = t.space.plain(size)
-        axes.append(axis)
-    return [Value(tuple(axes), any(v.data for v in ins), x.zero)]
-
-
-def _rebuild_dynamic_slice(n: Any, record: Record, args: list[Any]) -> list[Any]:
-    x, starts, sizes = args[0], args[1:], list(n.shape(record))
-    for d, where in enumerate(_starts(record.view, record.ins)):
-        axis = record.ins[0].axes[d]
-        if where is not None and len(where) != length(axis) and n.is_cut(axis):
-            x = take_positions(n, x, axis, d, where)
-            sizes[d] = x.shape[d]
-    return [lax.dynamic_slice(x, starts, sizes)]
-
-
-def _dynamic_update_slice(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
-    x, update = ins[:2]
-    axes = []
-    for a, b in zip(x.axes, update.axes, strict=True):
-        if length(a) != length(b):
-            why = "is written at a place that is known only at run time"
-            t.freeze(eqn, a, why)
-            t.freeze(eqn, b, why)
-            axes.append(t.space.plain(length(a)))
-            continue
-        axes.append(_together(t, eqn, [a, b]))
-    zero = x.zero and update.zero
-    return [Value(tuple(axes), any(v.data for v in ins), zero)]
-
-
-def _window(eqn: Any, ins: Sequence[Value]) -> list[np.ndarray | None] | None:
-    """Along each axis the positions of a gather of one block at a known place.
-
-    ``None`` stands for all of them, and for the list if it is no such gather.
-    """
-    x, indices = ins
-    dims, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
-    if indices.known is None or indices.known.ndim != 1 or not _has_channels(eqn, ins):
-        return None
-    starts = dict(zip(dims.start_index_map, indices.known.tolist(), strict=True))
-    out: list[np.ndarray | None] = []
-    for d, (axis, size) in enumerate(zip(x.axes, sizes, strict=True)):
-        first = starts.get(d, 0)
-        if not 0 <= first <= length(axis) - size:
-            return None
-        whole = size == length(axis)
-        out.append(None if whole else np.arange(first, first + size))
-    return out
-
-
-def _lookup(eqn: Any, ins: Sequence[Value]) -> tuple[int, np.ndarray] | None:
-    """The axis and the positions of a gather that takes known ones along an axis."""
-    x, indices = ins
-    dims, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
-    if indices.known is None or indices.known.ndim < 2 or not _has_channels(eqn, ins):
-        return None
-    d, where = dims.start_index_map[0], indices.known[..., 0]
-    inside = np.all((where >= 0) & (where < length(x.axes[d])))
-    whole = all(
-        size == (1 if k == d else length(axis))
-        for k, (axis, size) in enumerate(zip(x.axes, sizes, strict=True))
-    )
-    single = dims.start_index_map == dims.collapsed_slice_dims == (d,)
-    return (d, where) if single and whole and inside and where.size else None
-
-
-def _has_channels(eqn: Any, ins: Sequence[Value]) -> bool:
-    """Whether a gather indexes an axis that could be cut."""
-    dims, mode = eqn.params["dimension_numbers"], eqn.params["mode"]
-    if dims.operand_batching_dims:
-        return False
-    symbolic = isinstance(eqn, Equation)
-    if symbolic and mode != lax.GatherScatterMode.PROMISE_IN_BOUNDS:
-        return False
-    return any(f.atoms.any() for d in dims.start_index_map for f in ins[0].axes[d])
-
-
-def _static_gather(
-    t: Trace, eqn: Any, x: Value, d: int, where: np.ndarray
-) -> list[Value]:
-    line = pick(t, eqn, x.axes[d], where.reshape(-1))
-    rows = t.space.regroup([line], where.shape)
-    if rows is None:
-        t.freeze(eqn, line, "regroups positions across channels")
-        rows = [t.space.plain(n) for n in where.shape]
-    window = [axis for k, axis in enumerate(x.axes) if k != d]
-    offsets = eqn.params["dimension_numbers"].offset_dims
-    out = [
-        window.pop(0) if k in offsets else rows.pop(0)
-        for k in range(len(eqn.outvars[0].aval.shape))
-    ]
-    return [Value(tuple(out), x.data, x.zero)]
-
-
-def _rebuild_static_gather(
-    n: Any, record: Record, x: Any, d: int, where: np.ndarray
-) -> list[Any]:
-    x = take_positions(n, x, record.ins[0].axes[d], d, where.reshape(-1))
-    shape = n.shape(record)
-    offsets = record.eqn.params["dimension_numbers"].offset_dims
-    places = [k for k in range(len(shape)) if k not in offsets]
-    sizes = [shape[k] for k in places]
-    x = lax.reshape(x, [*x.shape[:d], *sizes, *x.shape[d + 1 :]])
-    return [jnp.moveaxis(x, range(d, d + len(places)), places)]
-
-
-def _rebuild_window(
-    n: Any, record: Record, x: Any, window: list[np.ndarray | None]
-) -> list[Any]:
-    p = record.eqn.params
-    for d, where in enumerate(window):
-        axis = record.ins[0].axes[d]
-        if where is not None and n.is_cut(axis):
-            x = take_positions(n, x, axis, d, where)
-        elif where is not None:
-            first = int(where[0])
-            x = lax.slice_in_dim(x, first, first + p["slice_sizes"][d], axis=d)
-    return [lax.squeeze(x, p["dimension_numbers"].collapsed_slice_dims)]
-
-
-def _gather(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
-    x, indices = ins
-    known = _lookup(eqn, ins)
-    if known is not None:
-        return _static_gather(t, eqn, x, *known)
-    dims = eqn.params["dimension_numbers"]
-    place = _window(eqn, ins)
-    if place is not None:
-        axes = [
-            axis if where is None else pick(t, eqn, axis, where)
-            for axis, where in zip(x.axes, place, strict=True)
-        ]
-        gone = dims.collapsed_slice_dims
-        axes = tuple(axis for d, axis in enumerate(axes) if d not in gone)
-        return [Value(axes, x.data, x.zero)]
-    sizes = eqn.params["slice_sizes"]
-    rows = list(indices.axes[:-1])
-    t.freeze(eqn, indices.axes[-1], "holds indices")
-    window = []
-    for d, axis in enumerate(x.axes):
-        if d in dims.operand_batching_dims:
-            k = dims.start_indices_batching_dims[dims.operand_batching_dims.index(d)]
-            mine, theirs = t.unify(eqn, [axis, rows[k]])
-            rows[k] = refill(theirs, None) if mine else theirs
-            continue
-        if sizes[d] != length(axis):
-            t.freeze(eqn, axis, "is looked up by index")
-            axis = t.space.plain(sizes[d])
-        if d not in dims.collapsed_slice_dims:
-            window.append(axis)
-    rows = [refill(axis, None) for axis in rows]
-    outside = eqn.params.get("fill_value")
-    if outside is not None and outside == outside and outside != 0:
-        # What lies outside reads as this number, also where a channel is absent. (Not
-        # a number, the default, spoils all channels alike.)
-        window = [refill(axis, None) for axis in window]
-    out = [
-        window.pop(0) if d in dims.offset_dims else rows.pop(0)
-        for d in range(len(eqn.outvars[0].aval.shape))
-    ]
-    return [Value(tuple(out), x.data or indices.data, x.zero)]
-
-
-def _rebuild_gather(n: Any, record: Record, args: list[Any]) -> list[Any]:
-    known = _lookup(record.view, record.ins)
-    if known is not None:
-        return _rebuild_static_gather(n, record, args[0], *known)
-    window = _window(record.view, record.ins)
-    if window is not None:
-        return _rebuild_window(n, record, args[0], window)
-    x = record.ins[0]
-    sizes = tuple(
-        n.size(axis, size) if number == length(axis) and number > 1 else size
-        for axis, number, size in zip(
-            x.axes,
-            record.view.params["slice_sizes"],
-            record.eqn.params["slice_sizes"],
-            strict=True,
-        )
-    )
-    return n.rebind(record, args, slice_sizes=sizes)
-
-
-def _scatter(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
-    x, indices, updates = ins
-    dims = eqn.params["dimension_numbers"]
-    t.freeze(eqn, indices.axes[-1], "holds indices")
-    window = [updates.axes[d] for d in dims.update_window_dims]
-    rows = [
-        axis for d, axis in enumerate(updates.axes) if d not in dims.update_window_dims
-    ]
-    why = "is written by index"
-    adds = eqn.primitive.name in ("scatter-add", "scatter_add", "scatter_sub")
-    for a, b in zip(rows, indices.axes[:-1], strict=True):
-        a, _ = t.unify(eqn, [a, b])
-        # A row that is absent writes nothing: that must make no difference.
-        if adds:
-            need_zero(t, eqn, a)
-        else:
-            t.freeze(eqn, a, why)
-    out = []
-    for d, axis in enumerate(x.axes):
-        if d in dims.operand_batching_dims:
-            k = dims.scatter_indices_batching_dims[dims.operand_batching_dims.index(d)]
-            axis = t.unify(eqn, [axis, indices.axes[k]])[0]
-            out.append(refill(axis, None))
-        elif d in dims.inserted_window_dims:
-            out.append(t.freeze(eqn, axis, why))
-        else:
-            other = window.pop(0)
-            if length(other) != length(axis):
-                t.freeze(eqn, other, why)
-                out.append(t.freeze(eqn, axis, why))
-                continue
-            out.append(_together(t, eqn, [axis, other]))
-    return [Value(tuple(out), any(v.data for v in ins))]
-
-
-SCATTERS = "scatter scatter_add scatter-add scatter_sub scatter_mul scatter-mul \
-scatter_min scatter-min scatter_max scatter-max".split()
-
 RULES: dict[str, Rule] = {
     "broadcast_in_dim": Rule(
-        _broadcast, rebuild=_rebuild_broadcast, even=True, flops=moves
+        _broadcast,
+        known=numbers.broadcast_in_dim,
+        rebuild=_rebuild_broadcast,
+        even=True,
+        flops=moves,
     ),
-    "reshape": Rule(_reshape, rebuild=_rebuild_reshape, flops=moves),
-    "transpose": Rule(_transpose, flops=moves),
-    "squeeze": Rule(_squeeze, flops=moves),
-    "slice": Rule(_slice, rebuild=_rebuild_slice, picks=True, flops=moves),
-    "split": Rule(_split, rebuild=_rebuild_split, picks=True, flops=moves),
-    "rev": Rule(_reverse, flops=moves),
-    "concatenate": Rule(_concatenate, flops=moves),
-    "tile": Rule(_tile, rebuild=_rebuild_tile),
-    "stack": Rule(_stack),
-    "pad": Rule(_pad, rebuild=_rebuild_pad, picks=True, flops=moves),
-    "dynamic_slice": Rule(
-        _dynamic_slice, rebuild=_rebuild_dynamic_slice, picks=True, flops=moves
+    "reshape": Rule(
+        _reshape, known=numbers.reshape, rebuild=_rebuild_reshape, flops=moves
     ),
-    "dynamic_update_slice": Rule(_dynamic_update_slice, flops=moves),
-    "gather": Rule(_gather, rebuild=_rebuild_gather, picks=True, flops=moves),
-    **dict.fromkeys(SCATTERS, Rule(_scatter)),
-    **dict.fromkeys(
-        ("iota", "dim_as_value"),
-        Rule(_generate, rebuild=_rebuild_generate, flops=moves),
+    "transpose": Rule(_transpose, known=numbers.transpose, flops=moves),
+    "squeeze": Rule(_squeeze, known=numbers.squeeze, flops=moves),
+    "slice": Rule(
+        _slice, known=numbers.slices, rebuild=_rebuild_slice, picks=True, flops=moves
     ),
+    "split": Rule(
+        _split, known=numbers.split, rebuild=_rebuild_split, picks=True, flops=moves
+    ),
+    "rev": Rule(_reverse, known=numbers.rev, flops=moves),
+    "concatenate": Rule(_concatenate, known=numbers.concatenate, flops=moves),
+    "tile": Rule(_tile, known=numbers.tile, rebuild=_rebuild_tile),
+    "stack": Rule(_stack, known=numbers.stack),
+    "unstack": Rule(_unstack, flops=moves),
+    "pad": Rule(_pad, known=numbers.pad, rebuild=_rebuild_pad, picks=True, flops=moves),
+    "iota": Rule(_generate, rebuild=_rebuild_generate, known=numbers.iota, flops=moves),
+    "dim_as_value": Rule(_generate, rebuild=_rebuild_generate, flops=moves),
     **dict.fromkeys(
         ("random_bits", "rng_bit_generator", "rng_uniform"),
-        Rule(_generate, rebuild=_rebuild_generate, known=False),
+        Rule(_generate, rebuild=_rebuild_generate),
     ),
     **dict.fromkeys(
         ("random_seed", "random_wrap", "random_unwrap"),
-        Rule(freeze_all, known=False, flops=moves),
+        Rule(freeze_all, flops=moves),
     ),
 }

@@ -13,6 +13,7 @@ import numpy as np
 from jax.extend.core import Literal
 
 from sdp_jax.tracing.atoms import Reason
+from sdp_jax.tracing.numbers import evaluate
 from sdp_jax.tracing.rule import Rule
 from sdp_jax.tracing.sizes import Equation, Sizes
 from sdp_jax.tracing.values import ZERO, Axis, Factor, Fill, Space, Value
@@ -124,8 +125,8 @@ class Trace:
             if not rule.even:
                 outs = [_uneven(v) for v in outs]
             outs = [dataclasses.replace(v, free=free) for v in outs]
-            if rule.known:
-                outs = self._compute(view, values, outs)
+            if rule.known is not None:
+                outs = self._compute(rule, view, values, outs)
             records.append(Record(eqn, view, values, outs, bodies, copied))
             env.update(zip(eqn.outvars, outs, strict=True))
         outs = [read(v) for v in jaxpr.outvars]
@@ -156,31 +157,38 @@ class Trace:
         entries = np.asarray(array) if index else None
         return dataclasses.replace(value, free=True, known=entries)
 
-    def _compute(self, eqn: Any, ins: list[Value], outs: list[Value]) -> list[Value]:
+    def _compute(
+        self, rule: Rule, eqn: Any, ins: list[Value], outs: list[Value]
+    ) -> list[Value]:
         """Adds the entries of results whose operands are known: indices, often."""
-        if any(v.known is None for v in ins) or isinstance(eqn, Equation):
+        operands = [v.known for v in ins if v.known is not None]
+        if len(operands) < len(ins) or isinstance(eqn, Equation):
             return outs
         if not all(_is_index(v.aval.shape, v.aval.dtype) for v in eqn.outvars):
-            return self._uniform(eqn, ins, outs)
-        with jax.ensure_compile_time_eval():
-            found = eqn.primitive.bind(*(v.known for v in ins), **eqn.params)
-            entries = map(np.asarray, jax.tree.leaves(found))
+            return self._uniform(rule, eqn, operands, outs)
+        if not all(_is_small(x) for x in operands):
+            return outs
+        found = evaluate(rule.known, eqn, operands)
+        if found is None:
+            return outs
         return [
             dataclasses.replace(v, known=x, zero=not x.any())
-            for v, x in zip(outs, entries, strict=True)
+            for v, x in zip(outs, found, strict=True)
         ]
 
-    def _uniform(self, eqn: Any, ins: list[Value], outs: list[Value]) -> list[Value]:
+    def _uniform(
+        self, rule: Rule, eqn: Any, operands: list[np.ndarray], outs: list[Value]
+    ) -> list[Value]:
         """Adds the one number that all entries of a result are, without memory."""
-        numbers = [number_of(v.known) for v in ins]
-        name = eqn.primitive.name
-        if None in numbers or len(outs) != 1 or not self._rules[name].even:
+        numbers = [number_of(x) for x in operands]
+        if None in numbers or len(outs) != 1 or not rule.even:
             return outs
-        (found,) = numbers[:1]
-        if name != "broadcast_in_dim":
-            with jax.ensure_compile_time_eval():
-                found = np.asarray(eqn.primitive.bind(*numbers, **eqn.params))
-        known = np.broadcast_to(found, eqn.outvars[0].aval.shape)
+        found = [np.asarray(numbers[0])]
+        if eqn.primitive.name != "broadcast_in_dim":
+            found = evaluate(rule.known, eqn, list(map(np.asarray, numbers)))
+        if found is None:
+            return outs
+        known = np.broadcast_to(found[0], eqn.outvars[0].aval.shape)
         return [dataclasses.replace(outs[0], known=known)]
 
     def settle(self, fill: Fill) -> Fill:
@@ -248,10 +256,16 @@ def _live(jaxpr: Any) -> list[Any]:
 
 def _is_index(shape: Sequence[int], dtype: Any) -> bool:
     """Whether the entries are worth knowing: small integers, and scalars."""
+    if jnp.issubdtype(dtype, jax.dtypes.extended):
+        return False
     if shape == ():
         return True
-    whole = jnp.issubdtype(dtype, jnp.integer) or jnp.issubdtype(dtype, jnp.bool_)
-    return whole and math.prod(shape) <= _SMALL
+    return np.dtype(dtype).kind in "iub" and math.prod(shape) <= _SMALL
+
+
+def _is_small(known: np.ndarray) -> bool:
+    """Whether it takes no time to look at all entries."""
+    return known.size <= 4 * _SMALL
 
 
 def number_of(known: np.ndarray | None) -> Any:
@@ -295,4 +309,4 @@ def freeze_all(
 
 
 # Of a primitive that has no rule.
-NO_RULE = Rule(freeze_all, known=False)
+NO_RULE = Rule(freeze_all)
