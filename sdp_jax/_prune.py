@@ -224,7 +224,8 @@ def prune(
     score, and no training is needed; with ``cut`` those that it names.
 
     On the given inputs the small function is run beside the dense one with these
-    channels at zero, also in a state that goes in (:meth:`Cut.zero_inputs`): where they differ by more than rounding, nothing is returned.
+    channels at zero, also in a state that goes in (:meth:`Cut.zero_inputs`): where they
+    differ by more than rounding, nothing is returned.
 
     Args:
       fn: a function ``fn(params, *inputs)``, or a ``flax.nnx`` or Equinox module as it
