@@ -174,7 +174,7 @@ class Pruned:
 
         Args:
           path: file to write; ``None`` for none.
-          *inputs: arrays or shapes, as the model takes them.
+          *inputs: arrays or shapes, as this takes them when called.
           in_axes: where their batch axes are, as in :func:`jax.vmap`.
           platforms: where it will run.
           vjp_order: how many times it can be differentiated.
@@ -224,7 +224,8 @@ def prune(
     score, and no training is needed; with ``cut`` those that it names.
 
     On the given inputs the small function is run beside the dense one with these
-    channels at zero: where they differ by more than rounding, nothing is returned.
+    channels at zero, also in a state that goes in (:meth:`Cut.zero_inputs`): where they
+    differ by more than rounding, nothing is returned.
 
     Args:
       fn: a function ``fn(params, *inputs)``, or a ``flax.nnx`` or Equinox module as it
