@@ -119,13 +119,7 @@ def channel_norms(
     norms = jnp.sqrt(reduce_channels(groups, tree, _square, jnp.sum, jnp.add))
     if weights == "plain":
         return norms
-    # By a number for each dimension: XLA rounds the division by a vector differently.
-    return each_dimension(
-        groups,
-        lambda v, k: v / jnp.asarray(k[0], v.dtype),
-        norms,
-        channel_weights(groups, weights),
-    )
+    return norms / jnp.asarray(channel_weights(groups, weights), norms.dtype)
 
 
 def channel_products(groups: Groups, first: PyTree, second: PyTree) -> jax.Array:
@@ -258,7 +252,7 @@ def scale_channels(groups: Groups, tree: PyTree, factors: jax.Array) -> PyTree:
        [1. 0.]]
     """
     table = producer_leaves(groups, tree)
-    parts = groups.split(factors)
+    parts = _split(groups, factors)
     scales: dict[str, jax.Array] = {}
     for name, member, size in groups.producers:
         leaf = table[member.path]
@@ -374,34 +368,6 @@ def reduce_channels(
     return groups.join(out)
 
 
-def each_dimension(
-    groups: Groups, function: Callable[..., jax.Array], *vectors: jax.Array | np.ndarray
-) -> jax.Array:
-    """Applies a function to the channels of each dimension.
-
-    Args:
-      groups: the channel dimensions.
-      function: a function of vectors ``(size,)``; a scalar that it returns stands for
-        all channels of the dimension.
-      *vectors: its arguments, for all channels, ``(num_channels,)``.
-
-    Returns:
-      A vector ``(num_channels,)``.
-
-    Example:
-      >>> import jax.numpy as jnp, sdp_jax
-      >>> params = {"w": jnp.ones((2, 3))}
-      >>> groups = sdp_jax.groups_from_axes(params, {"unit": [sdp_jax.Member("w", 1)]})
-      >>> print(each_dimension(groups, jnp.max, jnp.array([1., 4., 2.])))
-      [4. 4. 4.]
-    """
-    parts = [groups.split(vector) for vector in vectors]
-    found = {name: function(*(p[name] for p in parts)) for name in groups.sizes}
-    return groups.join(
-        {k: jnp.broadcast_to(v, (groups.sizes[k],)) for k, v in found.items()}
-    )
-
-
 def magnitude(leaf: jax.Array) -> jax.Array:
     """Magnitudes of the entries.
 
@@ -445,6 +411,26 @@ def _blocks(line: jax.Array, member: Member, size: int) -> jax.Array:
     line = jnp.pad(line, (0, member.outer * period - line.shape[0]))
     line = line.reshape(member.outer, period)[:, :block]
     return line.reshape(member.outer, size, member.inner)
+
+
+def _split(groups: Groups, vector: jax.Array) -> dict[str, jax.Array]:
+    """``groups.split`` for hundreds of dimensions.
+
+    XLA compiles equal kernels once. A slice at a fixed place is in each kernel another
+    number, and hundreds of equal layers would all be compiled: here the places are
+    data. They are told from constants by an index that XLA does not know to be 0.
+    """
+    parts = groups.split(vector)
+    if len(parts) < 2:
+        return parts
+    unknown = (vector[0] < 0).astype(jnp.int32)
+    out, start = {}, 0
+    for name, size in groups.sizes.items():
+        place = jnp.asarray(np.array([start, start, -1], np.int32))
+        place = jax.lax.dynamic_index_in_dim(place, unknown, keepdims=False)
+        out[name] = jax.lax.dynamic_slice(vector, (place,), (size,))
+        start += size
+    return out
 
 
 def _spread(factor: jax.Array, member: Member, size: int, length: int) -> jax.Array:

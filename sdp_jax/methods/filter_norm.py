@@ -10,7 +10,6 @@ from sdp_jax.channels import (
     Weighting,
     channel_norms,
     channel_weights,
-    each_dimension,
     magnitude,
     reduce_channels,
 )
@@ -70,9 +69,6 @@ def l1_norm(*, weights: Weighting | Mapping[str, float] = "plain") -> Score:
         power = 2 if weights == "size" else 1
         factors = channel_weights(groups, weights) ** power
         sums = reduce_channels(groups, params, magnitude, jnp.sum, jnp.add)
-        # By a number for each dimension: XLA rounds the division by a vector otherwise.
-        return each_dimension(
-            groups, lambda v, k: v / jnp.asarray(k[0], v.dtype), sums, factors
-        )
+        return sums / jnp.asarray(factors, sums.dtype)
 
     return of_params(norms)
