@@ -100,7 +100,9 @@ class Lowest(NamedTuple):
     next: jax.Array
 
 
-def lowest(values: jax.Array, counts: jax.Array, block: np.ndarray) -> Lowest:
+def lowest(
+    values: jax.Array, counts: jax.Array | np.ndarray, block: np.ndarray
+) -> Lowest:
     """Marks the lowest of each block; the earlier wins a tie.
 
     Args:
