@@ -203,7 +203,7 @@ def _wanted(
 
     They go by norm, or by rank as a share of their block; in between a part counts.
     """
-    sizes = np.asarray(list(groups.sizes.values()))
+    sizes = jnp.asarray(list(groups.sizes.values()))
     flat = jnp.where(keep | jnp.isnan(norms), jnp.inf, norms)
     if block.any():
         free = jnp.isfinite(flat)
@@ -216,7 +216,8 @@ def _wanted(
     def gone(number: jax.Array, owner: np.ndarray) -> jax.Array:
         """Channels of each owner among the first ``number``."""
         count = int(owner.max()) + 1
-        return jax.ops.segment_sum(jnp.int32(place < number), owner, count)
+        fewer = (place < number).astype(jnp.int32)
+        return jax.ops.segment_sum(fewer, jnp.asarray(owner), count)
 
     def left(number: jax.Array) -> jax.Array:
         return share_left((sizes - gone(number, groups.owner)).astype(norms.dtype))

@@ -17,7 +17,7 @@ from sdp_jax.base import (
     step_to,
     transformation,
 )
-from sdp_jax.channels import PerChannel, magnitude, reduce_channels
+from sdp_jax.channels import PerChannel, Term, channel_sums, magnitude
 from sdp_jax.checks import check_number, check_whole
 from sdp_jax.groups import Dimension, Groups, Member
 from sdp_jax.methods.entries import add_decay, keep_channels
@@ -139,7 +139,7 @@ def increg(
     optimizer = optax.with_extra_args_support(as_base(base))
 
     def l1(tree: PyTree) -> jax.Array:
-        return reduce_channels(groups, tree, magnitude, jnp.sum, jnp.add)
+        return channel_sums(groups, Term(magnitude, (tree,)))[0]
 
     def is_producer(dimension: Dimension, member: Member) -> bool:
         return member.role == "producer"

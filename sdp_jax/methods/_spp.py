@@ -19,7 +19,7 @@ from sdp_jax.base import (
     transformation,
     wide_copy,
 )
-from sdp_jax.channels import PerChannel, magnitude, reduce_channels
+from sdp_jax.channels import PerChannel, Term, channel_sums, magnitude
 from sdp_jax.checks import check_whole
 from sdp_jax.groups import Groups
 from sdp_jax.methods.entries import keep_channels
@@ -166,7 +166,7 @@ def spp(
 
         old = state.probabilities.per_channel
         gone = old == 0
-        norms = reduce_channels(groups, shadow, magnitude, jnp.sum, jnp.add)
+        norms = channel_sums(groups, Term(magnitude, (shadow,)))[0]
         _, change = rank_changes(groups, numbers, norms, gone, amplitude, ratio)
         lowered = jnp.clip(old - change.astype(old.dtype), 0, 1)
         lowered = jnp.where(gone | ~is_due(count, every, begin_step), old, lowered)

@@ -23,6 +23,7 @@ from sdp_jax.channels import (
 )
 from sdp_jax.checks import check_number, check_whole
 from sdp_jax.groups import Groups
+from sdp_jax.mesh import sharded_like
 from sdp_jax.methods.entries import entry_sums
 from sdp_jax.methods.scales import replace_leaves
 from sdp_jax.segments import sum_over
@@ -195,7 +196,7 @@ def decay_pruning(
         )
         theirs = leaf_table(moved)
         chosen = {
-            path: jnp.where(sums[path] > 0, step, theirs[path])
+            path: jnp.where(sharded_like(sums[path] > 0, step), step, theirs[path])
             for path, step in leaf_table(step_to(point, params)).items()
             if path in sums
         }
