@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sdp_jax.groups import Groups, Member, Role
+from sdp_jax.mesh import Line, replicated, sum_lines
 from sdp_jax.tree import PyTree, leaf_table, missing_path_message
 
 Weighting = Literal["plain", "size", "cost"]
@@ -116,16 +117,27 @@ def channel_norms(
       >>> print(sdp_jax.channel_norms(groups, params))
       [5. 1.]
     """
-    norms = jnp.sqrt(reduce_channels(groups, tree, _square, jnp.sum, jnp.add))
+    (squares,) = channel_sums(groups, Term(square, (tree,)))
+    return weighted_norms(groups, squares, weights)
+
+
+def weighted_norms(
+    groups: Groups, squares: jax.Array, weights: Weighting | Mapping[str, float]
+) -> jax.Array:
+    """Norms from sums of squares, as :func:`channel_norms` gives them.
+
+    Args:
+      groups: the channel dimensions.
+      squares: the sums ``(num_channels,)``.
+      weights: the weighting, see :func:`channel_weights`.
+
+    Returns:
+      The norms ``(num_channels,)``.
+    """
+    norms = jnp.sqrt(squares)
     if weights == "plain":
         return norms
-    # By a number for each dimension: XLA rounds the division by a vector differently.
-    return each_dimension(
-        groups,
-        lambda v, k: v / jnp.asarray(k[0], v.dtype),
-        norms,
-        channel_weights(groups, weights),
-    )
+    return norms / jnp.asarray(channel_weights(groups, weights), norms.dtype)
 
 
 def channel_products(groups: Groups, first: PyTree, second: PyTree) -> jax.Array:
@@ -149,16 +161,7 @@ def channel_products(groups: Groups, first: PyTree, second: PyTree) -> jax.Array
       >>> print(sdp_jax.channel_products(groups, params, {"w": jnp.ones((2, 2))}))
       [7. 1.]
     """
-
-    def product(a: jax.Array, b: jax.Array) -> jax.Array:
-        dtype = jnp.promote_types(jnp.result_type(a, b), jnp.float32)
-        value = jnp.conj(a.astype(dtype)) * b.astype(dtype)
-        return value.real if jnp.iscomplexobj(value) else value
-
-    table, other = producer_leaves(groups, first), producer_leaves(groups, second)
-    paths = {member.path for _, member, _ in groups.producers}
-    products = {path: product(table[path], other[path]) for path in sorted(paths)}
-    return reduce_channels(groups, products, lambda x: x, jnp.sum, jnp.add)
+    return channel_sums(groups, Term(product, (first, second)))[0]
 
 
 def member_sums(
@@ -186,25 +189,24 @@ def member_sums(
       ValueError: if a member is missing or has another shape.
     """
     table = producer_leaves(groups, tree)
-    lines: dict[tuple[str, int], jax.Array] = {}
-    out: dict[str, list[tuple[Member, jax.Array]]] = {}
-    for d in groups:
-        out[d.name] = []
-        for m in d.members:
-            if m.role not in roles:
-                continue
-            if m.path not in table or np.shape(table[m.path]) != groups.shapes[m.path]:
-                raise ValueError(
-                    f"dimension {d.name!r}: the tree has no leaf {m.path!r} of shape "
-                    f"{groups.shapes[m.path]}, a {m.role} that is counted here; give "
-                    "groups and parameters of the same model (and hide no member)"
-                )
-            key = (m.path, m.axis)
-            if key not in lines:
-                leaf = entry(jnp.asarray(table[m.path]))
-                lines[key] = _reduce_to_axis(leaf, m.axis, jnp.sum)
-            value = jnp.sum(_blocks(lines[key], m, d.size), axis=(0, 2))
-            out[d.name].append((m, value))
+    counted = [(d, m) for d in groups for m in d.members if m.role in roles]
+    for d, m in counted:
+        if m.path not in table or np.shape(table[m.path]) != groups.shapes[m.path]:
+            raise ValueError(
+                f"dimension {d.name!r}: the tree has no leaf {m.path!r} of shape "
+                f"{groups.shapes[m.path]}, a {m.role} that is counted here; give "
+                "groups and parameters of the same model (and hide no member)"
+            )
+    places = list(dict.fromkeys((m.path, m.axis) for _, m in counted))
+
+    def finish(sums: list[jax.Array]) -> list[jax.Array]:
+        line = dict(zip(places, sums, strict=True))
+        return [_per_channel(line[m.path, m.axis], m, d.size) for d, m in counted]
+
+    lines = [Line(entry, (jnp.asarray(table[p]),), axis) for p, axis in places]
+    out: dict[str, list[tuple[Member, jax.Array]]] = {name: [] for name in groups.sizes}
+    for (d, m), value in zip(counted, sum_lines(lines, finish), strict=True):
+        out[d.name].append((m, value))
     return out
 
 
@@ -228,7 +230,7 @@ def channels_alive(groups: Groups, tree: PyTree) -> jax.Array:
       >>> print(sdp_jax.channels_alive(groups, params))
       [ True False]
     """
-    return reduce_channels(groups, tree, lambda x: x != 0, jnp.any, jnp.logical_or)
+    return channel_sums(groups, Term(nonzero, (tree,)))[0] > 0
 
 
 def scale_channels(groups: Groups, tree: PyTree, factors: jax.Array) -> PyTree:
@@ -258,7 +260,7 @@ def scale_channels(groups: Groups, tree: PyTree, factors: jax.Array) -> PyTree:
        [1. 0.]]
     """
     table = producer_leaves(groups, tree)
-    parts = groups.split(factors)
+    parts = _split(groups, factors)
     scales: dict[str, jax.Array] = {}
     for name, member, size in groups.producers:
         leaf = table[member.path]
@@ -304,52 +306,36 @@ def producer_leaves(groups: Groups, tree: PyTree) -> dict[str, Any]:
     return table
 
 
-def probe_channels(groups: Groups, tree: PyTree) -> jax.Array:
-    """The largest magnitude of each channel in the small producers of its dimension.
+class Term(NamedTuple):
+    """What :func:`channel_sums` sums.
 
-    It looks at vectors (biases, scales) only, or at the smallest producer where there
-    is none: reading a large leaf here would make XLA copy it when it is donated.
-
-    Args:
-      groups: the channel dimensions.
-      tree: the parameters.
-
-    Returns:
-      A vector ``(num_channels,)``.
+    Attributes:
+      entry: a function of one leaf of each tree, in the shape of the leaf.
+      trees: trees that have the producers of the groups as leaves.
+      small: whether only the vectors (biases, scales) of each dimension count, or its
+        smallest producer where it has none: reading a large leaf once more would make
+        XLA copy it when it is donated.
+      over: weights of the channels, ``(num_channels,)``; what comes out is then one
+        number, the weighted sum over all channels.
     """
-    table = producer_leaves(groups, tree)
-    probes: dict[str, jax.Array] = {}
-    for d in groups:
-        vectors = [m for m in d.producers if len(groups.shapes[m.path]) == 1]
-        smallest = min(d.producers, key=lambda m: math.prod(groups.shapes[m.path]))
-        for m in vectors or [smallest]:
-            leaf = jnp.asarray(table[m.path])
-            line = _reduce_to_axis(jnp.abs(leaf), m.axis, jnp.max)
-            value = jnp.max(_blocks(line, m, d.size), axis=(0, 2))
-            probes[d.name] = (
-                jnp.maximum(probes[d.name], value) if d.name in probes else value
-            )
-    return groups.join(probes)
+
+    entry: Callable[..., jax.Array]
+    trees: tuple[PyTree, ...]
+    small: bool = False
+    over: jax.Array | None = None
 
 
-def reduce_channels(
-    groups: Groups,
-    tree: PyTree,
-    entry: Callable[[jax.Array], jax.Array],
-    reduce: Callable[..., jax.Array],
-    combine: Callable[[jax.Array, jax.Array], jax.Array],
-) -> jax.Array:
-    """Reduces ``entry(leaf)`` to one number per channel, one pass per leaf.
+def channel_sums(groups: Groups, *terms: Term) -> list[jax.Array]:
+    """Sums over the producers of each channel, one pass over each leaf and term.
+
+    On a mesh with explicit axes all terms together take one all-reduce.
 
     Args:
       groups: the channel dimensions.
-      tree: a tree that has the producers of ``groups`` as leaves.
-      entry: a function of one leaf, in the leaf's shape.
-      reduce: a reduction with ``axis`` and ``keepdims``, for example ``jnp.sum``.
-      combine: what joins the numbers of two producers, for example ``jnp.add``.
+      *terms: what to sum, in the dtype of what its function gives.
 
     Returns:
-      A vector ``(num_channels,)``.
+      For each term a vector ``(num_channels,)``, or a scalar.
 
     Raises:
       ValueError: if a producer is missing or has another shape.
@@ -358,48 +344,107 @@ def reduce_channels(
       >>> import jax.numpy as jnp, sdp_jax
       >>> params = {"w": jnp.array([[3., 0.], [-4., 1.]])}
       >>> groups = sdp_jax.groups_from_axes(params, {"unit": [sdp_jax.Member("w", 1)]})
-      >>> print(reduce_channels(groups, params, magnitude, jnp.sum, jnp.add))
+      >>> print(channel_sums(groups, Term(magnitude, (params,)))[0])
       [7. 1.]
     """
-    table = producer_leaves(groups, tree)
-    lines: dict[tuple[str, int], jax.Array] = {}
-    out: dict[str, jax.Array] = {}
-    for name, member, size in groups.producers:
-        key = (member.path, member.axis)
-        if key not in lines:
-            leaf = jnp.asarray(table[member.path])
-            lines[key] = _reduce_to_axis(entry(leaf), member.axis, reduce)
-        value = reduce(_blocks(lines[key], member, size), axis=(0, 2))
-        out[name] = combine(out[name], value) if name in out else value
-    return groups.join(out)
+    lines: list[Line] = []
+    parts: list[list[tuple[str, Member, int, int]]] = []
+    for term in terms:
+        tables = [producer_leaves(groups, tree) for tree in term.trees]
+        numbers: dict[tuple[str, int], int] = {}
+        parts.append([])
+        for name, m, size in _small(groups) if term.small else groups.producers:
+            if (m.path, m.axis) not in numbers:
+                numbers[m.path, m.axis] = len(lines)
+                leaves = tuple(jnp.asarray(table[m.path]) for table in tables)
+                lines.append(Line(term.entry, leaves, m.axis))
+            parts[-1].append((name, m, size, numbers[m.path, m.axis]))
+
+    def finish(sums: list[jax.Array], *over: jax.Array) -> list[jax.Array]:
+        vectors, left = [], iter(over)
+        for part, term in zip(parts, terms, strict=True):
+            out: dict[str, jax.Array] = {}
+            for name, m, size, number in part:
+                value = _per_channel(sums[number], m, size)
+                out[name] = out[name] + value if name in out else value
+            vector = groups.join(out)
+            if term.over is not None:
+                vector = jnp.sum(vector * next(left), keepdims=True)
+            vectors.append(vector)
+        return vectors
+
+    over = [term.over for term in terms if term.over is not None]
+    found = sum_lines(lines, finish, *over)
+    return [
+        vector if term.over is None else vector[0]
+        for vector, term in zip(found, terms, strict=True)
+    ]
 
 
-def each_dimension(
-    groups: Groups, function: Callable[..., jax.Array], *vectors: jax.Array | np.ndarray
-) -> jax.Array:
-    """Applies a function to the channels of each dimension.
+def channel_maxima(groups: Groups, tree: PyTree) -> jax.Array:
+    """The largest magnitude of each channel's producer entries.
 
     Args:
       groups: the channel dimensions.
-      function: a function of vectors ``(size,)``; a scalar that it returns stands for
-        all channels of the dimension.
-      *vectors: its arguments, for all channels, ``(num_channels,)``.
+      tree: a tree that has the producers of ``groups`` as leaves.
 
     Returns:
-      A vector ``(num_channels,)``.
+      A vector ``(num_channels,)``, at least float32.
 
-    Example:
-      >>> import jax.numpy as jnp, sdp_jax
-      >>> params = {"w": jnp.ones((2, 3))}
-      >>> groups = sdp_jax.groups_from_axes(params, {"unit": [sdp_jax.Member("w", 1)]})
-      >>> print(each_dimension(groups, jnp.max, jnp.array([1., 4., 2.])))
-      [4. 4. 4.]
+    Raises:
+      ValueError: if a producer is missing or has another shape.
     """
-    parts = [groups.split(vector) for vector in vectors]
-    found = {name: function(*(p[name] for p in parts)) for name in groups.sizes}
-    return groups.join(
-        {k: jnp.broadcast_to(v, (groups.sizes[k],)) for k, v in found.items()}
-    )
+    table = producer_leaves(groups, tree)
+    out: dict[str, jax.Array] = {}
+    for name, m, size in groups.producers:
+        leaf = magnitude(jnp.asarray(table[m.path]))
+        rest = tuple(axis for axis in range(leaf.ndim) if axis != m.axis)
+        line = replicated(jnp.max(leaf, axis=rest, initial=0))
+        value = jnp.max(_blocks(line, m, size), axis=(0, 2))
+        out[name] = jnp.maximum(out[name], value) if name in out else value
+    return groups.join(out)
+
+
+def square(leaf: jax.Array) -> jax.Array:
+    """Squared magnitudes of the entries.
+
+    Args:
+      leaf: any array.
+
+    Returns:
+      Real numbers of the same shape, at least float32.
+    """
+    x = leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
+    if jnp.iscomplexobj(x):
+        return jnp.square(x.real) + jnp.square(x.imag)
+    return jnp.square(x)
+
+
+def product(first: jax.Array, second: jax.Array) -> jax.Array:
+    """Real part of ``conj(first) · second``, entry by entry.
+
+    Args:
+      first: any array.
+      second: another one of the same shape.
+
+    Returns:
+      Real numbers of the same shape, at least float32.
+    """
+    dtype = jnp.promote_types(jnp.result_type(first, second), jnp.float32)
+    value = jnp.conj(first.astype(dtype)) * second.astype(dtype)
+    return value.real if jnp.iscomplexobj(value) else value
+
+
+def nonzero(leaf: jax.Array) -> jax.Array:
+    """Which entries are not zero.
+
+    Args:
+      leaf: any array.
+
+    Returns:
+      1 or 0 in the same shape, int32.
+    """
+    return (leaf != 0).astype(jnp.int32)
 
 
 def magnitude(leaf: jax.Array) -> jax.Array:
@@ -415,23 +460,21 @@ def magnitude(leaf: jax.Array) -> jax.Array:
     return value.astype(jnp.promote_types(value.dtype, jnp.float32))
 
 
-def _square(x: jax.Array) -> jax.Array:
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    if jnp.iscomplexobj(x):
-        return jnp.square(x.real) + jnp.square(x.imag)
-    return jnp.square(x)
+def _small(groups: Groups) -> list[tuple[str, Member, int]]:
+    """The vectors among the producers of each dimension, or its smallest producer."""
+    found = []
+    for d in groups:
+        vectors = [m for m in d.producers if len(groups.shapes[m.path]) == 1]
+        smallest = min(d.producers, key=lambda m: math.prod(groups.shapes[m.path]))
+        found += [(d.name, m, d.size) for m in vectors or [smallest]]
+    return found
 
 
-def _reduce_to_axis(
-    x: jax.Array, axis: int, reduce: Callable[..., jax.Array]
-) -> jax.Array:
-    """Reduces all axes but one, the longest first (a quarter faster on the CPU)."""
-    axes = sorted(range(x.ndim), key=lambda a: x.shape[a])
-    rest = [a for a in axes if a != axis]
-    if not rest:
-        return x
-    x = reduce(x, axis=rest[-1], keepdims=True)
-    return reduce(x, axis=tuple(rest)) if len(rest) > 1 else x.reshape(-1)
+def _per_channel(line: jax.Array, member: Member, size: int) -> jax.Array:
+    """The sum over the positions of each channel."""
+    if member.outer == member.inner == 1:
+        return line[member.offset : member.offset + size]
+    return jnp.sum(_blocks(line, member, size), axis=(0, 2))
 
 
 def _blocks(line: jax.Array, member: Member, size: int) -> jax.Array:
@@ -447,6 +490,26 @@ def _blocks(line: jax.Array, member: Member, size: int) -> jax.Array:
     line = jnp.pad(line, (0, member.outer * period - line.shape[0]))
     line = line.reshape(member.outer, period)[:, :block]
     return line.reshape(member.outer, size, member.inner)
+
+
+def _split(groups: Groups, vector: jax.Array) -> dict[str, jax.Array]:
+    """``groups.split`` for hundreds of dimensions.
+
+    XLA compiles equal kernels once. A slice at a fixed place is in each kernel another
+    number, and hundreds of equal layers would all be compiled: here the places are
+    data. They are told from constants by an index that XLA does not know to be 0.
+    """
+    parts = groups.split(vector)
+    if len(parts) < 2:
+        return parts
+    unknown = (vector[0] < 0).astype(jnp.int32)
+    out, start = {}, 0
+    for name, size in groups.sizes.items():
+        place = jnp.asarray(np.array([start, start, -1], np.int32))
+        place = jax.lax.dynamic_index_in_dim(place, unknown, keepdims=False)
+        out[name] = jax.lax.dynamic_slice(vector, (place,), (size,))
+        start += size
+    return out
 
 
 def _spread(factor: jax.Array, member: Member, size: int, length: int) -> jax.Array:

@@ -305,22 +305,27 @@ class Groups:
             return jnp.zeros((0,))
         return jnp.concatenate([jnp.asarray(parts[name]) for name in self.sizes])
 
-    def blocks(self, ranking: Ranking) -> list[np.ndarray]:
-        """Channels that a ranking compares with each other.
+    @functools.cached_property
+    def owner(self) -> np.ndarray:
+        """The number of the dimension of each channel, int32 ``(num_channels,)``."""
+        return np.repeat(np.arange(len(self), dtype=np.int32), [*self.sizes.values()])
+
+    def blocks(self, ranking: Ranking) -> np.ndarray:
+        """Which channels a ranking compares with each other.
 
         Args:
           ranking: ``"global"`` for all of them, ``"dimension"`` for those of each
             dimension, ``"isomorphic"`` for those of dimensions that are built alike.
 
         Returns:
-          Their numbers in a vector of all channels, one array for each block.
+          For each channel the number of its block, int32 ``(num_channels,)``.
 
         Raises:
           ValueError: if the ranking is unknown.
         """
         check_ranking(ranking)
-        numbers = self.split(np.arange(self.num_channels))
-        found: dict[Any, list[np.ndarray]] = {}
+        found: dict[Any, int] = {}
+        numbers = []
         for d in self.dimensions:
             key: Any = {"global": None, "dimension": d.name}.get(ranking)
             if ranking == "isomorphic":
@@ -331,8 +336,8 @@ class Groups:
                         for m in d.members
                     )
                 )
-            found.setdefault(key, []).append(numbers[d.name])
-        return [np.concatenate(parts) for parts in found.values()]
+            numbers.append(found.setdefault(key, len(found)))
+        return np.asarray(numbers, np.int32)[self.owner]
 
     @functools.cached_property
     def prunable_entries(self) -> int:

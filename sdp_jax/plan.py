@@ -136,7 +136,8 @@ def plan_cut(
         )
     values = _check_scores(groups, scores)
     protected = _protected(groups, values, min_channels, limits or {})
-    blocks = groups.blocks(ranking)
+    numbers = groups.blocks(ranking)
+    blocks = [np.flatnonzero(numbers == k) for k in np.unique(numbers)]
     # Channels that may go, the lowest score first.
     frees = [block[~protected[block]] for block in blocks]
     orders = [free[np.argsort(values[free], kind="stable")] for free in frees]

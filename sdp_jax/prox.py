@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sdp_jax import segments
 from sdp_jax.groups import Groups
 
 # Channels that stay, for each dimension in order.
@@ -52,44 +53,14 @@ def soft_threshold_factor(norms: jax.Array, thresholds: jax.Array) -> jax.Array:
     return jnp.where(zero, 0, shrunk).astype(norms.dtype)
 
 
-def hold_floor(
-    norms: jax.Array, threshold: jax.Array, floor: int | jax.Array
-) -> jax.Array:
-    """Thresholds that leave at least ``floor`` channels of a dimension.
-
-    The ``floor`` channels of largest norm (all that tie) are protected: their factor
-    never falls below :data:`FLOOR_FACTOR`. As long as the plain soft-threshold leaves
-    them more, it is not touched; a collapse is stopped smoothly, not undone by a jump.
-
-    Args:
-      norms: weighted norms ``(size,)``.
-      threshold: a scalar, or one threshold per channel.
-      floor: channels to keep; an array is allowed, so that it may be traced.
-
-    Returns:
-      Thresholds ``(size,)`` in the dtype of ``norms``.
-    """
-    threshold = jnp.broadcast_to(jnp.asarray(threshold, norms.dtype), norms.shape)
-    if isinstance(floor, int) and floor == 0:
-        return threshold
-    # A channel that is not a number must not take the place of the others.
-    ranked = jnp.where(jnp.isnan(norms), -jnp.inf, norms)
-    if isinstance(floor, int):
-        # A plain maximum is the cheaper of the two, and floors of 1 are the rule.
-        level = jnp.max(ranked) if floor == 1 else jax.lax.top_k(ranked, floor)[0][-1]
-    else:
-        level = jnp.sort(ranked, descending=True)[jnp.maximum(floor - 1, 0)]
-        level = jnp.where(floor > 0, level, jnp.inf)
-    held = keep_alive(norms, threshold, FLOOR_FACTOR)
-    return jnp.where(norms >= level, held, threshold)
-
-
 def hold_floors(
     groups: Groups, norms: jax.Array, thresholds: chex.Numeric, floors: Floors
 ) -> jax.Array:
     """Thresholds that leave so many channels of each dimension.
 
-    :func:`hold_floor`, dimension by dimension.
+    The channels of largest norm (all that tie) are protected: their factor never falls
+    below :data:`FLOOR_FACTOR`. As long as the plain soft-threshold leaves them more, it
+    is not touched; a collapse is stopped smoothly, not undone by a jump.
 
     Args:
       groups: the channel dimensions.
@@ -108,19 +79,26 @@ def hold_floors(
       [8.  8.  4.5]
     """
     thresholds = jnp.broadcast_to(jnp.asarray(thresholds, norms.dtype), norms.shape)
-    if not len(groups):
+    counts, owner = floor_counts(floors), groups.owner
+    known = isinstance(counts, np.ndarray)
+    if known and not np.any(counts):
         return thresholds
-    parts = groups.split(norms), groups.split(thresholds)
-    return groups.join(
-        {
-            name: hold_floor(parts[0][name], parts[1][name], floor)
-            for name, floor in zip(groups.sizes, floors, strict=True)
-        }
-    )
+    # A channel that is not a number must not take the place of the others.
+    ranked = jnp.where(jnp.isnan(norms), -jnp.inf, norms)
+    if known and np.all(counts <= 1):
+        # A plain maximum is cheaper than sorting, and floors of 1 are the rule.
+        level = segments.max_over(ranked, owner)
+    else:
+        ascending, _ = segments.sort_within(ranked, owner)
+        ends = np.cumsum([*groups.sizes.values()])
+        level = ascending[ends - jnp.maximum(counts, 1)][owner]
+    level = jnp.where(jnp.asarray(counts)[owner] > 0, level, jnp.inf)
+    held = keep_alive(norms, thresholds, FLOOR_FACTOR)
+    return jnp.where(norms >= level, held, thresholds)
 
 
 def largest_each(groups: Groups, values: jax.Array, floors: Floors) -> jax.Array:
-    """Marks the largest values of each dimension.
+    """Marks the largest values of each dimension; the earlier wins a tie.
 
     Args:
       groups: the channel dimensions.
@@ -128,15 +106,26 @@ def largest_each(groups: Groups, values: jax.Array, floors: Floors) -> jax.Array
       floors: how many, for each dimension.
 
     Returns:
-      A Boolean vector ``(num_channels,)``.
+      A Boolean vector ``(num_channels,)`` with exactly so many true entries.
     """
-    parts = groups.split(values)
-    return groups.join(
-        {
-            name: largest(parts[name], floor)
-            for name, floor in zip(groups.sizes, floors, strict=True)
-        }
-    )
+    return segments.lowest(-values, floor_counts(floors), groups.owner).mask
+
+
+def floor_counts(floors: Floors) -> np.ndarray | jax.Array:
+    """The floors as one vector.
+
+    Args:
+      floors: channels that stay, for each dimension; some may be traced.
+
+    Returns:
+      Integers ``(dimensions,)``, a NumPy array where all are known.
+    """
+    if not any(isinstance(floor, jax.Array) for floor in floors):
+        return np.asarray(floors, np.int32)
+    first = floors[0]
+    if all(floor is first for floor in floors):
+        return jnp.broadcast_to(first, (len(floors),))
+    return jnp.stack([jnp.asarray(floor, jnp.int32) for floor in floors])
 
 
 def keep_alive(
@@ -153,33 +142,6 @@ def keep_alive(
       Thresholds in the shape of ``norms``.
     """
     return jnp.minimum(thresholds, (1 - share) * norms)
-
-
-def largest(norms: jax.Array, count: int | jax.Array) -> jax.Array:
-    """Marks the ``count`` largest of a vector; the earlier wins a tie.
-
-    Args:
-      norms: a vector ``(size,)``.
-      count: how many, at most ``size``; may be traced.
-
-    Returns:
-      A Boolean vector ``(size,)`` with exactly ``count`` true entries.
-    """
-    return ranks(-norms) < count
-
-
-def ranks(values: jax.Array) -> jax.Array:
-    """The place of each entry among all in ascending order; the earlier wins a tie.
-
-    Args:
-      values: a vector ``(size,)``.
-
-    Returns:
-      An integer vector ``(size,)``, a permutation of ``0 … size − 1``.
-    """
-    order = jnp.argsort(values, stable=True)
-    places = jnp.arange(values.shape[0], dtype=jnp.int32)
-    return jnp.zeros(values.shape, jnp.int32).at[order].set(places)
 
 
 def resolve_floors(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from sdp_jax import prox
+from sdp_jax import prox, segments
 from sdp_jax.channels import PerChannel
 from sdp_jax.checks import check_number, check_share, check_steps
 from sdp_jax.groups import Groups, Ranking, check_ranking
@@ -119,17 +119,23 @@ def target_sparsity(
         share = jnp.where(final, 1, 1 - (1 - done) ** power)
         rise = jnp.where(final, 1, jnp.minimum(1, done / RISE))
         old = state.thresholds.per_channel
-        blocks = groups.blocks(ranking)
+        block = groups.blocks(ranking)
 
         def ranked() -> jax.Array:
+            keep = prox.largest_each(groups, norms, floors)
             if target == "channels":
-                wanted = [share * round(sparsity * len(block)) for block in blocks]
+                sizes = np.bincount(block).tolist()
+                wanted = share * np.asarray([round(sparsity * n) for n in sizes])
             else:
                 left = _polynomial(groups, target).share(list(groups.sizes.values()))
                 goal = (1 - share * sparsity) * (1 + 1e-6)  # rounding
-                wanted = _wanted(groups, norms, floors, blocks, left, goal, final)
-            found = _rank(groups, norms, floors, blocks, wanted, rise)
-            return found.astype(old.dtype)
+                wanted = _wanted(groups, norms, keep, block, left, goal, final)
+            levels, gone = _rank(norms, keep, block, wanted)
+            # Floors that are arrays were not checked against the target: they win.
+            levels = jnp.where(rise > 0, rise * levels, 0)
+            held = prox.hold_floors(groups, norms, levels, floors)
+            gone &= ~keep & (rise >= 1)
+            return jnp.where(gone, jnp.inf, held).astype(old.dtype)
 
         fixed = jax.lax.cond(count > end_step, lambda: old, ranked)
         held = prox.keep_alive(norms, fixed.astype(norms.dtype))
@@ -149,20 +155,20 @@ def _polynomial(groups: Groups, target: Target) -> Polynomial:
 def _check_channels(
     sparsity: float, groups: Groups, floors: prox.Floors, ranking: Ranking
 ) -> None:
-    owner = np.repeat(np.arange(len(groups)), list(groups.sizes.values()))
-    for block in groups.blocks(ranking):
-        members = np.unique(owner[block]).tolist()
+    block = groups.blocks(ranking)
+    for number, size in enumerate(np.bincount(block).tolist()):
+        members = np.unique(groups.owner[block == number]).tolist()
         held = [floors[k] for k in members]
-        wanted = round(sparsity * len(block))
+        wanted = round(sparsity * size)
         if any(isinstance(f, jax.Array) for f in held):
             continue
         kept = sum(int(f) for f in held)
-        if len(block) - wanted >= kept:
+        if size - wanted >= kept:
             continue
         names = " and ".join(repr(groups.dimensions[k].name) for k in members)
         what = "the model" if ranking == "global" else f"dimension {names}"
         raise ValueError(
-            f"target_sparsity({sparsity}) wants {wanted} of the {len(block)} channels "
+            f"target_sparsity({sparsity}) wants {wanted} of the {size} channels "
             f"of {what} to be zero, but min_channels keeps {kept}; lower the sparsity "
             "or min_channels"
         )
@@ -187,38 +193,34 @@ def _check_counts(
 def _wanted(
     groups: Groups,
     norms: jax.Array,
-    floors: prox.Floors,
-    blocks: list[np.ndarray],
+    keep: jax.Array,
+    block: np.ndarray,
     share_left: ShareLeft,
     goal: jax.Array,
     final: jax.Array,
-) -> list[jax.Array]:
+) -> jax.Array:
     """How many channels of each block must go until ``goal`` of a count is left.
 
     They go by norm, or by rank as a share of their block; in between a part counts.
     """
-    sizes = list(groups.sizes.values())
-    flat = jnp.where(prox.largest_each(groups, norms, floors), jnp.inf, norms)
-    if len(blocks) > 1:
-        for block in blocks:
-            free = flat[block]
-            rank = prox.ranks(free).astype(flat.dtype)
-            shares = (rank + 1) / jnp.maximum(jnp.isfinite(free).sum(), 1)
-            flat = flat.at[block].set(
-                jnp.where(jnp.isinf(free), jnp.inf, shares).astype(flat.dtype)
-            )
-    place = prox.ranks(flat)
-    owner = np.repeat(np.arange(len(sizes)), sizes)
+    sizes = jnp.asarray(list(groups.sizes.values()))
+    flat = jnp.where(keep | jnp.isnan(norms), jnp.inf, norms)
+    if block.any():
+        free = jnp.isfinite(flat)
+        rank = segments.ranks(flat, block) + 1
+        shares = rank / jnp.maximum(segments.sum_over(free, block), 1)
+        flat = jnp.where(free, shares, jnp.inf)
+    place = segments.ranks(flat, np.zeros_like(block))
     most = jnp.isfinite(flat).sum()
 
-    def gone(number: jax.Array) -> jax.Array:
-        """Channels of each dimension among the first ``number``, parts included."""
-        part = jnp.clip(number - place, 0, 1)
-        return jax.ops.segment_sum(part, owner, len(sizes), indices_are_sorted=True)
+    def gone(number: jax.Array, owner: np.ndarray) -> jax.Array:
+        """Channels of each owner among the first ``number``."""
+        count = int(owner.max()) + 1
+        fewer = (place < number).astype(jnp.int32)
+        return jax.ops.segment_sum(fewer, jnp.asarray(owner), count)
 
     def left(number: jax.Array) -> jax.Array:
-        widths = jnp.asarray(sizes) - gone(number.astype(flat.dtype))
-        return share_left(widths)
+        return share_left((sizes - gone(number, groups.owner)).astype(norms.dtype))
 
     def halve(_: int, between: tuple[jax.Array, jax.Array]) -> Any:
         low, high = between
@@ -227,48 +229,25 @@ def _wanted(
         return jnp.where(enough, low, middle + 1), jnp.where(enough, middle, high)
 
     start = (jnp.zeros((), most.dtype), most)
-    number, _ = jax.lax.fori_loop(0, len(flat).bit_length(), halve, start)
-    before = left(jnp.maximum(number - 1, 0))
+    number, _ = jax.lax.fori_loop(0, len(block).bit_length(), halve, start)
+    fewer = jnp.maximum(number - 1, 0)
+    # The share in between, linearly: the widths change by one channel.
+    before = left(fewer)
     part = (before - goal) / jnp.maximum(before - left(number), 1e-30)
-    exact = jnp.where(number > 0, number - 1 + jnp.clip(part, 0, 1), 0)
-    amount = jnp.where(final, number, exact)
-    if len(blocks) == 1:
-        return [amount]
-    counts = gone(amount)
-    return [jnp.sum(counts[np.unique(owner[block])]) for block in blocks]
+    part = jnp.where(final | (number == 0), 1, jnp.clip(part, 0, 1))
+    low, high = gone(fewer, block), gone(number, block)
+    return low + part * (high - low)
 
 
 def _rank(
-    groups: Groups,
-    norms: jax.Array,
-    floors: prox.Floors,
-    blocks: list[np.ndarray],
-    wanted: list[jax.Array],
-    rise: jax.Array,
-) -> jax.Array:
-    """Thresholds that zero the ``⌊wanted⌋`` smallest channels that floors permit.
-
-    While ``rise`` is below 1, they are that share of these thresholds.
-    """
-    # Floors that are arrays were not checked against the target: the floor wins.
-    keep = prox.largest_each(groups, norms, floors)
+    norms: jax.Array, keep: jax.Array, block: np.ndarray, wanted: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Levels that the ``⌊wanted⌋`` smallest channels lie below, and these channels."""
     free = jnp.where(keep, jnp.inf, norms)
-    levels, pruned = [], []
-    for block, number in zip(blocks, wanted, strict=True):
-        values = free if len(blocks) == 1 else free[block]
-        size = len(block)
-        # float32 may put a whole number a hair below itself.
-        count = jnp.floor(number + 1e-3).astype(jnp.int32)
-        ascending = jnp.sort(values)
-        below = jnp.where(count > 0, ascending[jnp.maximum(count - 1, 0)], 0)
-        above = ascending[jnp.minimum(count, size - 1)]
-        part = jnp.clip(number - count, 0, 1)
-        level = below + jnp.where(jnp.isinf(above), 0, part * (above - below))
-        levels.append(jnp.broadcast_to(level, (size,)))
-        pruned.append(prox.ranks(values) < count)
-    back = np.argsort(np.concatenate(blocks))
-    level, gone = jnp.concatenate(levels), jnp.concatenate(pruned)
-    if len(blocks) > 1:
-        level, gone = level[back], gone[back]
-    held = prox.hold_floors(groups, norms, rise * level, floors)
-    return jnp.where(gone & ~keep & (rise >= 1), jnp.inf, held)
+    # float32 may put a whole number a hair below itself.
+    count = jnp.floor(wanted + 1e-3).astype(jnp.int32)
+    found = segments.lowest(free, count, block)
+    below = jnp.where(count > 0, found.last, 0)
+    part = jnp.clip(wanted - count, 0, 1).astype(norms.dtype)
+    between = jnp.where(jnp.isinf(found.next), 0, part * (found.next - below))
+    return (below + between)[block], found.mask

@@ -26,11 +26,14 @@ from sdp_jax.base import (
 )
 from sdp_jax.channels import (
     PerChannel,
+    Term,
     Weighting,
-    channel_norms,
-    channel_products,
-    probe_channels,
+    channel_sums,
+    nonzero,
+    product,
     scale_channels,
+    square,
+    weighted_norms,
 )
 from sdp_jax.groups import Groups
 from sdp_jax.strength import Strength, StrengthLike, as_strength
@@ -164,20 +167,25 @@ def radial_averaging(
             return scale_channels(groups, tree, factor)
 
         steps = jax.tree.map(lambda v, u: u.astype(v.dtype), old, updates)
-        before = channel_norms(groups, old)
-        now = channel_norms(groups, params).astype(before.dtype)
+        sums = channel_sums(
+            groups,
+            Term(square, (old,)),
+            Term(square, (params,)),
+            Term(square, (steps,)),
+            # With the step y = share · v + step: its product with v, not yet formed.
+            Term(product, (steps, old)),
+        )
+        before, now, size = map(jnp.sqrt, sums[:3])
+        now, across = now.astype(before.dtype), sums[3]
         alive = (now > 0) & (before > 0)
         share = jnp.where(alive, now / jnp.where(alive, before, 1), 1)
         shrunk = jnp.where(alive, before - now, 0)
-        # Norm of y = share · v + step, and its product with v, without forming it.
-        across = channel_products(groups, steps, old)
-        size = channel_norms(groups, steps)
-        product = now * before + across
-        square = now**2 + 2 * share * across + size**2
+        along = now * before + across
+        length2 = now**2 + 2 * share * across + size**2
         # A step that all but undoes the channel leaves no direction to follow.
-        turns = alive & (product > 0) & (square > 1e-4 * now**2)
-        length = jnp.sqrt(jnp.where(turns, square, 1))
-        cosine = jnp.where(turns, product / jnp.where(turns, length * before, 1), 0)
+        turns = alive & (along > 0) & (length2 > 1e-4 * now**2)
+        length = jnp.sqrt(jnp.where(turns, length2, 1))
+        cosine = jnp.where(turns, along / jnp.where(turns, length * before, 1), 0)
         cosine = jnp.minimum(cosine, 1)
         stretch = 1 + cosine * shrunk / length
         behind = (1 - cosine) * shrunk / jnp.where(alive, before, 1)
@@ -263,11 +271,12 @@ def group_threshold(
 
     def update(updates: Any, state: Any, params: Any, **_: Any) -> tuple[Any, Any]:
         candidate = updates if candidates else add_step(params, updates)
-        point, factor, strength_state = proximal_point(
-            groups, rule, floors, weights, candidate, state.strength
+        dead = (~state.alive.per_channel).astype(jnp.int32)
+        probing = Term(nonzero, (params,), small=True, over=dead)
+        point, factor, strength_state, revived = proximal_point(
+            groups, rule, floors, weights, candidate, state.strength, probing
         )
-        probe = probe_channels(groups, params)
-        intact = state.intact & ~jnp.any(~state.alive.per_channel & (probe != 0))
+        intact = state.intact & (revived == 0)
         alive = PerChannel(factor != 0)
         new_state = GroupSoftThresholdState(strength_state, alive, intact)
         return step_to(point, params), new_state
@@ -371,12 +380,18 @@ def proximal_point(
     weights: Weighting | Mapping[str, float],
     candidate: optax.Params,
     state: Any,
-) -> tuple[optax.Params, jax.Array, Any]:
-    """The group soft-threshold of a candidate: point, factor of each channel, state."""
-    norms = channel_norms(groups, candidate, weights=weights)
+    *others: Term,
+) -> tuple[Any, ...]:
+    """The group soft-threshold of a candidate: point, factor of each channel, state.
+
+    After them come the sums of other terms, joined with those of the norms.
+    """
+    terms = (Term(square, (candidate,)), *others)
+    squares, *sums = channel_sums(groups, *terms)
+    norms = weighted_norms(groups, squares, weights)
     thresholds, state = rule.update(state, norms, groups, floors)
     factor = prox.soft_threshold_factor(norms, thresholds)
-    return scale_channels(groups, candidate, factor), factor, state
+    return scale_channels(groups, candidate, factor), factor, state, *sums
 
 
 def emit(point: optax.Params, params: optax.Params, candidates: bool) -> optax.Updates:

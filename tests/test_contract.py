@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import sdp_jax
 from sdp_jax import methods
@@ -238,7 +240,9 @@ def test_zero_channels_are_exactly_zero(name):
                 assert (dead == 0).all() and not np.signbit(dead).any()
 
 
-@final
+@pytest.mark.parametrize(
+    "name", ["altsdp_target", "projected", "spp", "gate_decorator"]
+)
 def test_an_ensemble_on_eight_devices(name):
     assert len(jax.devices()) == 8
     mesh = jax.make_mesh((8,), ("model",), (jax.sharding.AxisType.Auto,))
@@ -263,6 +267,39 @@ def test_an_ensemble_on_eight_devices(name):
         alone, _ = trained(name, seed)[3]
         one = jax.tree.map(lambda x, seed=seed: x[seed], params)
         chex.assert_trees_all_close(one, alone, rtol=1e-4, atol=1e-5)
+
+
+@final
+def test_explicit_axes_in_two_dimensions(name):
+    mesh = jax.make_mesh((2, 4), ("data", "model"))
+    specs = {"kernel": P("data", "model"), "bias": P("model"), "scale": P("data")}
+    specs = {f"layer{i}": specs for i in range(2)} | {"layer2": {"kernel": P("model")}}
+
+    def place(tree):
+        return {
+            module: {
+                key: jax.device_put(
+                    leaf, NamedSharding(mesh, specs[module].get(key, P()))
+                )
+                for key, leaf in leaves.items()
+            }
+            for module, leaves in tree.items()
+        }
+
+    tx, params = made(name), place(params_of())
+    state, step = tx.init(params), jax.jit(toy.make_step(tx))
+    for n in range(4):
+        params, state = step(params, state, place(grads_of(n)))
+    for path, leaf in leaf_table(params).items():
+        module, key = path.split("/")
+        want = NamedSharding(mesh, specs[module].get(key, P()))
+        assert leaf.sharding.is_equivalent_to(want, leaf.ndim)
+    alone, _ = trained(name)[3]
+    close(params, alone, rtol=1e-4, atol=1e-5)
+    for leaf, other in zip(
+        jax.tree.leaves(params), jax.tree.leaves(alone), strict=True
+    ):
+        np.testing.assert_array_equal(np.asarray(leaf) == 0, other == 0)
 
 
 @final

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sdp_jax import prox
+from sdp_jax import segments
 from sdp_jax.base import check_rule
 from sdp_jax.channels import PerChannel, channel_norms, channel_products
 from sdp_jax.checks import check_number, check_steps, check_whole
@@ -227,7 +227,9 @@ def hesso(
             total = jnp.sum(wanted, dtype=jnp.int32)
             share = jnp.where(number < periods - 1, total // periods, total)
             wanted &= ~gone
-            order = prox.ranks(jnp.where(wanted, ranked, jnp.inf))
+            order = segments.ranks(
+                jnp.where(wanted, ranked, jnp.inf), groups.blocks("global")
+            )
             # The strength stands still when the first period begins.
             held = jax.tree.map(
                 lambda new, old: jnp.where(early, new, old).astype(old.dtype),

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sdp_jax import prox
+from sdp_jax import segments
 from sdp_jax.base import (
     add_step,
     as_base,
@@ -17,7 +17,7 @@ from sdp_jax.base import (
     step_to,
     transformation,
 )
-from sdp_jax.channels import PerChannel, each_dimension, magnitude, reduce_channels
+from sdp_jax.channels import PerChannel, Term, channel_sums, magnitude
 from sdp_jax.checks import check_number, check_whole
 from sdp_jax.groups import Dimension, Groups, Member
 from sdp_jax.methods.entries import add_decay, keep_channels
@@ -139,7 +139,7 @@ def increg(
     optimizer = optax.with_extra_args_support(as_base(base))
 
     def l1(tree: PyTree) -> jax.Array:
-        return reduce_channels(groups, tree, magnitude, jnp.sum, jnp.add)
+        return channel_sums(groups, Term(magnitude, (tree,)))[0]
 
     def is_producer(dimension: Dimension, member: Member) -> bool:
         return member.role == "producer"
@@ -181,8 +181,8 @@ def increg(
         small = after <= jnp.asarray(threshold, start.dtype) * start
         ripe = (small | (raised >= highest)) & ~gone & (count > begin_step)
         weakest = jnp.where(ripe, after, jnp.inf)
-        gone |= ripe & (each_dimension(groups, prox.ranks, weakest) < left)
-        complete = each_dimension(groups, jnp.sum, gone) >= numbers
+        gone |= ripe & (segments.ranks(weakest, groups.owner) < left)
+        complete = segments.sum_over(gone, groups.owner) >= numbers
         coefficients = jnp.where(gone | complete, 0, raised)
         point = keep_channels(groups, candidate, ~gone)
         vectors = map(PerChannel, (coefficients, start, gone))

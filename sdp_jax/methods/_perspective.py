@@ -1,6 +1,5 @@
 """Structured Perspective Regularization: a tight convex price for a channel."""
 
-import functools
 import math
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from sdp_jax.base import check_kind
-from sdp_jax.channels import magnitude, reduce_channels
+from sdp_jax.channels import Term, channel_maxima, channel_sums, magnitude
 from sdp_jax.checks import check_number
 from sdp_jax.groups import Groups
 from sdp_jax.methods.penalty import penalty_in_front
@@ -128,11 +127,10 @@ def perspective_penalty(
       0.25
     """
     bounds, factors = _check_penalty(groups, alpha, bound, weights)
-    square = reduce_channels(
-        groups, params, lambda leaf: jnp.square(magnitude(leaf)), jnp.sum, jnp.add
+    (square,) = channel_sums(
+        groups, Term(lambda leaf: jnp.square(magnitude(leaf)), (params,))
     )
-    largest = functools.partial(jnp.max, initial=0)
-    top = reduce_channels(groups, params, magnitude, largest, jnp.maximum)
+    top = channel_maxima(groups, params)
     # The square root has no slope at zero.
     positive = square > 0
     norm = jnp.where(positive, jnp.sqrt(jnp.where(positive, square, 1)), 0)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from sdp_jax import segments
 from sdp_jax.base import (
     as_base,
     check_inexact,
@@ -18,7 +19,7 @@ from sdp_jax.base import (
     transformation,
     wide_copy,
 )
-from sdp_jax.channels import PerChannel, each_dimension, magnitude, reduce_channels
+from sdp_jax.channels import PerChannel, Term, channel_sums, magnitude
 from sdp_jax.checks import check_whole
 from sdp_jax.groups import Groups
 from sdp_jax.methods.entries import keep_channels
@@ -165,11 +166,11 @@ def spp(
 
         old = state.probabilities.per_channel
         gone = old == 0
-        norms = reduce_channels(groups, shadow, magnitude, jnp.sum, jnp.add)
+        norms = channel_sums(groups, Term(magnitude, (shadow,)))[0]
         _, change = rank_changes(groups, numbers, norms, gone, amplitude, ratio)
         lowered = jnp.clip(old - change.astype(old.dtype), 0, 1)
         lowered = jnp.where(gone | ~is_due(count, every, begin_step), old, lowered)
-        complete = each_dimension(groups, jnp.sum, lowered == 0) >= numbers
+        complete = segments.sum_over(lowered == 0, groups.owner) >= numbers
         chances = jnp.where(complete & (lowered > 0), 1, lowered)
 
         next_key, draw = jax.random.split(state.key)

@@ -4,7 +4,6 @@ The other scores look at the producers of a channel. Here its consumers count as
 what is cut together is judged together.
 """
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, get_args
@@ -12,13 +11,13 @@ from typing import Any, Literal, NamedTuple, get_args
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from sdp_jax.base import check_kind, check_params, transformation
 from sdp_jax.channels import (
     PerChannel,
     channels_alive,
-    each_dimension,
     magnitude,
     member_sums,
 )
@@ -26,6 +25,7 @@ from sdp_jax.checks import check_number, check_whole
 from sdp_jax.groups import Dimension, Groups, Member, Role
 from sdp_jax.methods.entries import add_decay, keep_channels
 from sdp_jax.methods.score import Score, of_params
+from sdp_jax.segments import max_over, min_over, sum_over
 from sdp_jax.tree import PyTree
 
 Normalizer = Literal["mean", "max", "sum"]
@@ -126,8 +126,7 @@ def group_importance(
                     place = (m.path, m.axis, m.role)
                     places[place] = places[place] + value if place in places else value
             raw[d.name] = _reduced(list(places.values()), reduce)
-        over = functools.partial(_normalised, normalizer=normalizer)
-        return each_dimension(groups, over, groups.join(raw), alive)
+        return _normalised(groups.join(raw), alive, groups.owner, normalizer)
 
     return of_params(score)
 
@@ -233,11 +232,11 @@ def group_norm_regularizer(
         alive = channels_alive(groups, params)
         scores = importance(groups, params)
         unknown = alive & ~jnp.isfinite(scores)
-        acts = alive & ~each_dimension(groups, jnp.any, unknown)
-        weak = each_dimension(groups, _weakness, jnp.sqrt(scores), alive)
+        acts = alive & (sum_over(unknown, groups.owner) == 0)
+        weak = _weakness(jnp.sqrt(scores), alive, groups.owner)
         rates = jnp.where(acts, strengths * 2 ** (alpha * weak), 0)
         if growing is not None:
-            more = growing * each_dimension(groups, _weakness, scores, alive)
+            more = growing * _weakness(scores, alive, groups.owner)
             more = jnp.where((count % every == 0) & acts, more, 0)
             strengths = strengths + more.astype(strengths.dtype)
         out = add_decay(groups, updates, params, rates, decays)
@@ -292,22 +291,25 @@ def _reduced(values: list[jax.Array], reduce: Reduce) -> jax.Array:
 
 
 def _normalised(
-    values: jax.Array, alive: jax.Array, normalizer: Normalizer | None
+    values: jax.Array,
+    alive: jax.Array,
+    owner: np.ndarray,
+    normalizer: Normalizer | None,
 ) -> jax.Array:
     """Importances over those of the living channels; the others are 0."""
     values = jnp.where(alive, values, 0)
     if normalizer is None:
         return values
-    level = jnp.max(values) if normalizer == "max" else jnp.sum(values)
+    level = (max_over if normalizer == "max" else sum_over)(values, owner)
     if normalizer == "mean":
-        level = level / jnp.maximum(jnp.sum(alive), 1)
+        level = level / jnp.maximum(sum_over(alive, owner), 1)
     return values / jnp.where(level == 0, 1, level)
 
 
-def _weakness(values: jax.Array, alive: jax.Array) -> jax.Array:
+def _weakness(values: jax.Array, alive: jax.Array, owner: np.ndarray) -> jax.Array:
     """0 for the largest of the living, 1 for the smallest; 0 where all are equal."""
-    top = jnp.max(jnp.where(alive, values, -jnp.inf))
-    low = jnp.min(jnp.where(alive, values, jnp.inf))
+    top = max_over(jnp.where(alive, values, -jnp.inf), owner)
+    low = min_over(jnp.where(alive, values, jnp.inf), owner)
     spread = top > low
     return jnp.where(
         alive & spread, (top - values) / jnp.where(spread, top - low, 1), 0

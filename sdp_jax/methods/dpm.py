@@ -19,13 +19,14 @@ from sdp_jax.channels import (
     PerChannel,
     channel_norms,
     channels_alive,
-    each_dimension,
     scale_channels,
 )
 from sdp_jax.checks import check_number, check_whole
 from sdp_jax.groups import Groups
+from sdp_jax.mesh import sharded_like
 from sdp_jax.methods.entries import entry_sums
 from sdp_jax.methods.scales import replace_leaves
+from sdp_jax.segments import sum_over
 from sdp_jax.tree import leaf_table
 
 
@@ -167,7 +168,8 @@ def decay_pruning(
         if rate is not None:
             gradient = channel_norms(groups, updates)
             escape = (free_norms - norms) * steps > rate * start
-            mean = each_dimension(groups, _mean, gradient, alive)
+            total = sum_over(jnp.where(alive, gradient, 0), groups.owner)
+            mean = total / jnp.maximum(sum_over(alive, groups.owner), 1)
             strong = gradient > length * mean
             release = (before > 0) & escape & strong
             if release_end_step is not None:
@@ -194,7 +196,7 @@ def decay_pruning(
         )
         theirs = leaf_table(moved)
         chosen = {
-            path: jnp.where(sums[path] > 0, step, theirs[path])
+            path: jnp.where(sharded_like(sums[path] > 0, step), step, theirs[path])
             for path, step in leaf_table(step_to(point, params)).items()
             if path in sums
         }
@@ -209,8 +211,3 @@ def decay_pruning(
         return replace_leaves(moved, chosen), new_state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _mean(values: jax.Array, alive: jax.Array) -> jax.Array:
-    """The mean over the living channels."""
-    return jnp.sum(jnp.where(alive, values, 0)) / jnp.maximum(jnp.sum(alive), 1)

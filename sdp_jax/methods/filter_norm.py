@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 
 from sdp_jax.channels import (
+    Term,
     Weighting,
     channel_norms,
+    channel_sums,
     channel_weights,
-    each_dimension,
     magnitude,
-    reduce_channels,
 )
 from sdp_jax.groups import Groups
 from sdp_jax.methods.score import Score, of_params
@@ -69,10 +69,7 @@ def l1_norm(*, weights: Weighting | Mapping[str, float] = "plain") -> Score:
     def norms(groups: Groups, params: PyTree) -> jax.Array:
         power = 2 if weights == "size" else 1
         factors = channel_weights(groups, weights) ** power
-        sums = reduce_channels(groups, params, magnitude, jnp.sum, jnp.add)
-        # By a number for each dimension: XLA rounds the division by a vector otherwise.
-        return each_dimension(
-            groups, lambda v, k: v / jnp.asarray(k[0], v.dtype), sums, factors
-        )
+        sums = channel_sums(groups, Term(magnitude, (params,)))[0]
+        return sums / jnp.asarray(factors, sums.dtype)
 
     return of_params(norms)

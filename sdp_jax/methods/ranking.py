@@ -13,9 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sdp_jax import prox
+from sdp_jax import prox, segments
 from sdp_jax.base import check_kind
-from sdp_jax.channels import each_dimension
 from sdp_jax.checks import check_number
 from sdp_jax.groups import Groups
 
@@ -87,9 +86,9 @@ def rank_changes(
     ratio: chex.Numeric,
 ) -> tuple[jax.Array, jax.Array]:
     """For each channel how many its dimension has still to lose, and the increment."""
-    left = numbers - each_dimension(groups, jnp.sum, gone)
+    left = numbers - segments.sum_over(gone, groups.owner)
     free = jnp.where(gone, jnp.inf, norms)
-    rank = each_dimension(groups, prox.ranks, free)
+    rank = segments.ranks(free, groups.owner)
     return left, ranking_increment(rank, left, amplitude, ratio)
 
 
@@ -132,8 +131,7 @@ def pruned_numbers(
         else:
             numbers.append(number)
     xp = jnp if any(isinstance(n, jax.Array) for n in numbers) else np
-    owner = np.repeat(np.arange(len(groups)), list(groups.sizes.values()))
-    return xp.asarray(numbers)[owner]
+    return xp.asarray(numbers)[groups.owner]
 
 
 def check_increment(amplitude: Any, ratio: Any) -> None:

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from sdp_jax.groups import Groups, Member
+from sdp_jax.mesh import replicated, sharded_like
 from sdp_jax.tree import PyTree, leaf_table
 
 # Flax and Haiku; gamma of Keras; weight of PyTorch and Equinox.
@@ -84,7 +85,7 @@ def take_entries(leaf: Any, member: Member, size: int) -> jax.Array:
     """The channels' entries of a vector, at least float32, ``(outer, size, inner)``."""
     leaf = jnp.asarray(leaf)
     wide = leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
-    return wide.reshape(-1)[member.positions(size)]
+    return replicated(wide).reshape(-1)[member.positions(size)]
 
 
 def put_entries(
@@ -93,7 +94,8 @@ def put_entries(
     """Inverse of :func:`take_entries`: the leaf with these entries, in its dtype."""
     where = member.positions(size)
     values = jnp.broadcast_to(values, where.shape).astype(leaf.dtype)
-    return leaf.reshape(-1).at[where].set(values).reshape(leaf.shape)
+    whole = replicated(leaf).reshape(-1).at[where].set(values).reshape(leaf.shape)
+    return sharded_like(whole, leaf)
 
 
 def replace_leaves(tree: PyTree, leaves: Mapping[str, Any]) -> PyTree:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from sdp_jax.mesh import replicated_sharding
 from sdp_jax.tree import PyTree, leaf_table
 
 HIGHEST = jax.lax.Precision.HIGHEST
@@ -31,16 +32,16 @@ def inner(first: PyTree, second: PyTree) -> jax.Array:
     def product(a: jax.Array, b: jax.Array) -> jax.Array:
         if a.dtype != b.dtype and 1 in (a.shape[0], b.shape[0]):
             # Sums of products as they are read: no wide copy of either is made.
-            axes = tuple(range(1, a.ndim))
-            return jnp.sum(wide(a) * wide(b), axis=axes).reshape(len(a), len(b))
+            whole = jnp.sum(wide(a) * wide(b), axis=tuple(range(1, a.ndim)))
+            return whole.reshape(len(a), len(b))
         if a.dtype != b.dtype:
             a, b = wide(a), wide(b)
-        a, b = (x.reshape(x.shape[0], -1) for x in (jnp.conj(a), b))
-        dtype = jnp.promote_types(a.dtype, jnp.float32)
+        axes = tuple(range(1, a.ndim))
         return jax.lax.dot_general(
-            *(a, b, (((1,), (1,)), ((), ()))),
+            *(jnp.conj(a), b, ((axes, axes), ((), ()))),
             precision=HIGHEST,
-            preferred_element_type=dtype,
+            preferred_element_type=jnp.promote_types(a.dtype, jnp.float32),
+            out_sharding=replicated_sharding(a, b),
         ).real
 
     parts = jax.tree.leaves(jax.tree.map(product, first, second))

@@ -1,0 +1,158 @@
+"""Sums over arrays that a mesh shards, replicated on all of its devices.
+
+With explicit axes (what ``jax.make_mesh`` gives) the type of an array says how it is
+sharded: each device sums what it has, and one all-reduce joins all sums at once. With
+automatic axes the compiler decides.
+"""
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+
+class Line(NamedTuple):
+    """What is summed along all axes of an array but one.
+
+    Attributes:
+      entry: a function of the arrays, entry by entry.
+      arrays: arrays of one shape.
+      axis: the axis that stays.
+    """
+
+    entry: Callable[..., jax.Array]
+    arrays: tuple[jax.Array, ...]
+    axis: int
+
+
+def sum_lines(
+    lines: Sequence[Line],
+    finish: Callable[..., list[jax.Array]],
+    *given: jax.Array,
+) -> list[jax.Array]:
+    """Sums to lines, and what a linear function makes of these.
+
+    Args:
+      lines: what to sum.
+      finish: ``finish(sums, *given)``, linear in the sums, which are vectors along the
+        axes that stay; it gives vectors.
+      *given: arrays that all devices have.
+
+    Returns:
+      What ``finish`` gives, replicated.
+
+    Raises:
+      ValueError: if the arrays lie on different meshes.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> sum_lines([Line(jnp.square, (jnp.ones((3, 2)),), 1)], lambda sums: sums)[0]
+      Array([3., 3.], dtype=float32)
+    """
+    specs = [explicit_spec(x) for line in lines for x in line.arrays]
+    meshes = {mesh for mesh, spec in specs if any(spec)}
+    if not meshes:
+        found = finish([_along(line) for line in lines], *given)
+        return [replicated(x) for x in found]
+    if len(meshes) > 1:
+        raise ValueError(
+            f"the arrays lie on different meshes, {sorted(map(str, meshes))}; put "
+            "parameters, gradients and optimizer state on one mesh"
+        )
+    (mesh,) = meshes
+    used = {name for _, spec in specs for part in spec for name in _names(part)}
+
+    def local(*arrays: jax.Array) -> list[jax.Array]:
+        left = iter(zip(arrays[len(given) :], specs, strict=True))
+        sums = []
+        for line in lines:
+            pairs = list(itertools.islice(left, len(line.arrays)))
+            mine, spec = tuple(x for x, _ in pairs), pairs[0][1][1]
+            length = line.arrays[0].shape[line.axis]
+            sums.append(_share(line._replace(arrays=mine), spec, used, length))
+        found = finish(sums, *arrays[: len(given)])
+        sizes = [x.size for x in found]
+        whole = jax.lax.psum(jnp.concatenate(found), tuple(used))
+        parts = jnp.split(whole, list(itertools.accumulate(sizes))[:-1])
+        return [part.astype(x.dtype) for part, x in zip(parts, found, strict=True)]
+
+    arrays = [x for line in lines for x in line.arrays]
+    whole = (PartitionSpec(),) * len(given)
+    return jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=whole + tuple(PartitionSpec(*spec) for _, spec in specs),
+        out_specs=PartitionSpec(),
+        axis_names=used,
+    )(*given, *arrays)
+
+
+def replicated(array: jax.Array) -> jax.Array:
+    """The whole array on all devices."""
+    everywhere = replicated_sharding(array)
+    if everywhere is not None:
+        return jax.sharding.reshard(array, everywhere)
+    if AxisType.Auto in jax.sharding.get_abstract_mesh().axis_types:
+        # Else the compiler spreads sorts and sums over the channels, too.
+        return jax.lax.with_sharding_constraint(array, PartitionSpec())
+    return array
+
+
+def replicated_sharding(*arrays: jax.Array) -> NamedSharding | None:
+    """The ``out_sharding`` of a product that all devices shall have."""
+    for mesh, spec in map(explicit_spec, arrays):
+        if any(spec):
+            return NamedSharding(mesh, PartitionSpec())
+    return None
+
+
+def sharded_like(array: jax.Array, leaf: jax.Array) -> jax.Array:
+    """An array that all devices have, cut up as a leaf that it broadcasts to."""
+    mesh, spec = explicit_spec(leaf)
+    if not any(spec):
+        return array
+    sizes = zip(jnp.shape(array), jnp.shape(leaf), spec, strict=True)
+    parts = [part if n == m else None for n, m, part in sizes]
+    return jax.sharding.reshard(array, NamedSharding(mesh, PartitionSpec(*parts)))
+
+
+def explicit_spec(array: Any) -> tuple[Any, tuple[Any, ...]]:
+    """The mesh, and along each axis the explicit mesh axes that shard it."""
+    sharding = getattr(jax.typeof(array), "sharding", None)
+    spec = () if sharding is None else tuple(sharding.spec)
+    mesh = None if sharding is None else sharding.mesh
+    return mesh, spec + (None,) * (jnp.ndim(array) - len(spec))
+
+
+def _names(part: Any) -> tuple[str, ...]:
+    return () if part is None else part if isinstance(part, tuple) else (part,)
+
+
+def _share(line: Line, spec: tuple[Any, ...], used: set[str], length: int) -> jax.Array:
+    """What this device adds to the whole line."""
+    found = _along(line)
+    along = _names(spec[line.axis])
+    if along:
+        start = jax.lax.axis_index(along) * found.shape[0]
+        whole = jnp.zeros((length,), found.dtype)
+        found = jax.lax.dynamic_update_slice(whole, found, (start,))
+    # Devices that hold the same entries: one of them counts.
+    alike = tuple(sorted(used - {n for part in spec for n in _names(part)}))
+    if alike:
+        found = jnp.where(jax.lax.axis_index(alike) == 0, found, 0)
+    return found
+
+
+def _along(line: Line) -> jax.Array:
+    """Sums all axes but one, the longest first (a quarter faster on the CPU)."""
+    x = line.entry(*line.arrays)
+    rest = sorted(
+        (a for a in range(x.ndim) if a != line.axis), key=lambda a: x.shape[a]
+    )
+    if not rest:
+        return x
+    x = jnp.sum(x, axis=rest[-1], keepdims=True)
+    return jnp.sum(x, axis=tuple(rest)) if len(rest) > 1 else x.reshape(-1)

@@ -1,0 +1,99 @@
+"""Sums on meshes: the same numbers in every layout, and what they send."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import sdp_jax
+from sdp_jax import mesh as meshes
+from sdp_jax.channels import Term, channel_maxima, channel_sums, square
+from tests import toy
+
+LAYOUTS = {
+    "data": {},
+    "fsdp": {"layer0/kernel": P("a"), "layer1/kernel": P("a"), "layer1/bias": P("a")},
+    "tensor": {"layer0/kernel": P(None, "b"), "layer0/bias": P("b")}
+    | {"layer1/kernel": P("b", None)},
+    "both": {"layer0/kernel": P("a", "b"), "layer0/bias": P(("a", "b"))}
+    | {"layer1/kernel": P("b", "a"), "layer1/bias": P("a")},
+}
+WIDTHS = (4, 16, 8, 3)
+kinds = pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
+
+
+def placed(tree, mesh, layout):
+    return {
+        module: {
+            key: jax.device_put(
+                leaf, NamedSharding(mesh, LAYOUTS[layout].get(f"{module}/{key}", P()))
+            )
+            for key, leaf in leaves.items()
+        }
+        for module, leaves in tree.items()
+    }
+
+
+@kinds
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_sums_are_those_of_one_device(layout, kind):
+    params = toy.mlp_params(widths=WIDTHS)
+    groups = toy.mlp_groups(params)
+    over = jnp.arange(groups.num_channels, dtype=jnp.float32)
+
+    def sums(tree):
+        terms = Term(square, (tree,)), Term(square, (tree,), over=over)
+        return [*channel_sums(groups, *terms), channel_maxima(groups, tree)]
+
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(kind, kind))
+    with jax.set_mesh(mesh):
+        found = jax.jit(sums)(placed(params, mesh, layout))
+    for ours, alone in zip(found, sums(params), strict=True):
+        assert ours.sharding.is_fully_replicated
+        np.testing.assert_allclose(ours, alone, rtol=1e-6)
+
+
+@pytest.mark.parametrize("layout", ["fsdp", "tensor", "both"])
+@pytest.mark.parametrize(
+    ("dual", "target", "collectives", "per_channel"),
+    [("full", "channels", 1, 4), ("full", "params", 1, 4), ("radial", "params", 2, 20)],
+)
+def test_a_step_sends_a_few_bytes_a_channel(
+    layout, dual, target, collectives, per_channel
+):
+    params = toy.mlp_params(widths=WIDTHS)
+    groups = toy.mlp_groups(params)
+    strength = sdp_jax.target_sparsity(0.5, 0, 5, target=target)
+    tx = sdp_jax.altsdp(optax.adamw(0.1), groups, strength=strength, dual=dual)
+    mesh = jax.make_mesh((4, 2), ("a", "b"))
+    params = placed(params, mesh, layout)
+    step = jax.jit(toy.make_step(tx)).lower(params, tx.init(params), params)
+    kinds = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
+    sent = re.findall(rf"= f32\[(\d+)\]\S* (?:{kinds})\(", step.compile().as_text())
+    every = re.findall(rf" (?:{kinds})(?:-start)?\(", step.compile().as_text())
+    assert len(sent) == len(every) == collectives
+    # The last four bytes tell whether zeros came back.
+    assert 4 * sum(map(int, sent)) == per_channel * groups.num_channels + 4
+
+
+def test_meshes_do_not_mix():
+    mesh = jax.make_mesh((8,), ("a",)), jax.make_mesh((4, 2), ("a", "b"))
+    x = [jax.device_put(jnp.ones((8, 8)), NamedSharding(m, P("a"))) for m in mesh]
+    lines = [meshes.Line(jnp.square, (v,), 1) for v in x]
+    with pytest.raises(ValueError, match="lie on different meshes"):
+        meshes.sum_lines(lines, lambda sums: sums)
+
+
+def test_an_array_is_cut_like_the_leaf_that_it_broadcasts_to():
+    mesh = jax.make_mesh((4, 2), ("a", "b"))
+    leaf = jax.device_put(jnp.ones((8, 6)), NamedSharding(mesh, P("a", "b")))
+    with jax.set_mesh(mesh):
+        line = meshes.sharded_like(jnp.ones((1, 6)), leaf)
+        assert line.sharding.is_equivalent_to(NamedSharding(mesh, P(None, "b")), 2)
+        assert meshes.replicated(line).sharding.is_fully_replicated
+    assert meshes.replicated_sharding(jnp.ones(3)) is None
