@@ -42,7 +42,7 @@ SIZES = {
     "quantised": [6, 8],
     "custom_vjp": [8],
     "custom_jvp": [8],
-    "unknown": [6, 8],
+    "factorised": [6, 8],
 }
 
 

@@ -458,7 +458,7 @@ def gate(x):
 gate.defjvp(lambda p, t: (gate(p[0]), 3.0 * t[0]))
 
 
-def unknown(p, x):
+def factorised(p, x):
     x = jnp.tanh(x @ p["a"]) @ p["b"]
     x = jnp.linalg.qr(x)[1] @ p["c"]
     return jnp.tanh(x) @ p["d"]
@@ -566,8 +566,8 @@ ZOO: dict[str, Callable[[], Model]] = {
         TOKENS,
         share=0.88,
     ),
-    "unknown": lambda: plain(
-        unknown,
+    "factorised": lambda: plain(
+        factorised,
         {"a": (5, 8), "b": (8, 4), "c": (4, 6), "d": (6, 2)},
         TOKENS,
         share=0.86,
