@@ -43,7 +43,7 @@ SIZES = {
     "custom_vjp": [8],
     "custom_jvp": [8],
     "cached_decoder": [3, 3, 4, 4, 4, 4, 8, 12, 12],
-    "unknown": [6, 8],
+    "factorised": [6, 8],
 }
 
 

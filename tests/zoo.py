@@ -501,7 +501,7 @@ def _is_shape(x):
     return isinstance(x, tuple)
 
 
-def unknown(p, x):
+def factorised(p, x):
     x = jnp.tanh(x @ p["a"]) @ p["b"]
     x = jnp.linalg.qr(x)[1] @ p["c"]
     return jnp.tanh(x) @ p["d"]
@@ -610,8 +610,8 @@ ZOO: dict[str, Callable[[], Model]] = {
         share=0.88,
     ),
     "cached_decoder": lambda: cached_decoder(0.98),
-    "unknown": lambda: plain(
-        unknown,
+    "factorised": lambda: plain(
+        factorised,
         {"a": (5, 8), "b": (8, 4), "c": (4, 6), "d": (6, 2)},
         TOKENS,
         share=0.86,

@@ -20,8 +20,7 @@ STATE = "*batch_stats* *running_* *moving_* *_ema/* mean */mean var */var".split
 
 _UNUSED = "is not used by the function at these input shapes"
 _UNEVEN = (
-    "belong to single channels, or to channels whose positions lie otherwise in each "
-    "(behind a transposition); dimensions are two channels or more"
+    "belong to channels that lie like no other one; dimensions are two channels or more"
 )
 
 

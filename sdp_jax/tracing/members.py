@@ -106,18 +106,26 @@ def _runs(places: list[_Place]) -> list[list[_Place]]:
         even &= (inner > 0) & (steps == inner).all(axis=1)
     stops = [*(np.flatnonzero(~even) + 1).tolist(), size]
     starts = [0, *stops[:-1]]
-    runs = [(a, b) for a, b in zip(starts, stops, strict=True) if b - a > 1]
-    if sum(b - a for a, b in runs) < size and all(map(_alike, places)):
+    runs = [np.arange(a, b) for a, b in zip(starts, stops, strict=True) if b - a > 1]
+    if sum(map(len, runs)) < size:
         # A permutation, a strided slice: each member says where its channels are.
-        runs = [(0, size)]
-    return [[_Place(p.axis, p.positions[a:b]) for p in places] for a, b in runs]
+        runs = _alike(places)
+    return [[_Place(p.axis, p.positions[run]) for p in places] for run in runs]
 
 
-def _alike(place: _Place) -> bool:
-    """Whether channels lie in the same way from their first position, and apart."""
-    lines = place.positions - place.positions[:, :1]
-    apart = len(np.unique(place.positions)) == lines.size
-    return apart and bool((lines == lines[:1]).all())
+def _alike(places: list[_Place]) -> list[np.ndarray]:
+    """Channels that lie in the same way from their first positions, and apart."""
+    lines = np.concatenate([p.positions - p.positions[:, :1] for p in places], axis=1)
+    kind = np.unique(lines, axis=0, return_inverse=True)[1].reshape(-1)
+    runs = [np.flatnonzero(kind == k) for k in range(kind.max() + 1)]
+    return [
+        run
+        for run in runs
+        if len(run) > 1
+        and all(
+            len(np.unique(p.positions[run])) == p.positions[run].size for p in places
+        )
+    ]
 
 
 def _inner(positions: np.ndarray) -> int:

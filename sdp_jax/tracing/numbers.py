@@ -2,13 +2,15 @@
 
 A function takes an equation and the entries of its operands, and gives those of its
 result, or ``None`` where NumPy might give others than JAX: whatever is not rounded
-correctly (``exp``, sums of floating-point numbers) or not defined.
+correctly (``exp``, sums of floating-point numbers, products of complex ones) or not
+defined.
 """
 
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
+import jax.numpy as jnp
 import numpy as np
 import scipy.special
 from jax import lax
@@ -33,15 +35,14 @@ def _zeros(function: Callable[..., Any]) -> Known:
 
 def _convert(eqn: Any, x: np.ndarray) -> Any:
     dtype = np.dtype(eqn.params["new_dtype"])
-    if np.issubdtype(dtype, np.integer) and not _whole(x):
+    if dtype.kind not in "iubf" and jnp.issubdtype(dtype, jnp.integer):
+        return None  # Of four bits and less.
+    if dtype.kind in "iu" and not _whole(x):
         # Outside of the range each device has a way of its own.
-        x = np.real(x)
         info = np.iinfo(dtype)
-        inside = (x > float(info.min) - 1) & (x < float(info.max))
+        inside = (x > float(info.min) - 1) & (x < float(info.max) + 1)
         if not np.all(inside):
             return None
-    if np.iscomplexobj(x) and dtype.kind != "c":
-        x = np.real(x) if dtype != np.bool_ else x != 0
     return x.astype(dtype)
 
 
@@ -119,7 +120,7 @@ def _bits(eqn: Any, x: np.ndarray) -> Any:
     return np.ascontiguousarray(x).view(dtype).reshape(x.shape) if same else None
 
 
-_SAME = "copy copy_p name device_put stop_gradient optimization_barrier".split()
+_SAME = "copy copy_p name device_put stop_gradient".split()
 ELEMENTWISE: dict[str, Known] = {
     "convert_element_type": _convert,
     "div": _div,
@@ -144,9 +145,6 @@ ELEMENTWISE: dict[str, Known] = {
             "sign": np.sign,
             "floor": np.floor,
             "ceil": np.ceil,
-            "real": np.real,
-            "imag": np.imag,
-            "conj": np.conj,
             "is_finite": np.isfinite,
             "nextafter": np.nextafter,
             "max": np.maximum,
@@ -428,7 +426,7 @@ def evaluate(
     known: Known | None, eqn: Any, operands: Sequence[np.ndarray]
 ) -> list[np.ndarray] | None:
     """The entries of the results of an equation, if they can be known."""
-    if known is None:
+    if known is None or any(map(np.iscomplexobj, operands)):
         return None
     with np.errstate(all="ignore"):
         found = known(eqn, *operands)
