@@ -25,7 +25,7 @@ DOORS = ["valley", "methods"]
 FOLDERS = {
     "tracing": ["source", "static", "atoms", "sizes", "values", "rule", "trace"]
     + ["evaluate", "rules_elementwise", "rules_shape", "rules_contract"]
-    + ["rules_control", "rules", "analyse", "flops", "members", "find"],
+    + ["rules_control", "rules_mesh", "rules", "analyse", "flops", "members", "find"],
     "valley": ["vectors", "sketch", "project", "curvature", "_sdp", "statistics"]
     + ["path", "figure", "certificate", "_certify"],
     # No method but the common ground is imported by another one.

@@ -13,13 +13,14 @@ from sdp_jax.tracing import (
     rules_contract,
     rules_control,
     rules_elementwise,
+    rules_mesh,
     rules_shape,
 )
 from sdp_jax.tracing.rule import Rule
 from sdp_jax.tracing.rules import RULES
 from tests import promise
 
-FAMILIES = (rules_elementwise, rules_shape, rules_contract, rules_control)
+FAMILIES = (rules_elementwise, rules_shape, rules_contract, rules_control, rules_mesh)
 
 
 def make(name, result, impl):

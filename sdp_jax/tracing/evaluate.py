@@ -34,6 +34,24 @@ def pick_out(array: Any, index: np.ndarray, axis: int) -> Any:
     return where.get(mode="promise_in_bounds", wrap_negative_indices=False)
 
 
+def _varying(aval: Any) -> frozenset[str]:
+    """The axes of a mesh along which an array differs from device to device."""
+    found = getattr(aval, "manual_axis_type", None)  # Before JAX 0.10 under "vma".
+    return getattr(aval, "vma", frozenset()) if found is None else found.varying
+
+
+def _alike(args: Sequence[Any]) -> list[Any]:
+    """Operands that differ along the same axes of a mesh, as JAX wants them."""
+    every = frozenset[str]().union(*(_varying(jax.typeof(x)) for x in args))
+    return [_vary(x, every) for x in args] if every else list(args)
+
+
+def _vary(x: Any, names: frozenset[str]) -> Any:
+    """The same on every device, as an array that might not be."""
+    more = names - _varying(jax.typeof(x))
+    return lax.pcast(x, tuple(sorted(more)), to="varying") if more else x
+
+
 _NOTHING = contextlib.nullcontext()
 
 
@@ -207,8 +225,8 @@ class Evaluator:
         )
         if nothing and not record.eqn.effects:
             return [
-                jnp.zeros(self.shape(record, k), var.aval.dtype)
-                for k, var in enumerate(record.eqn.outvars)
+                _vary(jnp.zeros(self.shape(record, k), v.aval.dtype), _varying(v.aval))
+                for k, v in enumerate(record.eqn.outvars)
             ]
         values = (*record.ins, *record.outs)
         cut = any(self.is_cut(axis) for value in values for axis in value.axes)
@@ -224,6 +242,8 @@ class Evaluator:
     def rebind(self, record: Record, args: Sequence[Any], **changed: Any) -> list[Any]:
         """Binds the primitive of an equation to other operands and parameters."""
         eqn = record.eqn
+        if self._rules.get(eqn.primitive.name, NO_RULE).known:
+            args = _alike(args)
         params = eqn.primitive.get_bind_params({**eqn.params, **changed})
         if isinstance(params, tuple):  # before JAX 0.9 functions came apart
             functions, params = params

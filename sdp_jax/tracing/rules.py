@@ -4,6 +4,7 @@ from sdp_jax.tracing import (
     rules_contract,
     rules_control,
     rules_elementwise,
+    rules_mesh,
     rules_shape,
 )
 from sdp_jax.tracing.rule import Rule
@@ -13,4 +14,5 @@ RULES: dict[str, Rule] = {
     **rules_shape.RULES,
     **rules_contract.RULES,
     **rules_control.RULES,
+    **rules_mesh.RULES,
 }

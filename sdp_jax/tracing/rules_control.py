@@ -300,8 +300,8 @@ def _custom_vjp(t: Trace, eqn: Any, ins: list[Value]) -> Nested:
                 next(produced) if source is None else (ins[source], operands[source])
             )
             residuals.append(dataclasses.replace(value, free=False))
-            avals.append(jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype))
-        avals += [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in results]
+            avals.append(var.aval)
+        avals += [v.aval for v in results]
         # What comes back for an absent channel is whatever its readers weigh it with.
         unknown = [
             Value(tuple(refill(a, None) for a in v.axes), data=True) for v in outs

@@ -11,7 +11,7 @@ import numpy as np
 from jax.extend.core import Literal
 
 from sdp_jax.tracing.rule import Flops, Rule, moves, per_entry
-from sdp_jax.tracing.trace import Record, Trace, freeze_all, number_of
+from sdp_jax.tracing.trace import Record, Trace, number_of
 from sdp_jax.tracing.values import ZERO, Factor, Fill, Value, length
 
 # f(x) = x
@@ -184,12 +184,6 @@ def _many(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
     return list(ins)
 
 
-def _across(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
-    if not all(isinstance(axis, str) for axis in eqn.params["axes"]):
-        return freeze_all(t, eqn, ins)
-    return list(ins)
-
-
 def _bitcast(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
     x = ins[0]
     shape = eqn.outvars[0].aval.shape
@@ -247,8 +241,5 @@ RULES: dict[str, Rule] = {
             flops=moves,
         ),
     ),
-    **_each(["pvary"], "all", moves),
-    # Over axes of the mesh, not of the arrays.
-    **dict.fromkeys(("psum_invariant", "pmax", "pmin"), Rule(_across, known=False)),
     **dict.fromkeys(("debug_callback", "debug_print"), Rule(_look, known=False)),
 }

@@ -64,6 +64,7 @@ class Trace:
         self.sizes = Sizes()
         self.producers: set[int] = set()
         self.depth = 0
+        self.devices: dict[str, int] = {}  # Along each axis of the mesh.
         self._place: Any = None
         self._rules = rules
 
