@@ -9,6 +9,7 @@ import numpy as np
 
 from sdp_jax.cut import Cut
 from sdp_jax.tracing.analyse import Analysis, analyse_with
+from sdp_jax.tracing.devices import sharding_of
 from sdp_jax.tracing.evaluate import Evaluator
 from sdp_jax.tracing.rules import RULES
 from sdp_jax.tracing.static import separate
@@ -63,10 +64,7 @@ def narrow(fn: Callable[..., Any], cut: Cut) -> Callable[..., Any]:
         table = leaf_table(params)
         dense = jax.tree.unflatten(
             jax.tree.structure(params),
-            [
-                jax.ShapeDtypeStruct(cut.dense.shapes[path], leaf_dtype(leaf))
-                for path, leaf in table.items()
-            ],
+            [_dense(leaf, cut.dense.shapes[path]) for path, leaf in table.items()],
         )
         found = analyse_with(
             cut.dense,
@@ -83,6 +81,12 @@ def narrow(fn: Callable[..., Any], cut: Cut) -> Callable[..., Any]:
         return jax.tree.unflatten(found.out_tree, outs)
 
     return small_fn
+
+
+def _dense(leaf: Any, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+    """The dense shape of a small leaf, on the devices that its type names."""
+    sharding = sharding_of(jax.typeof(leaf))
+    return jax.ShapeDtypeStruct(shape, leaf_dtype(leaf), sharding=sharding)
 
 
 def _check_producers(found: Analysis, cut: Cut) -> None:

@@ -23,7 +23,16 @@ CUTTING += ["plan", "files", "export", "report", "_prune"]
 DOORS = ["valley", "methods"]
 # Inside a folder, the modules in the order in which they may import one another.
 FOLDERS = {
-    "tracing": ["source", "static", "atoms", "sizes", "values", "rule", "trace"]
+    "tracing": [
+        "source",
+        "static",
+        "devices",
+        "atoms",
+        "sizes",
+        "values",
+        "rule",
+        "trace",
+    ]
     + ["evaluate", "rules_elementwise", "rules_shape", "rules_contract"]
     + ["rules_control", "rules_mesh", "rules", "analyse", "flops", "members", "find"],
     "valley": ["vectors", "sketch", "project", "curvature", "_sdp", "statistics"]

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import sdp_jax
 from tests import promise
+from tests.zoo import ZOO
 
 X = np.random.default_rng(0).normal(size=(8, 5))
 ROWS = P("data")
@@ -178,6 +179,91 @@ def test_of_a_part_nothing_is_left(x64):
     cut = sdp_jax.Cut(sdp_jax.find_groups(fn, params, X), ((5, 6),))
     found = jax.jit(sdp_jax.narrow(fn, cut))(cut.take(params), X)
     np.testing.assert_allclose(found, fn(cut.zero(params), X), atol=1e-12)
+
+
+def test_a_decoder_is_cut_alike_on_one_device_and_on_eight(x64):
+    model = ZOO["sharded"]()
+    groups = sdp_jax.find_groups(model.fn, model.shapes, *model.inputs)
+    make = jax.make_mesh
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            jax, "make_mesh", lambda sizes, *args, **kw: make((1, 1), *args, **kw)
+        )
+        assert sdp_jax.find_groups(model.fn, model.shapes, *model.inputs) == groups
+
+
+def explicit(p, x):
+    """Types say where everything lies, constants and what loops carry as well."""
+
+    @jax.checkpoint
+    def step(h, w):
+        y = jnp.tanh(h @ w["up"]).reshape(8, 2, 4).reshape(8, 8)
+        y = jax.nn.relu(y * jnp.arange(8.0)) - y.mean(-1, keepdims=True)
+        return h + jnp.einsum("bh,ho->bo", y, w["down"], out_sharding=ROWS), None
+
+    h = jnp.einsum("bi,ij->bj", x, p["in"], out_sharding=ROWS)
+    h, _ = lax.scan(step, h, {"up": p["up"], "down": p["down"]})
+    return jax.sharding.reshard(h, P()) @ p["out"]
+
+
+def test_explicit_meshes(x64):
+    shapes = {"in": (5, 6), "up": (2, 6, 8), "down": (2, 8, 6), "out": (6, 3)}
+    leaves = {k: jax.ShapeDtypeStruct(s, jnp.float64) for k, s in shapes.items()}
+    specs = {"up": P(None, None, "model"), "down": P(None, "model")}
+    for sizes, mesh in (([4, 6], (4, 2)), ([2, 4, 6], (8, 1))):
+        with jax.set_mesh(make_mesh(*mesh, kind=AxisType.Explicit)):
+            params = {
+                name: jax.device_put(leaf, specs.get(name, P()))
+                for name, leaf in promise.randomise(leaves).items()
+            }
+            x = jax.device_put(jnp.asarray(X), ROWS)
+            groups = promise.check(explicit, params, (x,))
+            assert sorted(groups.sizes.values()) == sizes
+            cut = promise.random_cut(groups, 0.5, 0)
+            small = cut.take(params)
+            # The small arrays lie on the devices as the dense ones do.
+            for tree in (small, cut.fill(small)):
+                for name, leaf in params.items():
+                    assert jax.typeof(tree[name]).sharding == jax.typeof(leaf).sharding
+            np.testing.assert_array_equal(cut.take(cut.fill(small))["up"], small["up"])
+
+
+def test_shard_map_on_an_explicit_mesh(x64):
+    leaves = {k: jax.ShapeDtypeStruct(s, jnp.float64) for k, s in SHAPES.items()}
+    mesh = make_mesh(2, 4, kind=AxisType.Explicit)
+    with jax.set_mesh(mesh):
+        params = {
+            name: jax.device_put(leaf, TENSOR[name])
+            for name, leaf in promise.randomise(leaves).items()
+        }
+        x = jax.device_put(jnp.asarray(X), P("data", None))
+        groups = promise.check(over(tensor, TENSOR, mesh=mesh), params, (x,))
+        assert groups.sizes == {"up": 2}
+
+
+def test_shares_that_differ_are_gathered():
+    """Groups that know of no mesh; the small arrays are whole on every device."""
+    params = {k: jnp.ones(s) for k, s in SHAPES.items()}
+    groups = sdp_jax.find_groups(mlp, params, X)
+    cut = sdp_jax.Cut(groups, ((0, 1, 2, 4, 7),))
+
+    def split(p, x):
+        h = jnp.einsum("bi,ih->bh", x, p["up"], out_sharding=P("data", "model"))
+        return jnp.einsum("bh,ho->bo", jnp.tanh(h), p["down"], out_sharding=ROWS)
+
+    with jax.set_mesh(make_mesh(4, 2, kind=AxisType.Explicit)):
+        params = {name: jax.device_put(params[name], TENSOR[name]) for name in params}
+        x = jax.device_put(jnp.asarray(X, jnp.float32), ROWS)
+        small = cut.take(params)
+        assert jax.typeof(small["up"]).sharding.spec == P(None, None)
+        found = sdp_jax.narrow(mlp, cut)(small, x)
+        np.testing.assert_allclose(found, mlp(cut.zero(whole(params)), x), rtol=1e-5)
+        with pytest.raises(ValueError, match="Find the groups on this function"):
+            sdp_jax.narrow(split, cut)(small, x)
+
+
+def whole(params):
+    return {name: jax.sharding.reshard(x, P()) for name, x in params.items()}
 
 
 def test_flops_are_those_of_all_devices():

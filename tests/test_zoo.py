@@ -39,6 +39,7 @@ SIZES = {
     "stacked": [8, 12],
     "custom_vjp": [8],
     "custom_jvp": [8],
+    "sharded": [2, 2, 4, 6, 8],
     "unknown": [6, 8],
 }
 

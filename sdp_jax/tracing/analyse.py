@@ -90,7 +90,9 @@ def analyse(
             axes.append(ParameterAxis(path, d, atoms, number, state))
             if any(fnmatch.fnmatch(path, pattern) for pattern in ignore):
                 space.freeze(axis, Reason("ignore", "was asked to stay whole"))
-        values.append(Value(tuple(factors), data=False))
+        value = Value(tuple(factors), data=False)
+        aval = closed.jaxpr.invars[len(values)].aval
+        values.append(trace.spread(None, value, aval))
     for var in closed.jaxpr.invars[len(values) :]:
         shape = getattr(var.aval, "shape", ())
         make = space.fresh_value if prune_inputs else space.plain_value

@@ -12,6 +12,7 @@ from jax import lax
 from jax.extend.core import Literal
 
 from sdp_jax.tracing.atoms import Solution
+from sdp_jax.tracing.devices import alike, pick_shares, sharding_of, vary, varying
 from sdp_jax.tracing.rule import Rule
 from sdp_jax.tracing.trace import NO_RULE, Body, Record, is_empty
 from sdp_jax.tracing.values import Axis, Value, length
@@ -28,28 +29,12 @@ class _Frame:
 
 def pick_out(array: Any, index: np.ndarray, axis: int) -> Any:
     """The positions ``index`` of an array along an axis."""
+    if sharding := sharding_of(jax.typeof(array)):
+        return pick_shares(array, index, axis, sharding)
     if len(index) and (np.diff(index) == 1).all():
         return lax.slice_in_dim(array, int(index[0]), int(index[-1]) + 1, axis=axis)
     where = jnp.asarray(array).at[(slice(None),) * axis + (index,)]
     return where.get(mode="promise_in_bounds", wrap_negative_indices=False)
-
-
-def _varying(aval: Any) -> frozenset[str]:
-    """The axes of a mesh along which an array differs from device to device."""
-    found = getattr(aval, "manual_axis_type", None)  # Before JAX 0.10 under "vma".
-    return getattr(aval, "vma", frozenset()) if found is None else found.varying
-
-
-def _alike(args: Sequence[Any]) -> list[Any]:
-    """Operands that differ along the same axes of a mesh, as JAX wants them."""
-    every = frozenset[str]().union(*(_varying(jax.typeof(x)) for x in args))
-    return [_vary(x, every) for x in args] if every else list(args)
-
-
-def _vary(x: Any, names: frozenset[str]) -> Any:
-    """The same on every device, as an array that might not be."""
-    more = names - _varying(jax.typeof(x))
-    return lax.pcast(x, tuple(sorted(more)), to="varying") if more else x
 
 
 _NOTHING = contextlib.nullcontext()
@@ -152,7 +137,8 @@ class Evaluator:
             for i in record.copied:
                 small[i] = self.take(small[i], record.ins[i])
             name_stack = str(record.eqn.source_info.name_stack)
-            with jax.named_scope(name_stack) if name_stack else _NOTHING:
+            scope = jax.named_scope(name_stack) if name_stack else _NOTHING
+            with scope, record.eqn.ctx.manager:
                 outs = self._evaluate(record, small)
                 self._check(record, outs)
             env.update(zip(record.eqn.outvars, outs, strict=True))
@@ -225,7 +211,7 @@ class Evaluator:
         )
         if nothing and not record.eqn.effects:
             return [
-                _vary(jnp.zeros(self.shape(record, k), v.aval.dtype), _varying(v.aval))
+                vary(jnp.zeros(self.shape(record, k), v.aval.dtype), varying(v.aval))
                 for k, v in enumerate(record.eqn.outvars)
             ]
         values = (*record.ins, *record.outs)
@@ -243,7 +229,7 @@ class Evaluator:
         """Binds the primitive of an equation to other operands and parameters."""
         eqn = record.eqn
         if self._rules.get(eqn.primitive.name, NO_RULE).known:
-            args = _alike(args)
+            args = alike(args)
         params = eqn.primitive.get_bind_params({**eqn.params, **changed})
         if isinstance(params, tuple):  # before JAX 0.9 functions came apart
             functions, params = params

@@ -11,30 +11,10 @@ from typing import Any
 
 import jax
 
+from sdp_jax.tracing.devices import split_over
 from sdp_jax.tracing.rule import Rule, moves, per_operand_entry
 from sdp_jax.tracing.trace import Nested, Record, Trace, freeze_all
-from sdp_jax.tracing.values import Axis, Value, length
-
-SHARES = "is split over devices, which must hold equal shares"
-
-
-def _sizes(mesh: Any, spec: Any, rank: int) -> list[int]:
-    """Over how many devices each axis of an array is split."""
-    names = [() if n is None else n if isinstance(n, tuple) else (n,) for n in spec]
-    names += [()] * (rank - len(names))
-    return [math.prod(mesh.shape[n] for n in line) for line in names]
-
-
-def share(t: Trace, eqn: Any, axis: Axis, count: int) -> Axis:
-    """What each of several devices holds of an axis, at the same places."""
-    if count == 1:
-        return axis
-    parts = t.space.regroup([axis], [count, length(axis) // count])
-    if parts is None:
-        t.freeze(eqn, axis, SHARES)
-        return t.space.plain(length(axis) // count)
-    t.freeze(eqn, parts[0], SHARES)
-    return parts[1]
+from sdp_jax.tracing.values import Axis, Value
 
 
 def _gathered(t: Trace, axis: Axis, count: int) -> Axis:
@@ -52,8 +32,8 @@ def _shard_map(t: Trace, eqn: Any, ins: list[Value]) -> Nested:
     t.devices |= p["mesh"].shape
     args = []
     for x, spec in zip(ins, p["in_specs"], strict=True):
-        counts = _sizes(p["mesh"], spec, len(x.axes))
-        axes = [share(t, eqn, a, n) for a, n in zip(x.axes, counts, strict=True)]
+        counts = split_over(p["mesh"], spec, len(x.axes))
+        axes = [t.share(eqn, a, n)[1] for a, n in zip(x.axes, counts, strict=True)]
         args.append(x if max(counts, default=1) == 1 else _replace(x, axes))
     bodies = []
 
@@ -66,7 +46,7 @@ def _shard_map(t: Trace, eqn: Any, ins: list[Value]) -> Nested:
     (body,) = bodies
     outs = []
     for x, spec in zip(body.outs, p["out_specs"], strict=True):
-        counts = _sizes(p["mesh"], spec, len(x.axes))
+        counts = split_over(p["mesh"], spec, len(x.axes))
         axes = [_gathered(t, a, n) for a, n in zip(x.axes, counts, strict=True)]
         outs.append(_replace(x, axes))
     return outs, (body,)
@@ -140,7 +120,7 @@ def _reduce_scatter(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
     outs = []
     for x in ins:
         axes, d = list(x.axes), p["scatter_dimension"]
-        axes[d] = share(t, eqn, axes[d], p["axis_size"])
+        axes[d] = t.share(eqn, axes[d], p["axis_size"])[1]
         if not p["tiled"]:
             del axes[d]
         outs.append(_replace(x, axes))
@@ -158,7 +138,7 @@ def _all_to_all(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
     outs = []
     for x in ins:
         axes, d, to = list(x.axes), p["split_axis"], p["concat_axis"]
-        axes[d] = share(t, eqn, axes[d], count)
+        axes[d] = t.share(eqn, axes[d], count)[1]
         axes[to] = _gathered(t, axes[to], count)
         outs.append(_replace(x, axes))
     return outs

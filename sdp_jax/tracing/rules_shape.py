@@ -37,8 +37,10 @@ def _repeated(t: Trace, size: int, fill: Fill) -> Axis:
 
 
 def _rebuild_broadcast(n: Any, record: Record, args: list[Any]) -> list[Any]:
-    where = record.eqn.params["broadcast_dimensions"]
-    return [lax.broadcast_in_dim(args[0], n.shape(record), where)]
+    p = record.eqn.params
+    where, sharding = p["broadcast_dimensions"], p["sharding"]
+    shape = n.shape(record)
+    return [lax.broadcast_in_dim(args[0], shape, where, out_sharding=sharding)]
 
 
 def _blocks(
@@ -83,7 +85,8 @@ def _reshape(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
 
 
 def _rebuild_reshape(n: Any, record: Record, args: list[Any]) -> list[Any]:
-    return [lax.reshape(args[0], n.shape(record), record.eqn.params["dimensions"])]
+    p, shape = record.eqn.params, n.shape(record)
+    return [lax.reshape(args[0], shape, p["dimensions"], out_sharding=p["sharding"])]
 
 
 def _transpose(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
