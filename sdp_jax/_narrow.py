@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from sdp_jax.cut import Cut
@@ -78,6 +79,11 @@ def narrow(fn: Callable[..., Any], cut: Cut) -> Callable[..., Any]:
         inputs = found.body.ins[len(table) :]
         moving = map(evaluator.take, moving, inputs)
         outs = evaluator.run(found.body, [*table.values(), *moving])
+        # Constants are numbers and arrays of NumPy; a tangent of integers stays one.
+        outs = [
+            x if getattr(x, "dtype", None) == jax.dtypes.float0 else jnp.asarray(x)
+            for x in outs
+        ]
         return jax.tree.unflatten(found.out_tree, outs)
 
     return small_fn

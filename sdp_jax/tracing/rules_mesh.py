@@ -153,7 +153,7 @@ SCATTERS = "reduce_scatter unreduced_reduce_scatter".split()
 
 RULES: dict[str, Rule] = {
     "shard_map": Rule(
-        _shard_map, rebuild=_rebuild_shard_map, known=False, runs=_on_each
+        _shard_map, rebuild=_rebuild_shard_map, known=False, picks=True, runs=_on_each
     ),
     **dict.fromkeys(SUMS, Rule(_across, known=False, flops=per_operand_entry)),
     **dict.fromkeys(SENDS, Rule(_across, known=False, flops=moves)),

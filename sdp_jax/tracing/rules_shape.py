@@ -538,7 +538,7 @@ def _scatter(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
         axis for d, axis in enumerate(updates.axes) if d not in dims.update_window_dims
     ]
     why = "is written by index"
-    adds = eqn.primitive.name in ("scatter-add", "scatter_add", "scatter_sub")
+    adds = eqn.primitive.name.replace("_", "-") in ("scatter-add", "scatter-sub")
     for a, b in zip(rows, indices.axes[:-1], strict=True):
         a, _ = t.unify(eqn, [a, b])
         # A row that is absent writes nothing: that must make no difference.
@@ -564,7 +564,12 @@ def _scatter(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
     return [Value(tuple(out), any(v.data for v in ins))]
 
 
-SCATTERS = "scatter scatter_add scatter-add scatter_sub scatter_mul scatter-mul \
+def _updates(eqn: Any, shapes: Sequence[Any], outs: Sequence[Any]) -> Any:
+    """One operation for each entry that is written."""
+    return math.prod(shapes[2])
+
+
+SCATTERS = "scatter_add scatter-add scatter_sub scatter-sub scatter_mul scatter-mul \
 scatter_min scatter-min scatter_max scatter-max".split()
 
 RULES: dict[str, Rule] = {
@@ -578,15 +583,16 @@ RULES: dict[str, Rule] = {
     "split": Rule(_split, rebuild=_rebuild_split, picks=True, flops=moves),
     "rev": Rule(_reverse, flops=moves),
     "concatenate": Rule(_concatenate, flops=moves),
-    "tile": Rule(_tile, rebuild=_rebuild_tile),
-    "stack": Rule(_stack),
+    "tile": Rule(_tile, rebuild=_rebuild_tile, flops=moves),
+    "stack": Rule(_stack, flops=moves),
     "pad": Rule(_pad, rebuild=_rebuild_pad, picks=True, flops=moves),
     "dynamic_slice": Rule(
         _dynamic_slice, rebuild=_rebuild_dynamic_slice, picks=True, flops=moves
     ),
     "dynamic_update_slice": Rule(_dynamic_update_slice, flops=moves),
     "gather": Rule(_gather, rebuild=_rebuild_gather, picks=True, flops=moves),
-    **dict.fromkeys(SCATTERS, Rule(_scatter)),
+    "scatter": Rule(_scatter, flops=moves),
+    **dict.fromkeys(SCATTERS, Rule(_scatter, flops=_updates)),
     **dict.fromkeys(
         ("iota", "dim_as_value"),
         Rule(_generate, rebuild=_rebuild_generate, flops=moves),

@@ -59,7 +59,7 @@ class Trace:
     """One walk: the space of atoms, and which parameter axes must be zero."""
 
     def __init__(self, rules: Mapping[str, Rule], *, derivatives: bool = True) -> None:
-        # Derivative rules of element-wise functions: they ask for nothing new, but
+        # Derivative rules of element-wise functions: they ask for nothing, but
         # evaluation needs them.
         self.derivatives = derivatives
         self.space = Space()
@@ -68,16 +68,20 @@ class Trace:
         self.depth = 0
         self.devices: dict[str, int] = {}  # Along each axis of the mesh.
         self._place: Any = None
+        self._asks = True
         self._rules = rules
 
     @contextlib.contextmanager
-    def deeper(self) -> Iterator[None]:
-        """While the rule of a derivative is followed."""
+    def deeper(self, *, asks: bool = True) -> Iterator[None]:
+        """While the rule of a derivative is followed, which may ask for nothing."""
+        before = self._asks
         self.depth += 1
+        self._asks = before and asks
         try:
             yield
         finally:
             self.depth -= 1
+            self._asks = before
 
     @contextlib.contextmanager
     def at(self, eqn: Any) -> Iterator[None]:
@@ -193,7 +197,8 @@ class Trace:
     def settle(self, fill: Fill) -> Fill:
         """Makes a fill unconditional: its parameter axes become producers."""
         if fill:
-            self.producers |= fill
+            if self._asks:
+                self.producers |= fill
             return ZERO
         return fill
 
@@ -231,6 +236,8 @@ class Trace:
 
     def freeze(self, eqn: Any, axis: Axis, why: str) -> Axis:
         """Freezes an axis on account of an equation."""
+        if not self._asks:
+            return axis
         return self.space.freeze(axis, self._reason(eqn, why))
 
     def unify(self, eqn: Any, axes: Sequence[Axis]) -> list[Axis]:
