@@ -54,8 +54,12 @@ def varying(aval: Any) -> frozenset[str]:
 
 def vary(x: Any, names: frozenset[str]) -> Any:
     """The same on every device, as an array that might not be."""
-    more = names - varying(jax.typeof(x))
-    return lax.pcast(x, tuple(sorted(more)), to="varying") if more else x
+    more = tuple(sorted(names - varying(jax.typeof(x))))
+    if not more:
+        return x
+    if not hasattr(lax, "pcast"):  # before JAX 0.9
+        return lax.pvary(x, more)  # pyright: ignore[reportAttributeAccessIssue]
+    return lax.pcast(x, more, to="varying")
 
 
 def alike(args: Sequence[Any]) -> list[Any]:
