@@ -266,6 +266,18 @@ def whole(params):
     return {name: jax.sharding.reshard(x, P()) for name, x in params.items()}
 
 
+def test_constraints_inside_of_a_map_over_other_axes(x64):
+    def body(p, x):
+        h = lax.with_sharding_constraint(x @ p["up"], P(P.UNCONSTRAINED, "model"))
+        return jnp.tanh(h) @ p["down"]
+
+    mesh = make_mesh(2, 4)
+    with jax.set_mesh(mesh):
+        fn = jax.jit(over(body, P(), mesh=mesh, axis_names={"data"}))
+        # Also where four devices cannot hold equal shares of what is left: 5 of 8.
+        check(fn, [8], shares=(0.5, 0.4))
+
+
 def test_flops_are_those_of_all_devices():
     params = {k: jnp.ones(s) for k, s in SHAPES.items()}
     plain = sdp_jax.cost(mlp, params, X).flops

@@ -12,7 +12,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 def split_over(mesh: Any, spec: Any, rank: int) -> list[int]:
     """Over how many devices each axis of an array is split."""
-    names = [() if n is None else n if isinstance(n, tuple) else (n,) for n in spec]
+    nothing = (None, PartitionSpec.UNCONSTRAINED)
+    names = [() if n in nothing else n if isinstance(n, tuple) else (n,) for n in spec]
     names += [()] * (rank - len(names))
     return [math.prod(mesh.shape[n] for n in line) for line in names]
 
@@ -21,6 +22,19 @@ def sharding_of(aval: Any) -> Any:
     """The sharding of a type that says over which devices axes are split, or None."""
     sharding = getattr(aval, "sharding", None)
     return sharding if any(getattr(sharding, "spec", ())) else None
+
+
+def divides(sharding: Any, shape: Sequence[Any]) -> bool:
+    """Whether the devices can hold equal shares of an array."""
+    if not isinstance(sharding, NamedSharding):
+        try:
+            sharding.shard_shape(shape)
+        except ValueError:
+            return False
+        return True
+    counts = split_over(sharding.mesh, sharding.spec, len(shape))
+    pairs = zip(shape, counts, strict=True)
+    return not any(isinstance(n, int) and n % count for n, count in pairs)
 
 
 def pick_shares(array: Any, index: np.ndarray, axis: int, sharding: Any) -> Any:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Literal
 
+from sdp_jax.tracing.devices import divides
 from sdp_jax.tracing.rule import Flops, Rule, moves, per_entry
 from sdp_jax.tracing.trace import Record, Trace, number_of
 from sdp_jax.tracing.values import ZERO, Factor, Fill, Value, length
@@ -203,11 +204,7 @@ def _rebuild_sharding(n: Any, record: Record, args: list[Any]) -> list[Any]:
     """A constraint on small arrays, if its mesh divides them."""
     eqn = record.eqn
     sharding = eqn.params.get("sharding", eqn.params.get("dst_sharding"))
-    try:
-        sharding.shard_shape(args[0].shape)
-    except ValueError:
-        return args
-    return n.rebind(record, args)
+    return n.rebind(record, args) if divides(sharding, args[0].shape) else args
 
 
 def _each(
