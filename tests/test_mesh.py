@@ -206,26 +206,38 @@ def explicit(p, x):
     return jax.sharding.reshard(h, P()) @ p["out"]
 
 
-def test_explicit_meshes(x64):
+def explicit_params():
     shapes = {"in": (5, 6), "up": (2, 6, 8), "down": (2, 8, 6), "out": (6, 3)}
     leaves = {k: jax.ShapeDtypeStruct(s, jnp.float64) for k, s in shapes.items()}
     specs = {"up": P(None, None, "model"), "down": P(None, "model")}
-    for sizes, mesh in (([4, 6], (4, 2)), ([2, 4, 6], (8, 1))):
-        with jax.set_mesh(make_mesh(*mesh, kind=AxisType.Explicit)):
-            params = {
-                name: jax.device_put(leaf, specs.get(name, P()))
-                for name, leaf in promise.randomise(leaves).items()
-            }
-            x = jax.device_put(jnp.asarray(X), ROWS)
+    return {
+        name: jax.device_put(leaf, specs.get(name, P()))
+        for name, leaf in promise.randomise(leaves).items()
+    }
+
+
+@pytest.mark.parametrize(("mesh", "sizes"), [((4, 2), [4, 6]), ((8, 1), [2, 4, 6])])
+def test_explicit_meshes(mesh, sizes, x64):
+    with jax.set_mesh(make_mesh(*mesh, kind=AxisType.Explicit)):
+        params, x = explicit_params(), jax.device_put(jnp.asarray(X), ROWS)
+        if mesh == (4, 2):
             groups = promise.check(explicit, params, (x,))
-            assert sorted(groups.sizes.values()) == sizes
-            cut = promise.random_cut(groups, 0.5, 0)
-            small = cut.take(params)
-            # The small arrays lie on the devices as the dense ones do.
-            for tree in (small, cut.fill(small)):
-                for name, leaf in params.items():
-                    assert jax.typeof(tree[name]).sharding == jax.typeof(leaf).sharding
-            np.testing.assert_array_equal(cut.take(cut.fill(small))["up"], small["up"])
+        else:
+            groups = sdp_jax.find_groups(explicit, params, x)
+        assert sorted(groups.sizes.values()) == sizes
+
+
+def test_small_arrays_lie_where_the_dense_ones_do():
+    leaf = jnp.arange(24.0).reshape(8, 3)
+    groups = sdp_jax.groups_from_axes({"w": leaf}, {"d": [sdp_jax.Member("w", 0)]})
+    cut = sdp_jax.Cut(groups, ((1, 2, 5, 6),))
+    with jax.set_mesh(make_mesh(4, 2, kind=AxisType.Explicit)):
+        small = cut.take({"w": jax.device_put(leaf, P("model"))})
+        back = cut.fill(small)
+        for tree in (small, back):
+            assert jax.typeof(tree["w"]).sharding.spec == P("model", None)
+    np.testing.assert_array_equal(small["w"], leaf[np.array([1, 2, 5, 6])])
+    np.testing.assert_array_equal(back["w"], cut.fill(cut.take({"w": leaf}))["w"])
 
 
 def test_shard_map_on_an_explicit_mesh(x64):
