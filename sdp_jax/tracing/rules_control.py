@@ -143,6 +143,10 @@ def _while(t: Trace, eqn: Any, ins: list[Value]) -> Nested:
 
     body, now = _repeat(t, eqn, ins[second:], run)
     test = t.run_closed(p["cond_jaxpr"], [*ins[:first], *now])
+    for value in now:
+        # Under vmap each example stops on its own: the test runs along the first axes.
+        for a, b in zip(test.outs[0].axes, value.axes, strict=False):
+            t.unify(eqn, [a, b])
     return now, (test, body)
 
 
@@ -150,11 +154,19 @@ def _rebuild_while(n: Any, record: Record, args: list[Any]) -> list[Any]:
     p = record.eqn.params
     first, second = p["cond_nconsts"], p["cond_nconsts"] + p["body_nconsts"]
     test, body = record.bodies
-    return lax.while_loop(
-        lambda carry: n.run(test, [*args[:first], *carry])[0],
-        lambda carry: n.run(body, [*args[first:second], *carry]),
-        args[second:],
-    )
+
+    def goes_on(carry: Any) -> Any:
+        return n.run(test, [*args[:first], *carry])[0]
+
+    def step(carry: Any) -> Any:
+        outs = n.run(body, [*args[first:second], *carry])
+        if not np.ndim(test.jaxpr.outvars[0].aval):
+            return outs
+        which = goes_on(carry)
+        lines = [jnp.expand_dims(which, range(which.ndim, x.ndim)) for x in outs]
+        return [jnp.where(*line) for line in zip(lines, outs, carry, strict=True)]
+
+    return lax.while_loop(lambda carry: jnp.any(goes_on(carry)), step, args[second:])
 
 
 def _while_runs(eqn: Any, bodies: Sequence[Any]) -> tuple[int, list[Sequence[Any]]]:
