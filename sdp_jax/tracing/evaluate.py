@@ -228,7 +228,9 @@ class Evaluator:
     def rebind(self, record: Record, args: Sequence[Any], **changed: Any) -> list[Any]:
         """Binds the primitive of an equation to other operands and parameters."""
         eqn = record.eqn
-        if self._rules.get(eqn.primitive.name, NO_RULE).known:
+        known = self._rules.get(eqn.primitive.name, NO_RULE).known
+        # Not where operands only pass side by side, or talk across a mesh.
+        if known and len(eqn.outvars) == 1:
             args = alike(args)
         params = eqn.primitive.get_bind_params({**eqn.params, **changed})
         if isinstance(params, tuple):  # before JAX 0.9 functions came apart
