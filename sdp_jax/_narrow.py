@@ -6,10 +6,12 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from sdp_jax.cut import Cut
 from sdp_jax.tracing.analyse import Analysis, analyse_with, input_paths
+from sdp_jax.tracing.devices import sharding_of
 from sdp_jax.tracing.evaluate import Evaluator
 from sdp_jax.tracing.rules import RULES
 from sdp_jax.tracing.static import separate
@@ -65,10 +67,7 @@ def narrow(fn: Callable[..., Any], cut: Cut) -> Callable[..., Any]:
         table = leaf_table(params)
         dense = jax.tree.unflatten(
             jax.tree.structure(params),
-            [
-                jax.ShapeDtypeStruct(cut.dense.shapes[path], leaf_dtype(leaf))
-                for path, leaf in table.items()
-            ],
+            [_dense(leaf, cut.dense.shapes[path]) for path, leaf in table.items()],
         )
         args, kwargs = _positional(fn, params, args, kwargs)
         moving, join = separate((args, kwargs))
@@ -109,6 +108,11 @@ def narrow(fn: Callable[..., Any], cut: Cut) -> Callable[..., Any]:
             for path, leaf, value in zip(paths, moving, values, strict=True)
         ]
         outs = evaluator.run(found.body, [*table.values(), *moving])
+        # Constants are numbers and arrays of NumPy; a tangent of integers stays one.
+        outs = [
+            x if getattr(x, "dtype", None) == jax.dtypes.float0 else jnp.asarray(x)
+            for x in outs
+        ]
         return jax.tree.unflatten(found.out_tree, outs)
 
     return small_fn
@@ -125,6 +129,12 @@ def _positional(
     except (TypeError, ValueError):
         return args, kwargs  # The function itself says what is wrong.
     return bound.args[1:], bound.kwargs
+
+
+def _dense(leaf: Any, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+    """The dense shape of a small leaf, on the devices that its type names."""
+    sharding = sharding_of(jax.typeof(leaf))
+    return jax.ShapeDtypeStruct(shape, leaf_dtype(leaf), sharding=sharding)
 
 
 def _check_producers(found: Analysis, cut: Cut) -> None:

@@ -19,6 +19,8 @@ from sdp_jax.channels import PerChannel, scale_channels
 from sdp_jax.groups import Dimension, Groups, Leaf, Member
 from sdp_jax.matching import Matcher, is_hidden
 from sdp_jax.ports import ports_after
+from sdp_jax.tracing.devices import sharding_of
+from sdp_jax.tracing.evaluate import pick_out
 from sdp_jax.tree import (
     PyTree,
     leaf_dtype,
@@ -227,7 +229,10 @@ class Cut:
                 for axis, length in enumerate(shape)
             )
             leaf = jnp.asarray(leaf)
-            leaves.append(jnp.zeros(shape, leaf.dtype).at[np.ix_(*where)].set(leaf))
+            if sharding := sharding_of(jax.typeof(leaf)):
+                leaf = jax.sharding.reshard(leaf, sharding.update(spec=()))
+            leaf = jnp.zeros(shape, leaf.dtype).at[np.ix_(*where)].set(leaf)
+            leaves.append(jax.sharding.reshard(leaf, sharding) if sharding else leaf)
         return jax.tree.unflatten(jax.tree.structure(tree), leaves)
 
     def zero(self, params: PyTree) -> PyTree:
@@ -619,7 +624,7 @@ def _take(leaf: Any, index: np.ndarray, axis: int) -> Any:
         return jax.ShapeDtypeStruct(tuple(shape), leaf.dtype)
     if isinstance(leaf, np.ndarray):
         return np.take(leaf, index, axis=axis)
-    return jnp.take(leaf, index, axis=axis)
+    return pick_out(leaf, index, axis)
 
 
 def before_and_after(head: str, rows: Sequence[tuple[str, float, float]]) -> list[str]:

@@ -24,10 +24,10 @@ CUTTING += ["remains", "plan", "files", "export", "report", "_prune"]
 DOORS = ["valley", "methods"]
 # Inside a folder, the modules in the order in which they may import one another.
 FOLDERS = {
-    "tracing": ["source", "static", "atoms", "sizes", "values", "numbers", "rule"]
-    + ["trace", "evaluate", "rules_elementwise", "rules_shape", "rules_index"]
-    + ["rules_contract", "rules_control", "rules_linalg", "rules", "analyse"]
-    + ["ports", "flops", "members", "find"],
+    "tracing": ["source", "static", "devices", "atoms", "sizes", "values", "numbers"]
+    + ["rule", "trace", "evaluate", "rules_elementwise", "rules_shape", "rules_index"]
+    + ["rules_contract", "rules_control", "rules_linalg", "rules_mesh", "rules"]
+    + ["analyse", "ports", "flops", "members", "find"],
     "valley": ["vectors", "sketch", "project", "curvature", "_sdp", "statistics"]
     + ["path", "figure", "certificate", "_certify"],
     # No method but the common ground is imported by another one.

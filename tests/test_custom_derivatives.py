@@ -147,24 +147,182 @@ def test_flash_like_attention(x64):
     check(fn, shapes, sizes=(8, 6))
 
 
+def refuse(*args):
+    raise ZeroDivisionError("has no derivative")
+
+
+def refuses_forward(f):
+    g = jax.custom_vjp(f)
+    g.defvjp(refuse, refuse)
+    return g
+
+
+def refuses_backward(f):
+    g = jax.custom_vjp(f)
+    g.defvjp(lambda a: (f(a), None), refuse)
+    return g
+
+
+def refuses_tangents(f):
+    g = jax.custom_jvp(f)
+    g.defjvp(refuse)
+    return g
+
+
+def recurses(f):
+    g = jax.custom_jvp(f)
+    g.defjvp(lambda args, tangents: jax.jvp(g, args, tangents))
+    return g
+
+
+def recurses_backward(f):
+    g = jax.custom_vjp(f)
+    g.defvjp(lambda a: jax.vjp(g, a), lambda back, c: back(c))
+    return g
+
+
+def largest_of_all(f):
+    """JAX knows no derivative of pmax."""
+
+    def of_all(a, name):
+        return f(a) / jax.lax.pmax(1 + (a * a).max(), name)
+
+    g = jax.custom_vjp(of_all, nondiff_argnums=(1,))
+    g.defvjp(lambda a, n: jax.vjp(lambda a: of_all(a, n), a), lambda n, b, c: b(c))
+    return lambda a: jax.vmap(lambda row: g(row, "rows"), axis_name="rows")(a)
+
+
+def closes_over(own):
+    def make(f):
+        return lambda a: jax.vmap(lambda row: own(lambda r: f(r) * row.sum())(row))(a)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("own", "error"),
+    [
+        (refuses_forward, ZeroDivisionError),
+        (refuses_backward, ZeroDivisionError),
+        (refuses_tangents, ZeroDivisionError),
+        (recurses, RecursionError),
+        (recurses_backward, RecursionError),
+        (largest_of_all, NotImplementedError),
+        (closes_over(own_vjp), jax.errors.UnexpectedTracerError),
+        (closes_over(own_jvp), jax.errors.UnexpectedTracerError),
+    ],
+)
+def test_without_a_derivative_the_function_is_cut_all_the_same(own, error, x64):
+    def fn(p, x):
+        return own(jnp.tanh)(x @ p["a"]) @ p["b"]
+
+    params = promise.randomise(
+        {k: jax.ShapeDtypeStruct(s, jnp.float64) for k, s in SHAPES.items()}
+    )
+    groups = promise.check(fn, params, (X,), grads=False)
+    assert groups.sizes == {"a": 8}
+    cut = promise.random_cut(groups, 0.5, 0)
+    small = sdp_jax.narrow(fn, cut)
+    with pytest.raises(error):
+        jax.grad(lambda p: small(p, X).sum())(cut.take(params))
+
+
 @pytest.mark.parametrize("own", [own_vjp, own_jvp])
-def test_closed_over_tracers_freeze(own, x64):
+def test_rules_that_close_over_values(own, x64):
     """JAX itself cannot differentiate such a function once it is traced."""
 
     def fn(p, x):
         shift = jnp.tanh(x[:, :1])
+        return own(lambda a: a * shift)(x @ p["a"]) @ p["b"]
 
-        @own
-        def shifted(a):
-            return a * shift
-
-        return shifted(x @ p["a"]) @ p["b"]
-
-    params = {k: jnp.ones(s) for k, s in SHAPES.items()}
-    groups = sdp_jax.find_groups(fn, params, X)
-    assert not len(groups)
-    assert any(
-        "hand them over as arguments" in w for f in groups.frozen for w in f.reasons
+    params = promise.randomise(
+        {k: jax.ShapeDtypeStruct(s, jnp.float64) for k, s in SHAPES.items()}
     )
-    cut = sdp_jax.plan_cut(groups, params)
-    np.testing.assert_array_equal(sdp_jax.narrow(fn, cut)(params, X), fn(params, X))
+    groups = promise.check(fn, params, (X,), grads=False)
+    assert groups.sizes == {"a": 8}
+    cut = promise.random_cut(groups, 0.5, 0)
+    small = sdp_jax.narrow(fn, cut)
+    with pytest.raises(ValueError, match="hand them over as arguments"):
+        jax.grad(lambda p: small(p, X).sum())(cut.take(params))
+
+
+def rows(a, i):
+    return jnp.tanh(a)[i]
+
+
+def both(a):
+    """A result without a derivative beside one that has it."""
+    return jnp.tanh(a), jnp.argmax(a, 0)
+
+
+def own_vjp_of_first(f):
+    g = jax.custom_vjp(f)
+    g.defvjp(lambda *a: (f(*a), a[0]), lambda r, c: (2 * c[0] * jnp.cos(r),))
+    return g
+
+
+def symbolic(f):
+    """Such a rule is told which tangents are zero."""
+    g = jax.custom_jvp(f)
+
+    def rule(args, tangents):
+        slope = jnp.cos(args[0]) * tangents[0]
+        assert not isinstance(tangents[1], jax.Array)
+        return f(*args), slope[args[1]]
+
+    g.defjvp(rule, symbolic_zeros=True)
+    return g
+
+
+WHERE = jnp.array([0, 2, 1])
+INTEGERS = {
+    "operand": lambda p, x: own_jvp(rows)(x @ p["a"], WHERE) @ p["b"],
+    "operand, vjp": lambda p, x: own_vjp(rows)(x @ p["a"], WHERE) @ p["b"],
+    "operand, symbolic": lambda p, x: symbolic(rows)(x @ p["a"], WHERE) @ p["b"],
+    "operand of parameters": lambda p, x: (
+        x @ own_jvp(lambda p, i: p["a"][i])(p, WHERE) @ p["b"]
+    ),
+    "result": lambda p, x: (lambda y, i: (y * (1 + i)) @ p["b"])(
+        *own_jvp(both)(x @ p["a"])
+    ),
+    "result, vjp": lambda p, x: (lambda y, i: (y * (1 + i)) @ p["b"])(
+        *own_vjp_of_first(both)(x @ p["a"])
+    ),
+}
+
+
+@pytest.mark.parametrize("name", INTEGERS)
+def test_integers(name, x64):
+    check(INTEGERS[name])
+
+
+def test_arguments_without_a_derivative(x64):
+    g = jax.custom_vjp(lambda a, k: jnp.tanh(a) * k, nondiff_argnums=(1,))
+    g.defvjp(lambda a, k: (jnp.tanh(a) * k, a), lambda k, r, c: (c * k * jnp.cos(r),))
+    check(lambda p, x: g(x @ p["a"], 3) @ p["b"])
+
+
+def test_derivatives_of_jax_ask_for_nothing_new(x64):
+    """Position by position, narrow needs of ``c`` no more than find_groups does."""
+
+    def fn(p, x):
+        h = jnp.logaddexp(jax.nn.softmax(x @ p["a"]), p["c"])
+        return h.min(0, keepdims=True) @ p["b"]
+
+    check(fn, SHAPES | {"c": (8,)})
+
+
+@pytest.mark.parametrize("around", ["remat", "scan", "cond", "custom_jvp"])
+def test_what_a_body_leaves_unused_is_not_used(around, x64):
+    def half(w):
+        return w[:, :4]
+
+    bodies = {
+        "remat": jax.checkpoint(half),
+        "scan": lambda w: jax.lax.scan(lambda c, x: (c, half(w)), 0.0, X[:1])[1][0],
+        "cond": lambda w: jax.lax.cond(X[0, 0] > 0, half, lambda w: 2 * half(w), w),
+        "custom_jvp": own_jvp(half),
+    }
+    body = bodies[around]
+    shapes = {"a": (3, 8), "b": (4, 2)}
+    check(lambda p, x: jnp.tanh(x @ body(p["a"])) @ p["b"], shapes, sizes=(4,))

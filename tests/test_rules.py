@@ -15,6 +15,7 @@ from sdp_jax.tracing import (
     rules_elementwise,
     rules_index,
     rules_linalg,
+    rules_mesh,
     rules_shape,
 )
 from sdp_jax.tracing.rule import Rule
@@ -22,7 +23,7 @@ from sdp_jax.tracing.rules import RULES
 from tests import promise
 
 FAMILIES = (rules_elementwise, rules_shape, rules_index, rules_contract)
-FAMILIES += (rules_control, rules_linalg)
+FAMILIES += (rules_control, rules_linalg, rules_mesh)
 
 
 def make(name, result, impl):

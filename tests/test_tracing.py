@@ -392,6 +392,13 @@ PROGRAMS = {
         MLP | {"k": (3, 1, 8)},
         None,
     ),
+    "as many heads as dimensions of a head": (
+        lambda p, x: (
+            jnp.tanh((x @ p["a"]).reshape(3, 4, 4, 4)).reshape(3, 4, 16) @ p["b"]
+        ),
+        {"a": (5, 16), "b": (16, 2)},
+        {"a": 4, "a[1]": 4},
+    ),
     "a look inside": (looked_at, MLP, {"a": 8}),
     "running sum": (lambda p, x: jnp.cumsum(x @ p["a"], -1) @ p["b"], MLP, {"a": 8}),
 }

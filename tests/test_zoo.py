@@ -44,6 +44,7 @@ SIZES = {
     "custom_jvp": [8],
     "cached_decoder": [3, 3, 4, 4, 4, 4, 8, 12, 12],
     "factorised": [6, 8],
+    "sharded": [2, 2, 4, 6, 8],
 }
 
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 IMAGE = np.random.default_rng(0).normal(size=(2, 8, 8, 3))
 TOKENS = np.random.default_rng(1).normal(size=(2, 6, 5))
@@ -460,6 +461,52 @@ def gate(x):
 gate.defjvp(lambda p, t: (gate(p[0]), 3.0 * t[0]))
 
 
+def sharded(p, words):
+    """A decoder for many devices: every result of a layer says where it lies."""
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+
+    def on(x, *axes):
+        where = NamedSharding(mesh, PartitionSpec("data", *axes))
+        return jax.lax.with_sharding_constraint(x, where)
+
+    def norm(x, scale):
+        return on(x * jax.lax.rsqrt((x**2).mean(-1, keepdims=True) + 1e-6) * scale)
+
+    def attend(x, w):
+        q, k, v = (
+            on(jnp.einsum("btd,dhk->bthk", x, w[n]), None, "model") for n in "qkv"
+        )
+        scores = on(jnp.einsum("bthk,bshk->bhts", q, k), "model")
+        past = jnp.tril(jnp.ones(scores.shape[2:], bool))
+        weights = on(jax.nn.softmax(jnp.where(past, scores, -1e30)), "model")
+        x = on(jnp.einsum("bhts,bshk->bthk", weights, v), None, "model")
+        return on(jnp.einsum("bthk,hkd->btd", x, w["o"]))
+
+    def layer(x, w):
+        x = x + attend(norm(x, w["first"]), w)
+        y = norm(x, w["second"])
+        y = on(
+            jax.nn.silu(on(y @ w["gate"], None, "model"))
+            * on(y @ w["up"], None, "model")
+        )
+        return x + on(y @ w["down"]), None
+
+    x, _ = jax.lax.scan(jax.checkpoint(layer), on(p["embed"][words]), p["layers"])
+    return on(norm(x, p["last"]) @ p["head"], None, "model")
+
+
+def from_sharded():
+    layers = {n: (2, 6, 4, 2) for n in "qkv"} | {"o": (2, 4, 2, 6), "down": (2, 8, 6)}
+    layers |= {"first": (2, 6), "second": (2, 6), "gate": (2, 6, 8), "up": (2, 6, 8)}
+    shapes = {"embed": (11, 6), "layers": layers, "last": (6,), "head": (6, 8)}
+    leaves = jax.tree.map(
+        lambda s: jax.ShapeDtypeStruct(s, jnp.float64),
+        shapes,
+        is_leaf=lambda s: isinstance(s, tuple),
+    )
+    return Model(sharded, leaves, (jnp.asarray(WORDS),), 0.95)
+
+
 def decode(p, cache, word, at):
     """One step of a decoder that is handed its keys and values, and hands them on."""
     x = p["embed"][word]
@@ -609,6 +656,7 @@ ZOO: dict[str, Callable[[], Model]] = {
         TOKENS,
         share=0.88,
     ),
+    "sharded": from_sharded,
     "cached_decoder": lambda: cached_decoder(0.98),
     "factorised": lambda: plain(
         factorised,

@@ -107,7 +107,9 @@ def analyse(
             axes.append(ParameterAxis(path, d, atoms, number, state))
             if matches(path, whole):
                 space.freeze(axis, Reason("whole", "was asked to stay whole"))
-        values.append(Value(tuple(factors), data=False))
+        value = Value(tuple(factors), data=False)
+        aval = closed.jaxpr.invars[len(values)].aval
+        values.append(trace.spread(None, value, aval))
     variables = closed.jaxpr.invars[len(values) :]
     sizes = [trace.sizes.shape(getattr(v.aval, "shape", ())) for v in variables]
     results = [

@@ -12,6 +12,7 @@ from jax import lax
 from jax.extend.core import Literal
 
 from sdp_jax.tracing.atoms import Solution
+from sdp_jax.tracing.devices import alike, pick_shares, sharding_of, vary, varying
 from sdp_jax.tracing.rule import Rule
 from sdp_jax.tracing.trace import NO_RULE, Body, Record, is_empty
 from sdp_jax.tracing.values import Axis, Value, length
@@ -28,6 +29,8 @@ class _Frame:
 
 def pick_out(array: Any, index: np.ndarray, axis: int) -> Any:
     """The positions ``index`` of an array along an axis."""
+    if sharding := sharding_of(jax.typeof(array)):
+        return pick_shares(array, index, axis, sharding)
     if len(index) and (np.diff(index) == 1).all():
         return lax.slice_in_dim(array, int(index[0]), int(index[-1]) + 1, axis=axis)
     where = jnp.asarray(array).at[(slice(None),) * axis + (index,)]
@@ -134,7 +137,8 @@ class Evaluator:
             for i in record.copied:
                 small[i] = self.take(small[i], record.ins[i])
             name_stack = str(record.eqn.source_info.name_stack)
-            with jax.named_scope(name_stack) if name_stack else _NOTHING:
+            scope = jax.named_scope(name_stack) if name_stack else _NOTHING
+            with scope, record.eqn.ctx.manager:
                 outs = self._evaluate(record, small)
                 self._check(record, outs)
             env.update(zip(record.eqn.outvars, outs, strict=True))
@@ -207,8 +211,8 @@ class Evaluator:
         )
         if nothing and not record.eqn.effects:
             return [
-                jnp.zeros(self.shape(record, k), var.aval.dtype)
-                for k, var in enumerate(record.eqn.outvars)
+                vary(jnp.zeros(self.shape(record, k), v.aval.dtype), varying(v.aval))
+                for k, v in enumerate(record.eqn.outvars)
             ]
         values = (*record.ins, *record.outs)
         cut = any(self.is_cut(axis) for value in values for axis in value.axes)
@@ -224,6 +228,10 @@ class Evaluator:
     def rebind(self, record: Record, args: Sequence[Any], **changed: Any) -> list[Any]:
         """Binds the primitive of an equation to other operands and parameters."""
         eqn = record.eqn
+        known = self._rules.get(eqn.primitive.name, NO_RULE).known
+        # Not where operands only pass side by side, or talk across a mesh.
+        if known and len(eqn.outvars) == 1:
+            args = alike(args)
         params = eqn.primitive.get_bind_params({**eqn.params, **changed})
         if isinstance(params, tuple):  # before JAX 0.9 functions came apart
             functions, params = params

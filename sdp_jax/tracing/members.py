@@ -24,12 +24,13 @@ def find_dimensions(
     runs: list[list[_Place]] = []
     for places in _candidates(found):
         runs += _runs(places)
-    dimensions: list[tuple[tuple[int, int], list[Member], int]] = []
+    dimensions: list[tuple[tuple[int, ...], list[Member], int]] = []
     for places in runs:
         size = len(places[0].positions)
         members = [m for p in places for m in _members(found, p)]
         if size > 1 and any(m.role == "producer" for m in members):
-            start = (places[0].axis.number, int(places[0].positions[0, 0]))
+            first, second = places[0].positions[:2, 0].tolist()
+            start = (places[0].axis.number, first, second)
             dimensions.append((start, members, size))
     dimensions.sort(key=lambda item: item[0])
     names: set[str] = set()
@@ -65,14 +66,17 @@ def _candidates(found: Analysis) -> list[list[_Place]]:
     del labels, numbers, positions
     if not len(label):
         return []
-    # A signature for each class: a sum of random numbers, one for each axis.
-    codes = np.random.default_rng(0).integers(1, 2**63, len(found.axes), np.uint64)
-    signature = np.zeros(len(solution.operands), np.uint64)
-    np.add.at(signature, label, codes[number])
     # They come in the order of axes and positions; stable sorts keep that.
-    kind = np.unique(signature, return_inverse=True)[1].reshape(-1)
     order = np.argsort(label, kind="stable").astype(np.int32)
     label, number, position = label[order], number[order], position[order]
+    # A signature for each class: a sum of random numbers, one for each axis and one for
+    # neighbours along it (as many heads as dimensions of a head differ in these).
+    codes = np.random.default_rng(0).integers(1, 2**63, (2, len(found.axes)), np.uint64)
+    signature = np.zeros(len(solution.operands), np.uint64)
+    np.add.at(signature, label, codes[0, number])
+    near = (np.diff(label) == 0) & (np.diff(number) == 0) & (np.diff(position) == 1)
+    np.add.at(signature, label[1:][near], codes[1, number[1:][near]])
+    kind = np.unique(signature, return_inverse=True)[1].reshape(-1)
     dtype = np.min_scalar_type(-int(kind.max() + 1) * len(found.axes))
     key = kind.astype(dtype)[label] * dtype.type(len(found.axes)) + number.astype(dtype)
     order = np.argsort(key, kind="stable").astype(np.int32)

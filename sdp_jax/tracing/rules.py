@@ -6,6 +6,7 @@ from sdp_jax.tracing import (
     rules_elementwise,
     rules_index,
     rules_linalg,
+    rules_mesh,
     rules_shape,
 )
 from sdp_jax.tracing.rule import Rule
@@ -17,4 +18,5 @@ RULES: dict[str, Rule] = {
     **rules_contract.RULES,
     **rules_control.RULES,
     **rules_linalg.RULES,
+    **rules_mesh.RULES,
 }

@@ -397,8 +397,4 @@ RULES: dict[str, Rule] = {
     "fft": Rule(_fft),
     **dict.fromkeys(WINDOWS, Rule(_window, flops=_window_flops)),
     "select_and_scatter": Rule(freeze_all, flops=_window_flops),
-    **dict.fromkeys(
-        ("reduce_scatter", "reduce_scatter_start", "reduce_scatter_done"),
-        Rule(freeze_all, flops=per_operand_entry),
-    ),
 }

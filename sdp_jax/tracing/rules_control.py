@@ -12,17 +12,17 @@ import numpy as np
 from jax import lax
 
 from sdp_jax.tracing import rules_elementwise
-from sdp_jax.tracing.rule import Rule
+from sdp_jax.tracing.rule import Analyse, Rebuild, Rule, Runs, first_once
 from sdp_jax.tracing.sizes import original
 from sdp_jax.tracing.source import is_jax
-from sdp_jax.tracing.trace import Body, Nested, Record, Trace, freeze_all
+from sdp_jax.tracing.trace import Body, Nested, Record, Trace
 from sdp_jax.tracing.values import Axis, Factor, Value, agree, refill
 
 # Rules of derivatives call the function itself; this deep their rules are followed.
 MAX_DEPTH = 2
 CLOSED = (
-    "has a derivative rule that closes over values of the function around it, which "
-    "cannot be cut; hand them over as arguments"
+    "the derivative rule of a function that narrow has traced closes over values of "
+    "the function around it; hand them over as arguments"
 )
 
 
@@ -143,6 +143,10 @@ def _while(t: Trace, eqn: Any, ins: list[Value]) -> Nested:
 
     body, now = _repeat(t, eqn, ins[second:], run)
     test = t.run_closed(p["cond_jaxpr"], [*ins[:first], *now])
+    for value in now:
+        # Under vmap each example stops on its own: the test runs along the first axes.
+        for a, b in zip(test.outs[0].axes, value.axes, strict=False):
+            t.unify(eqn, [a, b])
     return now, (test, body)
 
 
@@ -150,11 +154,19 @@ def _rebuild_while(n: Any, record: Record, args: list[Any]) -> list[Any]:
     p = record.eqn.params
     first, second = p["cond_nconsts"], p["cond_nconsts"] + p["body_nconsts"]
     test, body = record.bodies
-    return lax.while_loop(
-        lambda carry: n.run(test, [*args[:first], *carry])[0],
-        lambda carry: n.run(body, [*args[first:second], *carry]),
-        args[second:],
-    )
+
+    def goes_on(carry: Any) -> Any:
+        return n.run(test, [*args[:first], *carry])[0]
+
+    def step(carry: Any) -> Any:
+        outs = n.run(body, [*args[first:second], *carry])
+        if not np.ndim(test.jaxpr.outvars[0].aval):
+            return outs
+        which = goes_on(carry)
+        lines = [jnp.expand_dims(which, range(which.ndim, x.ndim)) for x in outs]
+        return [jnp.where(*line) for line in zip(lines, outs, carry, strict=True)]
+
+    return lax.while_loop(lambda carry: jnp.any(goes_on(carry)), step, args[second:])
 
 
 def _while_runs(eqn: Any, bodies: Sequence[Any]) -> tuple[int, list[Sequence[Any]]]:
@@ -183,9 +195,11 @@ def _cond_runs(eqn: Any, bodies: Sequence[Any]) -> tuple[int, list[Sequence[Any]
     return 1, [[body] for body in bodies]
 
 
-def _leaks(consts: Sequence[Any]) -> bool:
-    """Whether a rule has closed over values of the trace that it is part of."""
-    return any(isinstance(c, jax.core.Tracer) for c in consts)
+def _own(consts: Sequence[Any]) -> Sequence[Any]:
+    """Refuses a rule that has closed over values of the trace that it is part of."""
+    if any(isinstance(c, jax.core.Tracer) for c in consts):
+        raise ValueError(CLOSED)
+    return consts
 
 
 def _is_float(aval: Any) -> bool:
@@ -201,25 +215,42 @@ def _elementwise(body: Body) -> bool:
     )
 
 
+def _jvp_rule(eqn: Any) -> tuple[list[bool], Any, Sequence[Any], Sequence[bool]]:
+    """Which operands have no tangent; the rule; which results have none."""
+    operands = eqn.invars[eqn.params.get("num_consts", 0) :]
+    # JAX hands zeros over as arrays, unless the rule asks for what they are.
+    symbolic = eqn.params["symbolic_zeros"]
+    fixed = [symbolic and not _is_float(v.aval) for v in operands]
+    jaxpr, consts, zeros = eqn.params["jvp_jaxpr_fun"].call_wrapped(*fixed)
+    return fixed, jaxpr, _own(consts), zeros
+
+
 def _custom_jvp(t: Trace, eqn: Any, ins: list[Value]) -> Nested:
     outs, bodies = _call(t, eqn, ins)
     known = is_jax(eqn.params["call_jaxpr"]) and _elementwise(bodies[0])
     if t.depth >= MAX_DEPTH or (known and not t.derivatives):
         return outs, bodies
-    skip = eqn.params.get("num_consts", 0)
-    fixed = [not _is_float(v.aval) for v in eqn.invars[skip:]]
-    jaxpr, consts, zeros = eqn.params["jvp_jaxpr_fun"].call_wrapped(*fixed)
-    if _leaks(consts):
-        return freeze_all(t, eqn, ins, CLOSED), ()
-    tangents = [v for v, f in zip(ins[skip:], fixed, strict=True) if not f]
-    with t.deeper():
-        rule = t.run(jaxpr, consts, [*ins[skip:], *tangents])
+    try:
+        fixed, jaxpr, consts, zeros = _jvp_rule(original(eqn))
+    except Exception:  # Without a derivative: whoever asks for it hears why.
+        return outs, bodies
+    operands = ins[eqn.params.get("num_consts", 0) :]
+    tangents = [
+        dataclasses.replace(v, known=None)
+        for v, f in zip(operands, fixed, strict=True)
+        if not f
+    ]
+    # Where a result is always zero, position by position, so is its true derivative.
+    with t.deeper(asks=not known):
+        rule = t.run(jaxpr, consts, [*operands, *tangents])
     _equate(t, eqn, outs, rule.outs[: len(outs)])
     moving = [v for v, z in zip(outs, zeros, strict=True) if not z]
     weak = [
         _weakened(t, eqn, v, w)
         for v, w in zip(moving, rule.outs[len(outs) :], strict=True)
     ]
+    if known:
+        return outs, (*bodies, rule)
     outs = [v if z else weak.pop(0) for v, z in zip(outs, zeros, strict=True)]
     return outs, (*bodies, rule)
 
@@ -242,16 +273,29 @@ def _equate(t: Trace, eqn: Any, outs: Sequence[Value], others: Sequence[Value]) 
             t.unify(eqn, [x, y])
 
 
+def _without(n: Any, body: Body, args: list[Any], rule: Callable[[], Any]) -> list[Any]:
+    """Evaluates a function whose rule of derivatives was not followed."""
+
+    def plain(*args: Any) -> tuple[Any, ...]:
+        return tuple(n.run(body, args))
+
+    function = jax.custom_jvp(plain)
+
+    @function.defjvp
+    def jvp(primals: Any, tangents: Any) -> Any:
+        rule()  # Raises what the user's does.
+        return jax.jvp(plain, primals, tangents)
+
+    return list(function(*args))
+
+
 def _rebuild_custom_jvp(n: Any, record: Record, args: list[Any]) -> list[Any]:
-    if not record.bodies:
-        return n.rebind(record, args)
     if len(record.bodies) == 1:
-        return n.run(record.bodies[0], args)
+        return _without(n, record.bodies[0], args, lambda: _jvp_rule(record.eqn))
     body, rule = record.bodies
     skip = record.eqn.params.get("num_consts", 0)
     consts, args = args[:skip], args[skip:]
-    fixed = [not _is_float(v.aval) for v in record.eqn.invars[skip:]]
-    _, _, zeros = record.eqn.params["jvp_jaxpr_fun"].call_wrapped(*fixed)
+    fixed, _, _, zeros = _jvp_rule(record.eqn)
     function = jax.custom_jvp(lambda *args: tuple(n.run(body, [*consts, *args])))
 
     @function.defjvp
@@ -273,40 +317,57 @@ def _zero_tangent(x: Any) -> Any:
     return np.zeros(np.shape(x), jax.dtypes.float0)
 
 
+def _vjp_rule(eqn: Any) -> tuple[Any, Sequence[Any], Any]:
+    """The forward rule with its constants, and the backward rule."""
+    skip = eqn.params.get("num_consts", 0)
+    thunk = eqn.params["fwd_jaxpr_thunk"]
+    forward, consts = thunk.call_wrapped(*[True] * len(eqn.invars[skip:]))
+    count, sources = _residuals(eqn)
+    produced = iter(forward.outvars[:count])
+    residuals = [next(produced) if s is None else eqn.invars[s] for s in sources]
+    cotangents = [v for v in eqn.outvars if _is_float(v.aval)]
+
+    def function(residuals: Any, cotangents: Any) -> list[Any]:
+        rest = list(cotangents)
+        every = [
+            rest.pop(0) if _is_float(v.aval) else _zero_tangent(v.aval)
+            for v in eqn.outvars
+        ]
+        return _instantiate(eqn, [*residuals, *every])
+
+    avals = [[v.aval for v in line] for line in (residuals, cotangents)]
+    backward = jax.make_jaxpr(function)(*avals)
+    _own(backward.consts)
+    return forward, _own(consts), backward
+
+
 def _custom_vjp(t: Trace, eqn: Any, ins: list[Value]) -> Nested:
-    if not all(_is_float(v.aval) for v in eqn.outvars):
-        return freeze_all(t, eqn, ins), ()
     # Operands are as long as their cotangents, residuals as what they meet.
     ins = [dataclasses.replace(v, free=False) for v in ins]
     outs, bodies = _call(t, eqn, ins)
     if t.depth >= MAX_DEPTH:
         return outs, bodies
+    try:
+        forward, consts, backward = _vjp_rule(original(eqn))
+    except Exception:  # Without a derivative: whoever asks for it hears why.
+        return outs, bodies
     # The first operands are arrays that the function has closed over.
     skip = eqn.params.get("num_consts", 0)
-    forward, consts = eqn.params["fwd_jaxpr_thunk"].call_wrapped(
-        *[True] * len(ins[skip:])
-    )
-    if _leaks(consts):
-        return freeze_all(t, eqn, ins, CLOSED), ()
     with t.deeper():
         first = t.run(forward, consts, ins[skip:])
         count, sources = _residuals(eqn)
         _equate(t, eqn, outs, first.outs[count:])
-        produced = iter(zip(first.outs[:count], forward.outvars[:count], strict=True))
-        operands, results = original(eqn).invars, original(eqn).outvars
-        residuals, avals = [], []
-        for source in sources:
-            value, var = (
-                next(produced) if source is None else (ins[source], operands[source])
-            )
-            residuals.append(dataclasses.replace(value, free=False))
-            avals.append(jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype))
-        avals += [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in results]
+        produced = iter(first.outs[:count])
+        residuals = [
+            dataclasses.replace(next(produced) if s is None else ins[s], free=False)
+            for s in sources
+        ]
         # What comes back for an absent channel is whatever its readers weigh it with.
         unknown = [
-            Value(tuple(refill(a, None) for a in v.axes), data=True) for v in outs
+            Value(tuple(refill(a, None) for a in v.axes), data=True)
+            for v, var in zip(outs, eqn.outvars, strict=True)
+            if _is_float(var.aval)
         ]
-        backward = jax.make_jaxpr(lambda *a: _instantiate(original(eqn), a))(*avals)
         second = t.run_closed(backward, [*residuals, *unknown])
     _equate(t, eqn, ins[skip:], second.outs)
     return outs, (*bodies, first, second)
@@ -331,10 +392,8 @@ def _instantiate(eqn: Any, args: Sequence[Any]) -> list[Any]:
 
 
 def _rebuild_custom_vjp(n: Any, record: Record, args: list[Any]) -> list[Any]:
-    if not record.bodies:
-        return n.rebind(record, args)
     if len(record.bodies) == 1:
-        return n.run(record.bodies[0], args)
+        return _without(n, record.bodies[0], args, lambda: _vjp_rule(record.eqn))
     body, first, second = record.bodies
     count, sources = _residuals(record.eqn)
     skip = record.eqn.params.get("num_consts", 0)
@@ -349,7 +408,9 @@ def _rebuild_custom_vjp(n: Any, record: Record, args: list[Any]) -> list[Any]:
         return tuple(outs[count:]), residuals
 
     def backward(residuals: list[Any], cotangents: Any) -> Any:
-        found = n.run(second, [*residuals, *cotangents])
+        pairs = zip(cotangents, record.eqn.outvars, strict=True)
+        moving = [x for x, v in pairs if _is_float(v.aval)]
+        found = n.run(second, [*residuals, *moving])
         return tuple(
             x if _is_float(v.aval) else _zero_tangent(v.aval)
             for x, v in zip(found, record.eqn.invars[skip:], strict=True)
@@ -359,19 +420,22 @@ def _rebuild_custom_vjp(n: Any, record: Record, args: list[Any]) -> list[Any]:
     return list(function(*args))
 
 
+def _rule(analyse: Analyse, rebuild: Rebuild, runs: Runs = first_once) -> Rule:
+    """What a body leaves unused of its operands is not used."""
+    return Rule(analyse, rebuild=rebuild, picks=True, runs=runs)
+
+
 RULES: dict[str, Rule] = {
     **dict.fromkeys(
-        ("jit", "pjit", "closed_call", "composite"),
-        Rule(_call, rebuild=_rebuild_call, picks=True),
+        ("jit", "pjit", "closed_call", "core_call", "composite"),
+        _rule(_call, _rebuild_call),
     ),
-    "core_call": Rule(_call, rebuild=_rebuild_call),
     **dict.fromkeys(
-        ("remat2", "checkpoint", "remat"),
-        Rule(_call, rebuild=_rebuild_checkpoint),
+        ("remat2", "checkpoint", "remat"), _rule(_call, _rebuild_checkpoint)
     ),
-    "scan": Rule(_scan, rebuild=_rebuild_scan, runs=_scan_runs),
-    "while": Rule(_while, rebuild=_rebuild_while, runs=_while_runs),
-    "cond": Rule(_cond, rebuild=_rebuild_cond, runs=_cond_runs),
-    "custom_jvp_call": Rule(_custom_jvp, rebuild=_rebuild_custom_jvp),
-    "custom_vjp_call": Rule(_custom_vjp, rebuild=_rebuild_custom_vjp),
+    "scan": _rule(_scan, _rebuild_scan, _scan_runs),
+    "while": _rule(_while, _rebuild_while, _while_runs),
+    "cond": _rule(_cond, _rebuild_cond, _cond_runs),
+    "custom_jvp_call": _rule(_custom_jvp, _rebuild_custom_jvp),
+    "custom_vjp_call": _rule(_custom_vjp, _rebuild_custom_vjp),
 }

@@ -11,8 +11,9 @@ import numpy as np
 from jax.extend.core import Literal
 
 from sdp_jax.tracing import numbers
+from sdp_jax.tracing.devices import divides
 from sdp_jax.tracing.rule import Flops, Rule, moves, per_entry
-from sdp_jax.tracing.trace import Record, Trace, freeze_all, number_of
+from sdp_jax.tracing.trace import Record, Trace, number_of
 from sdp_jax.tracing.values import ZERO, Factor, Fill, Value, length
 
 # f(x) = x
@@ -177,12 +178,6 @@ def _many(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
     return list(ins)
 
 
-def _across(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
-    if not all(isinstance(axis, str) for axis in eqn.params["axes"]):
-        return freeze_all(t, eqn, ins)
-    return list(ins)
-
-
 def _bitcast(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
     x = ins[0]
     shape = eqn.outvars[0].aval.shape
@@ -202,11 +197,7 @@ def _rebuild_sharding(n: Any, record: Record, args: list[Any]) -> list[Any]:
     """A constraint on small arrays, if its mesh divides them."""
     eqn = record.eqn
     sharding = eqn.params.get("sharding", eqn.params.get("dst_sharding"))
-    try:
-        sharding.shard_shape(args[0].shape)
-    except ValueError:
-        return args
-    return n.rebind(record, args)
+    return n.rebind(record, args) if divides(sharding, args[0].shape) else args
 
 
 def _each(
@@ -247,8 +238,5 @@ RULES: dict[str, Rule] = {
             flops=moves,
         ),
     ),
-    **_each(["pvary"], "all", moves),
-    # Over axes of the mesh, not of the arrays.
-    **dict.fromkeys(("psum_invariant", "pmax", "pmin"), Rule(_across)),
     **dict.fromkeys(("debug_callback", "debug_print"), Rule(_look)),
 }

@@ -1,5 +1,6 @@
 """Primitives that read and write at places: dynamic slices, gather, scatter."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -410,6 +411,11 @@ def _scatter(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
     return [Value(tuple(out), any(v.data for v in ins))]
 
 
+def _updates(eqn: Any, shapes: Sequence[Any], outs: Sequence[Any]) -> Any:
+    """One operation for each entry that is written."""
+    return math.prod(shapes[2])
+
+
 SCATTERS = "scatter scatter_add scatter-add scatter_sub scatter-sub scatter_mul \
 scatter-mul scatter_min scatter-min scatter_max scatter-max".split()
 
@@ -437,6 +443,7 @@ RULES: dict[str, Rule] = {
             rebuild=_rebuild_write,
             known=numbers.scatter if name == "scatter" else None,
             picks=name == "scatter",
+            flops=moves if name == "scatter" else _updates,
         )
         for name in SCATTERS
     },

@@ -37,8 +37,10 @@ def _repeated(t: Trace, size: int, fill: Fill) -> Axis:
 
 
 def _rebuild_broadcast(n: Any, record: Record, args: list[Any]) -> list[Any]:
-    where = record.eqn.params["broadcast_dimensions"]
-    return [lax.broadcast_in_dim(args[0], n.shape(record), where)]
+    p = record.eqn.params
+    where, sharding = p["broadcast_dimensions"], p["sharding"]
+    shape = n.shape(record)
+    return [lax.broadcast_in_dim(args[0], shape, where, out_sharding=sharding)]
 
 
 def _blocks(
@@ -83,7 +85,8 @@ def _reshape(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
 
 
 def _rebuild_reshape(n: Any, record: Record, args: list[Any]) -> list[Any]:
-    return [lax.reshape(args[0], n.shape(record), record.eqn.params["dimensions"])]
+    p, shape = record.eqn.params, n.shape(record)
+    return [lax.reshape(args[0], shape, p["dimensions"], out_sharding=p["sharding"])]
 
 
 def _transpose(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
@@ -362,8 +365,8 @@ RULES: dict[str, Rule] = {
     ),
     "rev": Rule(_reverse, known=numbers.rev, flops=moves),
     "concatenate": Rule(_concatenate, known=numbers.concatenate, flops=moves),
-    "tile": Rule(_tile, known=numbers.tile, rebuild=_rebuild_tile),
-    "stack": Rule(_stack, known=numbers.stack),
+    "tile": Rule(_tile, known=numbers.tile, rebuild=_rebuild_tile, flops=moves),
+    "stack": Rule(_stack, known=numbers.stack, flops=moves),
     "unstack": Rule(_unstack, flops=moves),
     "pad": Rule(_pad, known=numbers.pad, rebuild=_rebuild_pad, picks=True, flops=moves),
     "iota": Rule(_generate, rebuild=_rebuild_generate, known=numbers.iota, flops=moves),

@@ -13,12 +13,14 @@ import numpy as np
 from jax.extend.core import Literal
 
 from sdp_jax.tracing.atoms import Reason
+from sdp_jax.tracing.devices import sharding_of, split_over
 from sdp_jax.tracing.numbers import evaluate
 from sdp_jax.tracing.rule import Rule
-from sdp_jax.tracing.sizes import Equation, Sizes
-from sdp_jax.tracing.values import ZERO, Axis, Factor, Fill, Space, Value
+from sdp_jax.tracing.sizes import Equation, Sizes, original
+from sdp_jax.tracing.values import ZERO, Axis, Factor, Fill, Space, Value, length
 
 _SMALL = 65536
+SHARES = "is split over devices, which must hold equal shares"
 INEXACT = "sums over channels that do not become zero"
 
 
@@ -58,24 +60,29 @@ class Trace:
     """One walk: the space of atoms, and which parameter axes must be zero."""
 
     def __init__(self, rules: Mapping[str, Rule], *, derivatives: bool = True) -> None:
-        # Derivative rules of element-wise functions: they ask for nothing new, but
+        # Derivative rules of element-wise functions: they ask for nothing, but
         # evaluation needs them.
         self.derivatives = derivatives
         self.space = Space()
         self.sizes = Sizes()
         self.producers: set[int] = set()
         self.depth = 0
+        self.devices: dict[str, int] = {}  # Along each axis of the mesh.
         self._place: Any = None
+        self._asks = True
         self._rules = rules
 
     @contextlib.contextmanager
-    def deeper(self) -> Iterator[None]:
-        """While the rule of a derivative is followed."""
+    def deeper(self, *, asks: bool = True) -> Iterator[None]:
+        """While the rule of a derivative is followed, which may ask for nothing."""
+        before = self._asks
         self.depth += 1
+        self._asks = before and asks
         try:
             yield
         finally:
             self.depth -= 1
+            self._asks = before
 
     @contextlib.contextmanager
     def at(self, eqn: Any) -> Iterator[None]:
@@ -88,6 +95,8 @@ class Trace:
             self._place = before
 
     def _reason(self, eqn: Any, why: str) -> Reason:
+        if eqn is None:
+            return Reason("parameter", why)
         return Reason(eqn.primitive.name, why, self._place or eqn.source_info)
 
     def run(self, jaxpr: Any, consts: Sequence[Any], ins: Sequence[Value]) -> Body:
@@ -122,6 +131,8 @@ class Trace:
             outcome = analyse(self, view, values)
             outs, bodies = outcome if isinstance(outcome, tuple) else (outcome, ())
             outs = [self.settled(v) for v in outs]
+            pairs = zip(outs, original(eqn).outvars, strict=True)
+            outs = [self.spread(eqn, v, var.aval) for v, var in pairs]
             if not rule.even:
                 outs = [_uneven(v) for v in outs]
             outs = [dataclasses.replace(v, free=free) for v in outs]
@@ -194,7 +205,8 @@ class Trace:
     def settle(self, fill: Fill) -> Fill:
         """Makes a fill unconditional: its parameter axes become producers."""
         if fill:
-            self.producers |= fill
+            if self._asks:
+                self.producers |= fill
             return ZERO
         return fill
 
@@ -214,8 +226,32 @@ class Trace:
         )
         return dataclasses.replace(value, axes=axes)
 
+    def share(self, eqn: Any, axis: Axis, count: int) -> tuple[Axis, Axis]:
+        """The devices of an axis, and what each of them holds, at the same places."""
+        if count == 1:
+            return (), axis
+        size = length(axis) // count
+        parts = self.space.regroup([axis], [count, size])
+        if parts is None:
+            self.freeze(eqn, axis, SHARES)
+            return self.space.plain(count), self.space.plain(size)
+        return self.freeze(eqn, parts[0], SHARES), parts[1]
+
+    def spread(self, eqn: Any, value: Value, aval: Any) -> Value:
+        """An array whose type says over which devices its axes are split."""
+        sharding = sharding_of(aval)
+        if sharding is None:
+            return value
+        counts = split_over(sharding.mesh, sharding.spec, len(value.axes))
+        pairs = [
+            self.share(eqn, *pair) for pair in zip(value.axes, counts, strict=True)
+        ]
+        return dataclasses.replace(value, axes=tuple((*a, *b) for a, b in pairs))
+
     def freeze(self, eqn: Any, axis: Axis, why: str) -> Axis:
         """Freezes an axis on account of an equation."""
+        if not self._asks:
+            return axis
         return self.space.freeze(axis, self._reason(eqn, why))
 
     def unify(self, eqn: Any, axes: Sequence[Axis]) -> list[Axis]:
