@@ -50,6 +50,13 @@ def strongest(p, x):  # the largest of several, and where: one reduction of two 
     return (h * top) @ p["b"] + (h * where) @ p["b"]
 
 
+def widened(p, x):  # a pixel shuffle: rows of an image made of channels
+    y = (x @ p["a"]).reshape(2, 3, 2, 4).reshape(2, 6, 4)
+    return lax.conv_general_dilated(
+        y, p["k"], (1,), "SAME", dimension_numbers=("NHC", "HIO", "NHC")
+    )
+
+
 EXPERTS = {"a": (5, 4), "up": (3, 4, 8), "down": (3, 8, 4), "b": (4, 2)}
 ECA = {"a": (5, 8), "k": (3, 1, 1), "b": (8, 2)}
 MLP = {"a": (5, 8), "b": (8, 2)}
@@ -60,6 +67,7 @@ PROGRAMS = {
     "their derivatives": (adapted(mixture, *EXPERTS), EXPERTS, [4, 4, 8]),
     "along channels": (attention, ECA, [8]),
     "derivatives along channels": (adapted(attention, "k"), ECA, [8]),
+    "rows of an image": (widened, {"a": (5, 8), "k": (3, 4, 2)}, [4]),
     "several reduced": (strongest, MLP, [8]),
 }
 

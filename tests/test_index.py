@@ -1,5 +1,6 @@
 """Places that are read and written, where they are known and where they are not."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -70,6 +71,21 @@ def taken_apart(p, x):
     return lax.composite(lambda y: jnp.tanh(y), name="my.tanh")(first * second) @ p["u"]
 
 
+def entries(p, x):
+    h = (x @ p["a"]).at[np.array([0, 2]), np.array([1, 3])].set(1.0)
+    each = jax.vmap(lambda y, i: y.at[i].set(0.0))(h, jnp.array([1, 2, 3]))
+    return each @ p["b"]
+
+
+def square(p, x):
+    return (x @ p["a"]).at[1:, np.array([2, 3])].add(x[1:, :2]) @ p["b"]
+
+
+def mended(p, x):  # as many rows as the whole, one by one
+    h = (x @ p["a"]).at[jnp.arange(3)].set(jnp.tanh(x @ p["c"]))
+    return h.at[1].set(2.0).at[2, 2:6].max(0.5) @ p["b"]
+
+
 # name: function, parameters, sizes of the dimensions that must be found
 PROGRAMS = {
     "set a block": (block, U, [2, 2, 4, 4]),
@@ -108,6 +124,9 @@ PROGRAMS = {
     "inverse permutation": (back, W, [8]),
     "strides": (odd_and_even, {"a": (5, 8), "u": (4, 3)}, [4]),
     "shuffled and reversed": (shuffled, W, [8]),
+    "set entries": (entries, W, []),
+    "add a square": (square, W, []),
+    "set rows": (mended, W | {"c": (5, 8)}, [8]),
     "taken apart": (taken_apart, {"a": (5, 8), "u": (4, 3)}, [4]),
     "flattened permutation": (flat, {"a": (5, 8), "b": (16, 3)}, [8]),
 }

@@ -136,7 +136,7 @@ def test_entries_move_as_in_jax():
         lambda x, i, one: lax.split(x, (1, 3), 2),
         lambda x, i, one: lax.rev(x, (0, 2)),
         lambda x, i, one: lax.concatenate([x, x[:, :1]], 1),
-        lambda x, i, one: lax.tile(x, (1, 2, 3)),
+        lambda x, i, one: jnp.tile(x, (1, 2, 3)),
         lambda x, i, one: lax.pad(x, one, pad),
         lambda x, i, one: lax.dynamic_slice(x, (one, 5 * one, one), (1, 2, 3)),
         lambda x, i, one: lax.dynamic_update_slice(x, x[:1, :2], (one, 5 * one, one)),

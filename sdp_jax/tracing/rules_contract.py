@@ -116,7 +116,8 @@ def _conv(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
     axes = [t.space.plain(n) for n in shape]
     for d, e, f in zip(spec.lhs_spec, spec.rhs_spec, spec.out_spec, strict=True):
         if d in spec.lhs_spec[2:]:
-            axes[f] = _along(t, eqn, [(x, d), (kernel, e)], shape[f])
+            operands = [(x, d, spec.lhs_spec[1]), (kernel, e, spec.rhs_spec[1])]
+            axes[f] = _along(t, eqn, operands, shape[f])
     axes[spec.out_spec[0]] = x.axes[spec.lhs_spec[0]]
     groups = _conv_groups(t, eqn, ins)
     if eqn.params["batch_group_count"] > 1 or groups is None:
@@ -132,19 +133,24 @@ def _conv(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
 
 
 def _along(
-    t: Trace, eqn: Any, operands: Sequence[tuple[Value, int]], size: int
+    t: Trace, eqn: Any, operands: Sequence[tuple[Value, int, int]], size: int
 ) -> Axis:
     """Convolves along an axis: activations along channels are padded with their zeros.
 
-    So that is what absent channels must be; any part of the result can be taken.
+    So that is what absent channels must be; any part of the result can be taken. An
+    axis beside channels, or one that holds other places, too, is one of an image.
     """
     padded = False
-    for value, d in operands:
-        live = [f for f in value.axes[d] if not t.space.is_plain(f)]
-        if live and value.data and all(f.fill is not None for f in live):
+    for value, d, features in operands:
+        plain = [t.space.is_plain(f) for f in value.axes[d]]
+        if all(plain):
+            continue
+        beside = not all(map(t.space.is_plain, value.axes[features]))
+        lost = any(f.fill is None for f in value.axes[d])
+        if value.data and not (any(plain) or beside or lost):
             need_zero(t, eqn, value.axes[d])
             padded = True
-        elif live:
+        else:
             t.freeze(eqn, value.axes[d], "convolves along this axis")
     return t.space.fresh(size, None) if padded else t.space.plain(size)
 

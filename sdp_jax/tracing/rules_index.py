@@ -95,7 +95,7 @@ def _written(eqn: Any, ins: Sequence[Value]) -> list[np.ndarray | None] | None:
         ]
     else:
         dims, indices = eqn.params["dimension_numbers"], ins[1].known
-        if indices is None or dims.operand_batching_dims:
+        if indices is None:
             return None
         if indices.ndim == 2:
             (d,) = dims.inserted_window_dims
@@ -118,23 +118,23 @@ def _update(eqn: Any, ins: Sequence[Value]) -> list[Axis] | None:
     """The axes of an update as they lie along the array, if they are so many."""
     if eqn.primitive.name == "dynamic_update_slice":
         return list(ins[1].axes)
-    dims = eqn.params["dimension_numbers"]
-    rows = length(ins[1].axes[0]) if len(ins[1].axes) == 2 else None
+    dims, rank = eqn.params["dimension_numbers"], len(ins[1].axes)
+    gone = tuple(dims.inserted_window_dims)
     axes = [ins[2].axes[d] for d in dims.update_window_dims]
-    gone = dims.inserted_window_dims
-    if len(ins[1].axes) == 2 and gone == dims.scatter_dims_to_operand_dims:
-        (other,) = {*range(len(ins[2].axes))} - {*dims.update_window_dims}
-        axes.insert(gone[0], ins[2].axes[other])
-        whole = all(
-            length(a) == (rows if d == gone[0] else length(b))
-            for d, (a, b) in enumerate(zip(axes, ins[0].axes, strict=True))
-        )
-        return axes if whole and len(gone) == 1 else None
-    if len(ins[1].axes) != 1:
+    single = len(gone) == 1 and gone == tuple(dims.scatter_dims_to_operand_dims)
+    if dims.operand_batching_dims or not (rank == 1 or (rank == 2 and single)):
         return None
-    for d in gone:
-        axes.insert(d, ())
-    return axes
+    if rank == 1:
+        for d in gone:
+            axes.insert(d, ())
+        return axes
+    (other,) = {*range(len(ins[2].axes))} - {*dims.update_window_dims}
+    axes.insert(gone[0], ins[2].axes[other])
+    whole = all(
+        d == gone[0] or length(a) == length(b)
+        for d, (a, b) in enumerate(zip(axes, ins[0].axes, strict=True))
+    )
+    return axes if whole else None
 
 
 def _replaced(eqn: Any, where: Sequence[np.ndarray | None]) -> int | None:
