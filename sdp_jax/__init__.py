@@ -23,8 +23,9 @@ from sdp_jax.channels import (
     scale_channels,
 )
 from sdp_jax.cut import Cut
+from sdp_jax.dimension import Dimension, Member
 from sdp_jax.export import export_stablehlo
-from sdp_jax.groups import Dimension, Groups, Member
+from sdp_jax.groups import Groups
 from sdp_jax.measure import cost, latency
 from sdp_jax.plan import plan_cut
 from sdp_jax.strength import Strength, adaptive_strength, ramp_strength, valley_strength

@@ -7,7 +7,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from sdp_jax.groups import Dimension, Groups, Leaf, Member, check_groups, overlaps
+from sdp_jax.dimension import Dimension, Leaf, Member
+from sdp_jax.groups import Groups, check_groups, overlaps
 from sdp_jax.tree import PyTree, leaf_dtype, leaf_table, missing_path_message
 
 

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sdp_jax.groups import Groups, Member, Role
+from sdp_jax.dimension import Member, Role
+from sdp_jax.groups import Groups
 from sdp_jax.mesh import Line, replicated, sum_lines
 from sdp_jax.tree import PyTree, leaf_table, missing_path_message
 
@@ -472,8 +473,6 @@ def _small(groups: Groups) -> list[tuple[str, Member, int]]:
 
 def _per_channel(line: jax.Array, member: Member, size: int) -> jax.Array:
     """The sum over the positions of each channel."""
-    if member.outer == member.inner == 1:
-        return line[member.offset : member.offset + size]
     return jnp.sum(_blocks(line, member, size), axis=(0, 2))
 
 

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from sdp_jax.channels import PerChannel, scale_channels
-from sdp_jax.groups import Dimension, Groups, Leaf, Member
+from sdp_jax.dimension import Dimension, Leaf, Member
+from sdp_jax.groups import Groups
 from sdp_jax.matching import Matcher, is_hidden
 from sdp_jax.ports import ports_after
 from sdp_jax.tracing.devices import sharding_of

@@ -7,7 +7,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from sdp_jax.groups import Dimension, Groups
+from sdp_jax.dimension import Dimension
+from sdp_jax.groups import Groups
 from sdp_jax.tree import leaf_dtype
 
 # A vector of zeros is a dead channel if one of them is a scale, by its name.

@@ -22,7 +22,8 @@ from sdp_jax.channels import (
     member_sums,
 )
 from sdp_jax.checks import check_number, check_whole
-from sdp_jax.groups import Dimension, Groups, Member, Role
+from sdp_jax.dimension import Dimension, Member, Role
+from sdp_jax.groups import Groups
 from sdp_jax.methods.entries import add_decay, keep_channels
 from sdp_jax.methods.score import Score, of_params
 from sdp_jax.segments import max_over, min_over, sum_over

@@ -11,7 +11,8 @@ import numpy as np
 from sdp_jax.base import check_kind
 from sdp_jax.channels import channel_norms, channels_alive, producer_leaves
 from sdp_jax.checks import check_number
-from sdp_jax.groups import Dimension, Groups
+from sdp_jax.dimension import Dimension
+from sdp_jax.groups import Groups
 from sdp_jax.tree import PyTree, leaf_table
 
 Scope = Literal["global", "tensor", "row", "dimension", "channel"]

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sdp_jax.groups import Groups, Member
+from sdp_jax.dimension import Member
+from sdp_jax.groups import Groups
 from sdp_jax.mesh import replicated, sharded_like
 from sdp_jax.tree import PyTree, leaf_table
 

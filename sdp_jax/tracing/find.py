@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from sdp_jax.groups import Frozen, Groups, Leaf
+from sdp_jax.dimension import Frozen, Leaf
+from sdp_jax.groups import Groups
 from sdp_jax.modules import take_apart
 from sdp_jax.tracing.analyse import Analysis, analyse, matches
 from sdp_jax.tracing.flops import flop_polynomial

@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 
-from sdp_jax.groups import Dimension, Member, Role
+from sdp_jax.dimension import Dimension, Member, Role
 from sdp_jax.tracing.analyse import Analysis, ParameterAxis
 
 

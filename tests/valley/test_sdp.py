@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import sdp_jax
-from sdp_jax.groups import Leaf
+from sdp_jax.dimension import Leaf
 from sdp_jax.valley.vectors import orthonormal, ravel
 from tests import toy
 from tests.test_altsdp import DIM, exact_sdp, quadratic

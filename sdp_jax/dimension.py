@@ -1,0 +1,192 @@
+"""What groups are made of: channel dimensions, and where their channels live.
+
+A *channel dimension* is a set of interchangeable channels (the filters of one
+convolution, the neurons of one hidden layer, the heads of one attention layer). Its
+*members* say where each channel lives: in which leaf, along which axis, at which
+positions. Channel ``c`` of a member occupies, along its axis, the positions ::
+
+    offset + o * period + c * inner + i      for o < outer, i < inner
+
+which covers a plain axis (``outer = inner = 1``), a flattened convolution
+(``outer = height * width``), an attention head (``inner = head_dim``), a
+concatenation (``offset``) and their combinations (``period``). Where the channels do
+not sit side by side in their order (a permutation, a strided slice), ``places[c]``
+stands for ``c * inner``.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from sdp_jax.tree import missing_path_message
+
+Role = Literal["producer", "consumer", "state"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """Where the channels of one dimension sit along one axis of one leaf.
+
+    Attributes:
+      path: path of the leaf, its keys joined by ``/``.
+      axis: axis of the leaf, negative from the end; non-negative once it is part of a
+        :class:`Groups`.
+      role: ``"producer"`` if zeroing these entries zeroes the channel's activation
+        (filter, bias, scale and bias of a normalisation), ``"consumer"`` if they
+        only read it (the input slices of the next layer), ``"state"`` for running
+        statistics. Producers are thresholded; all three are cut.
+      outer: how often the whole set of channels is repeated along the axis.
+      inner: how many neighbouring positions belong to one channel.
+      offset: the position of the first entry of channel 0.
+      period: distance between two repetitions, at least ``size * inner``;
+        ``None`` stands for "the axis divided by ``outer``". Giving it also says that
+        positions which no member covers are meant to stay.
+      places: where each channel begins, counted from ``offset``, if they do not sit
+        side by side in their order.
+
+    Example:
+      >>> import sdp_jax
+      >>> sdp_jax.Member("conv/kernel", 3).role
+      'producer'
+      >>> # Behind the flattening of 4 × 4 positions each channel is read 16 times.
+      >>> sdp_jax.Member("dense/kernel", 0, "consumer", outer=16).positions(2).shape
+      (16, 2, 1)
+    """
+
+    path: str
+    axis: int
+    role: Role = "producer"
+    outer: int = 1
+    inner: int = 1
+    offset: int = 0
+    period: int | None = None
+    places: tuple[int, ...] | None = None
+
+    def positions(self, size: int) -> np.ndarray:
+        """Positions along the axis, an integer array ``(outer, size, inner)``."""
+        period = size * self.inner if self.period is None else self.period
+        places = self.inner * np.arange(size) if self.places is None else self.places
+        return (
+            self.offset
+            + period * np.arange(self.outer)[:, None, None]
+            + np.asarray(places)[None, :, None]
+            + np.arange(self.inner)[None, None, :]
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Dimension:
+    """A set of interchangeable channels.
+
+    Attributes:
+      name: its name, unique within a :class:`Groups`.
+      size: how many channels it has.
+      members: where they live.
+    """
+
+    name: str
+    size: int
+    members: tuple[Member, ...]
+
+    @property
+    def producers(self) -> tuple[Member, ...]:
+        """The members that are thresholded."""
+        return tuple(m for m in self.members if m.role == "producer")
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """Path and shape of one leaf of the tree that the groups describe."""
+
+    path: str
+    shape: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    """An axis of a leaf that has to stay whole, or some positions of it, and why."""
+
+    path: str
+    axis: int
+    positions: int
+    reasons: tuple[str, ...]
+
+
+def as_text(value: Any) -> str:
+    """Refuses what is no string."""
+    if not isinstance(value, str):
+        raise TypeError(f"expected a string, got {value!r}")
+    return value
+
+
+def as_count(value: Any) -> int:
+    """Refuses what is no non-negative integer."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise TypeError(f"expected a non-negative integer, got {value!r}")
+    return value
+
+
+def member_from_json(raw: dict[str, Any]) -> Member:
+    """The member of what ``dataclasses.asdict`` gives, checked."""
+    numbers = ("axis", "outer", "inner", "offset")
+    period, places = raw.get("period"), raw.get("places")
+    return Member(
+        as_text(raw["path"]),
+        role=raw["role"],
+        period=None if period is None else as_count(period),
+        places=None if places is None else tuple(map(as_count, places)),
+        **{k: as_count(raw[k]) for k in numbers},
+    )
+
+
+def check_member(
+    shapes: Mapping[str, tuple[int, ...]], d: Dimension, m: Member
+) -> None:
+    """Refuses a member that does not fit its leaf."""
+    where = f"dimension {d.name!r}, member {m.path!r}"
+    if m.role not in get_args(Role):
+        raise ValueError(f"{where}: role {m.role!r} is not one of {get_args(Role)}")
+    if m.path not in shapes:
+        raise ValueError(f"{where}: {missing_path_message(m.path, list(shapes))}")
+    shape = shapes[m.path]
+    if not 0 <= m.axis < len(shape):
+        raise ValueError(f"{where}: axis {m.axis} does not exist; the shape is {shape}")
+    if m.outer < 1 or m.inner < 1 or m.offset < 0:
+        raise ValueError(
+            f"{where}: outer and inner must be at least 1 and offset at least 0; got "
+            f"outer={m.outer}, inner={m.inner}, offset={m.offset}"
+        )
+    if m.places is not None:
+        _check_places(f"{where}, axis {m.axis}", d, m, shape[m.axis])
+        return
+    block = d.size * m.inner
+    period = block if m.period is None else m.period
+    if m.outer > 1 and period < block:
+        raise ValueError(
+            f"{where}: period {period} is shorter than {d.size} channels of {m.inner}; "
+            f"axis {m.axis} has length {shape[m.axis]}"
+        )
+    end = m.offset + (m.outer - 1) * period + block
+    if end > shape[m.axis]:
+        raise ValueError(
+            f"{where}: {d.size} channels need {end} positions, but axis {m.axis} has "
+            f"length {shape[m.axis]} (shape {shape}, outer={m.outer}, inner={m.inner}, "
+            f"offset={m.offset})"
+        )
+
+
+def _check_places(where: str, d: Dimension, m: Member, length: int) -> None:
+    places = m.places or ()
+    if len(places) != d.size or min(places) < 0:
+        raise ValueError(
+            f"{where}: places must hold a non-negative integer for each of {d.size} "
+            f"channels; got {places}"
+        )
+    positions = m.positions(d.size)
+    if positions.max() >= length or len(np.unique(positions)) < positions.size:
+        raise ValueError(
+            f"{where}: places {places} with inner={m.inner}, outer={m.outer}, "
+            f"offset={m.offset} overlap, or go beyond the length {length}"
+        )
