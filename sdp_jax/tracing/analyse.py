@@ -2,6 +2,7 @@
 
 import dataclasses
 import fnmatch
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -71,7 +72,36 @@ def analyse(
             "its inputs in order; Python code must not depend on the values of arrays"
         )
         raise
-    trace = Trace(RULES, derivatives=derivatives)
+    nonzero: set[int] = set()
+    while True:
+        found = _walk(
+            closed,
+            out_shape,
+            params,
+            Trace(RULES, nonzero, derivatives=derivatives),
+            is_state=is_state,
+            ignore=ignore,
+            prune_inputs=prune_inputs,
+            prune_outputs=prune_outputs,
+        )
+        if found.trace.nonzero == nonzero:
+            return found
+        nonzero = found.trace.nonzero
+
+
+def _walk(
+    closed: Any,
+    out_shape: Any,
+    params: PyTree,
+    trace: Trace,
+    *,
+    is_state: Callable[[str], bool],
+    ignore: Sequence[str],
+    prune_inputs: bool,
+    prune_outputs: bool,
+) -> Analysis:
+    """One walk, in which the parameter axes of ``trace.nonzero`` do not become zero."""
+    known = frozenset(trace.nonzero)
     space = trace.space
     ins = (*closed.jaxpr.invars, *closed.jaxpr.constvars)
     trace.sizes.start(n for v in ins for n in getattr(v.aval, "shape", ()))
@@ -82,7 +112,9 @@ def analyse(
         factors = []
         for d, size in enumerate(np.shape(leaf)):
             number = len(axes)
-            axis = space.fresh(size, None if state else frozenset({number}))
+            fixed = state or number in known
+            axis = space.fresh(size, None if fixed else frozenset({number}))
+            trace.weights.append(math.prod(np.shape(leaf)) // max(size, 1))
             if 0 in np.shape(leaf):
                 axis = space.plain(size)
             factors.append(axis)

@@ -23,7 +23,9 @@ class _Frame:
 
     env: dict[Any, Any]
     makers: dict[Any, Record] = dataclasses.field(default_factory=dict)
-    absent: dict[tuple[Any, int], Any] = dataclasses.field(default_factory=dict)
+    absent: dict[tuple[Any, tuple[int, ...]], Any] = dataclasses.field(
+        default_factory=dict
+    )
 
 
 def pick_out(array: Any, index: np.ndarray, axis: int) -> Any:
@@ -157,47 +159,45 @@ class Evaluator:
                     "please report it with the function"
                 )
 
-    def absent(self, record: Record, operand: int, dimension: int) -> Any:
-        """What all absent positions of an operand along an axis hold, at length 1."""
+    def absent(self, record: Record, operand: int, dimensions: Sequence[int]) -> Any:
+        """What positions of an operand hold that are absent along axes, at length 1."""
         var, value = record.eqn.invars[operand], record.ins[operand]
         if isinstance(var, Literal):
             return var.val
         frame = self._frames[-1]
         array = frame.env[var]
+        # A scalar has none of these axes; length 1 stands for every position.
+        where = tuple(d for d in dimensions if value.axes and value.axes[d])
         if operand in record.copied:
-            if value.axes[dimension]:
-                array = lax.slice_in_dim(array, 0, 1, axis=dimension)
-            axes = (*value.axes[:dimension], (), *value.axes[dimension + 1 :])
+            for d in where:
+                array = lax.slice_in_dim(array, 0, 1, axis=d)
+            axes = tuple(() if d in where else a for d, a in enumerate(value.axes))
             return self.take(array, dataclasses.replace(value, axes=axes))
-        if not value.axes or not value.axes[dimension]:
-            return array  # A scalar, or length 1.
-        key = (var, dimension)
+        if not where:
+            return array
+        key = (var, where)
         if key not in frame.absent:
-            shape = [1 if d == dimension else n for d, n in enumerate(array.shape)]
-            if value.zero or not self.is_lost(value.axes[dimension]):
+            shape = [1 if d in where else n for d, n in enumerate(array.shape)]
+            if value.zero or not all(self.is_lost(value.axes[d]) for d in where):
                 frame.absent[key] = jnp.zeros(shape, array.dtype)
             else:
-                frame.absent[key] = self._repeat(frame.makers[var], dimension, shape)
+                frame.absent[key] = self._repeat(frame.makers[var], where, shape)
         return frame.absent[key]
 
-    def _repeat(self, record: Record, dimension: int, shape: Sequence[Any]) -> Any:
+    def _repeat(
+        self, record: Record, dimensions: Sequence[int], shape: Sequence[Any]
+    ) -> Any:
         """An equation again, on what absent positions hold."""
         which = record.ins[0].known
         if record.eqn.primitive.name == "select_n" and which is not None:
             if not which.ndim:  # The others need not be even.
-                return self.absent(record, 1 + int(which), dimension)
+                return self.absent(record, 1 + int(which), dimensions)
         if record.eqn.primitive.name != "broadcast_in_dim":
-            ins = [self.absent(record, k, dimension) for k in range(len(record.ins))]
+            ins = [self.absent(record, k, dimensions) for k in range(len(record.ins))]
             return self.rebind(record, ins)[0]
-        var = record.eqn.invars[0]
         where = list(record.eqn.params["broadcast_dimensions"])
-        if dimension in where:
-            small = self.absent(record, 0, where.index(dimension))
-        elif isinstance(var, Literal):
-            small = var.val
-        else:
-            small = self._frames[-1].env[var]
-        return lax.broadcast_in_dim(small, shape, where)
+        inner = [where.index(d) for d in dimensions if d in where]
+        return lax.broadcast_in_dim(self.absent(record, 0, inner), shape, where)
 
     def _evaluate(self, record: Record, args: list[Any]) -> Sequence[Any]:
         # Also where a cut has emptied a part: a group of which no channel is left.

@@ -1,7 +1,8 @@
 """Contractions and reductions: where absent terms must be zero."""
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -29,10 +30,10 @@ def _contract(
             t.settle(g.fill)
 
 
-def _either(t: Trace, eqn: Any, left: Axis, right: Axis) -> Axis:
+def _either(t: Trace, eqn: Any, left: Axis, right: Axis, data: bool) -> Axis:
     """An axis that runs along both operands: zero where either is."""
     return tuple(
-        Factor(f.atoms, joint_fill(t, [f.fill, g.fill], "any"))
+        Factor(f.atoms, joint_fill(t, [f.fill, g.fill], "any", data))
         for f, g in zip(*t.unify(eqn, [left, right]), strict=True)
     )
 
@@ -43,7 +44,7 @@ def _dot(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
     for i, j in zip(left, right, strict=True):
         _contract(t, eqn, x.axes[i], y.axes[j], (x.data, y.data))
     axes = [
-        _either(t, eqn, x.axes[i], y.axes[j])
+        _either(t, eqn, x.axes[i], y.axes[j], x.data or y.data)
         for i, j in zip(rows, columns, strict=True)
     ]
     axes += [a for i, a in enumerate(x.axes) if i not in (*left, *rows)]
@@ -85,8 +86,9 @@ def _conv(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
         return [Value(tuple(axes), x.data or kernel.data)]
     group, inputs, other, outputs = groups
     _contract(t, eqn, inputs, kernel.axes[spec.rhs_spec[1]], (x.data, kernel.data))
-    axes[spec.out_spec[1]] = (*_either(t, eqn, group, other), *outputs)
-    return [Value(tuple(axes), x.data or kernel.data, x.zero or kernel.zero)]
+    data = x.data or kernel.data
+    axes[spec.out_spec[1]] = (*_either(t, eqn, group, other, data), *outputs)
+    return [Value(tuple(axes), data, x.zero or kernel.zero)]
 
 
 def _rebuild_conv(n: Any, record: Record, args: list[Any]) -> list[Any]:
@@ -119,24 +121,33 @@ def _sum(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
 
 
 def _even_out(t: Trace, eqn: Any, x: Value, dimensions: Sequence[int]) -> None:
-    """Reduces over axes whose absent entries are zero, or the same along one axis."""
-    live = {d: [f for f in x.axes[d] if not t.space.is_plain(f)] for d in dimensions}
-    lost = [d for d in dimensions if any(f.fill is None for f in live[d])]
+    """Reduces over axes whose absent entries are zero, or the same along the axis."""
     for d in dimensions:
-        if lost != [d] or len(live[d]) != 1 or not live[d][0].even:
+        live = [f for f in x.axes[d] if not t.space.is_plain(f)]
+        even = live[0].even if len(live) == 1 and live[0].fill is None else None
+        if even is None:
             need_zero(t, eqn, x.axes[d])
+        else:
+            t.settle(even)
 
 
 def _rebuild_sum(n: Any, record: Record, args: list[Any]) -> list[Any]:
     (out,) = n.rebind(record, args)
-    for d in record.eqn.params["axes"]:
-        axis = record.ins[0].axes[d]
-        if n.is_lost(axis):
-            dense = record.eqn.invars[0].aval.shape[d]
-            absent = dense - n.size(axis, dense)
-            (rest,) = n.rebind(record, [n.absent(record, 0, d)])
-            out = out + rest * jnp.asarray(absent, out.dtype)
+    axes, shape = record.ins[0].axes, record.eqn.invars[0].aval.shape
+    for some in _subsets(d for d in record.eqn.params["axes"] if n.is_lost(axes[d])):
+        (rest,) = n.rebind(record, [n.absent(record, 0, some)])
+        absent = math.prod(shape[d] - n.size(axes[d], shape[d]) for d in some)
+        out = out + rest * jnp.asarray(absent, out.dtype)
     return [out]
+
+
+def _subsets(items: Iterable[int]) -> Iterator[tuple[int, ...]]:
+    """All of them but the empty one: the axes along which an entry is absent."""
+    given = list(items)
+    sizes = range(1, len(given) + 1)
+    return itertools.chain.from_iterable(
+        itertools.combinations(given, size) for size in sizes
+    )
 
 
 def _psum(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
@@ -156,9 +167,9 @@ def _extreme(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
 def _rebuild_extreme(n: Any, record: Record, args: list[Any]) -> list[Any]:
     join = lax.max if record.eqn.primitive.name == "reduce_max" else lax.min
     (out,) = n.rebind(record, args)
-    for d in record.eqn.params["axes"]:
-        if n.is_cut(record.ins[0].axes[d]):
-            out = join(out, n.rebind(record, [n.absent(record, 0, d)])[0])
+    axes = record.ins[0].axes
+    for some in _subsets(d for d in record.eqn.params["axes"] if n.is_cut(axes[d])):
+        out = join(out, n.rebind(record, [n.absent(record, 0, some)])[0])
     return [out]
 
 

@@ -12,7 +12,7 @@ from jax.extend.core import Literal
 
 from sdp_jax.tracing.rule import Flops, Rule, moves, per_entry
 from sdp_jax.tracing.trace import Record, Trace, freeze_all, number_of
-from sdp_jax.tracing.values import ZERO, Factor, Fill, Value, length
+from sdp_jax.tracing.values import ZERO, Factor, Fill, Value, length, union
 
 # f(x) = x
 COPY = "convert_element_type copy copy_p name device_put stop_gradient".split()
@@ -70,14 +70,19 @@ def combine(
                 given[i] = ZERO if ins[i].zero else f.fill
             operands = factors
             poles = {"pole": given, "first": given[1:]}.get(fills, [])
-            if any(f is not None for f in poles):
+            poles = [f for f in poles if f is not None]
+            if all(poles):  # What parameters hold must not become zero.
+                t.nonzero |= ZERO.union(*poles)
+            else:
                 factors = t.freeze(eqn, factors[:1], "is not finite at zero")
-            fill = joint_fill(t, given[skip:], fills)
+            fill = joint_fill(t, given[skip:], fills, data)
             fill = otherwise(given) if fill is None else fill
-            even = fill is None and all(
-                ins[i].zero or f.fill == ZERO or f.even
-                for i, f in zip(along, operands, strict=True)
-            )
+            even = None
+            if fill is None:
+                even = union(
+                    f.even if given[i] is None else given[i]
+                    for i, f in zip(along, operands, strict=True)
+                )
             axis.append(Factor(factors[0].atoms, fill, even))
         axes.append(tuple(axis))
     return Value(tuple(axes), data, zero)
@@ -89,7 +94,7 @@ def _zero(zeros: list[bool], fills: str) -> bool:
     return {"all": all(zeros), "any": any(zeros)}.get(fills, False)
 
 
-def joint_fill(t: Trace, fills: Sequence[Fill], how: str) -> Fill:
+def joint_fill(t: Trace, fills: Sequence[Fill], how: str, data: bool) -> Fill:
     """What a result holds at absent positions, by what its operands hold there."""
     known = [f for f in fills if f is not None]
     if how in ("lose", "pole") or not known:
@@ -100,6 +105,8 @@ def joint_fill(t: Trace, fills: Sequence[Fill], how: str) -> Fill:
         return ZERO.union(*known) if len(known) == len(fills) else None
     if len(known) == 1:
         return known[0]
+    if not data:  # One is enough: of g · v / ‖v‖ the scale.
+        return min(known, key=t.entries)
     for f in known:
         t.settle(f)
     return ZERO

@@ -13,7 +13,16 @@ from sdp_jax.tracing.evaluate import pick_out
 from sdp_jax.tracing.rule import Rule, moves
 from sdp_jax.tracing.sizes import Equation
 from sdp_jax.tracing.trace import Record, Trace, freeze_all, need_zero
-from sdp_jax.tracing.values import ZERO, Axis, Factor, Fill, Value, length, refill
+from sdp_jax.tracing.values import (
+    ZERO,
+    Axis,
+    Factor,
+    Fill,
+    Value,
+    length,
+    refill,
+    union,
+)
 
 
 def _broadcast(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
@@ -33,7 +42,7 @@ def _broadcast(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
 
 def _repeated(t: Trace, size: int, fill: Fill) -> Axis:
     """An axis along which an array is the same everywhere."""
-    return tuple(Factor(f.atoms, fill, True) for f in t.space.fresh(size, fill))
+    return tuple(Factor(f.atoms, fill, ZERO) for f in t.space.fresh(size, fill))
 
 
 def _rebuild_broadcast(n: Any, record: Record, args: list[Any]) -> list[Any]:
@@ -205,19 +214,15 @@ def _join(t: Trace, lines: list[Axis]) -> Axis:
         return t.space.plain(sum(length(line) for line in lines))
     atoms = np.concatenate([f[0].atoms if f else np.zeros(1, np.int32) for f in flat])
     live = [f[0].fill for f in flat if f and not t.space.is_plain(f[0])]
-    return (Factor(atoms, _union(live)),)
+    return (Factor(atoms, union(live)),)
 
 
 def _together(t: Trace, eqn: Any, lines: list[Axis]) -> Axis:
     """An axis that runs along all operands: zero where all of them are."""
     return tuple(
-        Factor(fs[0].atoms, _union([f.fill for f in fs]))
+        Factor(fs[0].atoms, union(f.fill for f in fs))
         for fs in zip(*t.unify(eqn, lines), strict=True)
     )
-
-
-def _union(fills: list[Fill]) -> Fill:
-    return None if None in fills else ZERO.union(*(f or ZERO for f in fills))
 
 
 def _tile(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -54,15 +54,23 @@ Nested: TypeAlias = tuple[list[Value], tuple[Body, ...]]
 
 
 class Trace:
-    """One walk: the space of atoms, and which parameter axes must be zero."""
+    """One walk: the space of atoms, and which parameter axes must be zero or not."""
 
-    def __init__(self, rules: Mapping[str, Rule], *, derivatives: bool = True) -> None:
+    def __init__(
+        self,
+        rules: Mapping[str, Rule],
+        nonzero: Iterable[int] = (),
+        *,
+        derivatives: bool = True,
+    ) -> None:
         # Derivative rules of element-wise functions: they ask for nothing new, but
         # evaluation needs them.
         self.derivatives = derivatives
         self.space = Space()
         self.sizes = Sizes()
         self.producers: set[int] = set()
+        self.nonzero = set(nonzero)
+        self.weights: list[int] = []  # Entries at a position of each parameter axis.
         self.depth = 0
         self._place: Any = None
         self._rules = rules
@@ -190,6 +198,10 @@ class Trace:
             return ZERO
         return fill
 
+    def entries(self, fill: frozenset[int]) -> int:
+        """How many parameters of a channel a fill asks to be zero."""
+        return sum(self.weights[number] for number in fill)
+
     def settled(self, value: Value) -> Value:
         """Settles the fills of an activation."""
         if not value.data or not any(f.fill for axis in value.axes for f in axis):
@@ -223,7 +235,7 @@ def need_zero(t: Trace, eqn: Any, axis: Axis) -> None:
 
 def _uneven(value: Value) -> Value:
     """The value where nothing is known of what absent positions hold but zeros."""
-    if not any(f.even for axis in value.axes for f in axis):
+    if all(f.even is None for axis in value.axes for f in axis):
         return value
     axes = tuple(tuple(Factor(f.atoms, f.fill) for f in axis) for axis in value.axes)
     return dataclasses.replace(value, axes=axes)

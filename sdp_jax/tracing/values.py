@@ -9,7 +9,7 @@ are zero there (a set of their numbers, empty for "0 anyway"), or something else
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TypeAlias
 
 import numpy as np
@@ -25,13 +25,13 @@ _LONGEST = 1 << 24
 class Factor:
     """A factor of an axis: its atoms and what absent positions hold.
 
-    It is ``even`` where all of them hold the same, not zero, which can be computed from
-    arrays of the same jaxpr.
+    Where that is not zero, ``even`` says that all of them hold the same, which can be
+    computed from arrays of the same jaxpr: once certain parameter axes are zero there.
     """
 
     atoms: np.ndarray
     fill: Fill
-    even: bool = False
+    even: Fill = None
 
     @property
     def size(self) -> int:
@@ -68,6 +68,12 @@ def length(axis: Axis) -> int:
 def refill(axis: Axis, fill: Fill) -> Axis:
     """The same axis with another fill."""
     return tuple(Factor(f.atoms, fill) for f in axis)
+
+
+def union(fills: Iterable[Fill]) -> Fill:
+    """What holds where all of several fills do."""
+    given = list(fills)
+    return None if None in given else ZERO.union(*(f or ZERO for f in given))
 
 
 def agree(axes: Sequence[Axis]) -> Axis:
@@ -122,7 +128,7 @@ class Space:
         fill = ZERO if value.zero else None
         axes = []
         for axis in value.axes:
-            even = all(f.even for f in axis)
+            even = union(f.even for f in axis)
             new = self.fresh(length(axis), fill)
             axes.append(tuple(Factor(f.atoms, fill, even) for f in new))
         return dataclasses.replace(value, axes=tuple(axes))
@@ -165,8 +171,7 @@ class Space:
         if all(self.is_plain(f) for f in axis):
             return self.plain(length(axis))
         live = [f for f in axis if not self.is_plain(f)]
-        fills = [f.fill for f in live]
-        fill = None if None in fills else ZERO.union(*(f or ZERO for f in fills))
+        fill = union(f.fill for f in live)
         key = tuple(id(f.atoms) for f in axis)
         if key not in self._flat:
             arrays = [f.atoms for f in axis]
