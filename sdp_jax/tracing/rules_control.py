@@ -20,6 +20,8 @@ from sdp_jax.tracing.values import Axis, Factor, Value, agree, refill
 
 # Rules of derivatives call the function itself; this deep their rules are followed.
 MAX_DEPTH = 2
+# What a loop carries is no longer what is known of it before.
+_CHANGES = {"data": True, "zero": False, "known": None, "free": False, "still": False}
 CLOSED = (
     "has a derivative rule that closes over values of the function around it, which "
     "cannot be cut; hand them over as arguments"
@@ -65,10 +67,7 @@ def _repeat(
     run: Callable[[list[Value]], tuple[Body, list[Value]]],
 ) -> tuple[Body, list[Value]]:
     """Traces a loop until the fills of what it carries hold all the time."""
-    now = [
-        t.settled(dataclasses.replace(v, data=True, zero=False, known=None, free=False))
-        for v in carry
-    ]
+    now = [t.settled(dataclasses.replace(v, **_CHANGES)) for v in carry]
     while True:
         body, outs = run(now)
         outs = [t.settled(dataclasses.replace(v, data=True)) for v in outs]

@@ -18,12 +18,12 @@ from sdp_jax.tracing.values import ZERO, Factor, Fill, Value, length, union
 COPY = "convert_element_type copy copy_p name device_put stop_gradient".split()
 # f(0) = 0
 KEEP = (
-    "neg tanh sin tan asin atan sinh asinh atanh erf expm1 log1p sqrt cbrt abs sign "
-    "floor ceil round real imag conj reduce_precision square population_count"
+    "neg tanh sin tan asin atan sinh asinh atanh erf expm1 log1p abs sign floor ceil "
+    "round real imag conj reduce_precision square population_count"
 ).split()
 # f(0) is another number, or nobody knows
 LOSE = (
-    "exp exp2 atan2 cos acos cosh acosh logistic not is_finite erfc erf_inv bessel_i0e "
+    "exp exp2 cos acos cosh acosh logistic not is_finite erfc erf_inv bessel_i0e "
     "bessel_i1e igamma igammac polygamma eq ge le nextafter clz xor shift_left "
     "shift_right_logical shift_right_arithmetic threefry2x32 random_gamma_grad "
     "regularized_incomplete_beta eq_to le_to lt_to"
@@ -117,6 +117,13 @@ def _map(fills: str, t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
     return [combine(t, eqn, ins, fills, otherwise=at_zero)] * len(eqn.outvars)
 
 
+def _steep(fills: str, t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
+    """Where all operands are zero, there is no finite derivative."""
+    zero = combine(t, eqn, ins, "all")
+    t.is_steep(eqn, ins, zero)
+    return [zero if fills == "all" else combine(t, eqn, ins, fills)]
+
+
 def _evaluated(eqn: Any, ins: Sequence[Value], given: Sequence[Fill]) -> Fill:
     """The fill of f(0, constants), by evaluation."""
     numbers, fill = [], ZERO
@@ -179,6 +186,8 @@ def _integer_pow(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
 def _pow(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
     exponent = _literal(eqn, 1)
     if exponent is not None:
+        if 0 < exponent < 1:
+            return _steep("all", t, eqn, ins[:1])
         return [combine(t, eqn, ins[:1], "all" if exponent > 0 else "pole")]
     base = _literal(eqn, 0)
     if base is not None and base > 0:
@@ -240,6 +249,10 @@ RULES: dict[str, Rule] = {
     **_each(FIRST, "first"),
     "select_n": Rule(_select, even=True, flops=moves),
     "clamp": Rule(functools.partial(_map, "lose"), even=True),
+    **dict.fromkeys(
+        ("sqrt", "cbrt"), Rule(functools.partial(_steep, "all"), even=True)
+    ),
+    "atan2": Rule(functools.partial(_steep, "lose"), even=True),
     "integer_pow": Rule(_integer_pow, even=True),
     "pow": Rule(_pow, even=True),
     "optimization_barrier": Rule(_many, flops=moves),

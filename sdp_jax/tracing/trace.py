@@ -19,6 +19,8 @@ from sdp_jax.tracing.values import ZERO, Axis, Factor, Fill, Space, Value
 
 _SMALL = 65536
 INEXACT = "sums over channels that do not become zero"
+# No derivative goes through them.
+_STILL = frozenset("stop_gradient sign floor ceil round".split())
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -71,7 +73,10 @@ class Trace:
         self.producers: set[int] = set()
         self.nonzero = set(nonzero)
         self.weights: list[int] = []  # Entries at a position of each parameter axis.
+        # Where a derivative is not finite once channels are zero.
+        self.steep: list[tuple[Reason, Factor]] = []
         self.depth = 0
+        self._moves = True  # Whether derivatives go back through the equation at hand.
         self._place: Any = None
         self._rules = rules
 
@@ -114,9 +119,15 @@ class Trace:
             return env[var]
 
         records = []
-        for eqn in _live(jaxpr):
+        outer = self._moves
+        for eqn, moves in _live(jaxpr):
+            # Of what has a derivative of its own, no other is taken.
+            own = eqn.primitive.name.startswith("custom_")
+            self._moves = outer and moves and not own
             values = [read(v) for v in eqn.invars]
             free = all(v.free for v in values)
+            still = all(v.free or v.still for v in values)
+            still = still or eqn.primitive.name in _STILL
             copied = frozenset(
                 i for i, v in enumerate(values) if v.free and v.axes and not free
             )
@@ -131,11 +142,14 @@ class Trace:
             outs = [self.settled(v) for v in outs]
             if not rule.even:
                 outs = [_uneven(v) for v in outs]
-            outs = [dataclasses.replace(v, free=free) for v in outs]
+            outs = [
+                dataclasses.replace(v, free=free, still=still or v.still) for v in outs
+            ]
             if rule.known:
                 outs = self._compute(view, values, outs)
             records.append(Record(eqn, view, values, outs, bodies, copied))
             env.update(zip(eqn.outvars, outs, strict=True))
+        self._moves = outer
         outs = [read(v) for v in jaxpr.outvars]
         # What is free is whole in its body, whatever the caller takes of it.
         copied = frozenset(
@@ -212,6 +226,14 @@ class Trace:
         )
         return dataclasses.replace(value, axes=axes)
 
+    def is_steep(self, eqn: Any, ins: Sequence[Value], value: Value) -> None:
+        """Notes that a derivative is not finite where a value is zero."""
+        if self._moves and not all(v.free or v.still for v in ins):
+            why = self._reason(eqn, "has no finite derivative at zero")
+            for f in (f for axis in value.axes for f in axis):
+                if f.fill is not None and not self.space.is_plain(f):
+                    self.steep.append((why, f))
+
     def freeze(self, eqn: Any, axis: Axis, why: str) -> Axis:
         """Freezes an axis on account of an equation."""
         return self.space.freeze(axis, self._reason(eqn, why))
@@ -241,15 +263,24 @@ def _uneven(value: Value) -> Value:
     return dataclasses.replace(value, axes=axes)
 
 
-def _live(jaxpr: Any) -> list[Any]:
-    """The equations on which results depend."""
+def _live(jaxpr: Any) -> list[tuple[Any, bool]]:
+    """The equations on which results depend, and whether derivatives come to them."""
     needed = {v for v in jaxpr.outvars if not isinstance(v, Literal)}
+    moving = {v for v in needed if _is_float(v)}
     live = []
     for eqn in reversed(jaxpr.eqns):
         if eqn.effects or not needed.isdisjoint(eqn.outvars):
-            live.append(eqn)
-            needed.update(v for v in eqn.invars if not isinstance(v, Literal))
+            operands = {v for v in eqn.invars if not isinstance(v, Literal)}
+            needed |= operands
+            still = eqn.primitive.name in _STILL or moving.isdisjoint(eqn.outvars)
+            if not still:
+                moving.update(filter(_is_float, operands))
+            live.append((eqn, not still))
     return live[::-1]
+
+
+def _is_float(var: Any) -> bool:
+    return jnp.issubdtype(getattr(var.aval, "dtype", np.int32), jnp.inexact)
 
 
 def _is_index(shape: Sequence[int], dtype: Any) -> bool:

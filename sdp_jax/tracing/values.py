@@ -53,6 +53,8 @@ class Value:
     known: np.ndarray | None = None
     # Depends on neither parameters nor inputs: each reader may take another part.
     free: bool = False
+    # No derivative comes to it: it hangs on what stops gradients.
+    still: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
