@@ -26,6 +26,24 @@ def standardised(p, axis=0):
     return w / jnp.sqrt((w**2).mean(axis) + 1e-9)
 
 
+def centred(w):
+    return w - w.mean(0)
+
+
+def spread(p):
+    """The variance is a call of its own."""
+    w = centred(p["v"])
+    return w / jnp.sqrt(jnp.var(w, axis=0) + 1e-9)
+
+
+def called(call):
+    def weight(p):
+        w = call(centred)(p["v"])
+        return w * jax.lax.rsqrt((w**2).sum(0) + 1e-9)
+
+    return weight
+
+
 def bounded(p):
     w = p["v"] - p["v"].mean()
     return w / (w.max() - w.min())
@@ -43,6 +61,9 @@ SCALED = WIDTHS | {"g": (6,)}
 # What each makes producers, beside the first layer's filters.
 WEIGHTS = {
     "standardised": (standardised, WIDTHS, {("v", 0), ("v", 1)}),
+    "centred before a call": (spread, WIDTHS, {("v", 0), ("v", 1)}),
+    "centred in a call": (called(jax.jit), WIDTHS, {("v", 0), ("v", 1)}),
+    "centred when needed": (called(jax.checkpoint), WIDTHS, {("v", 0), ("v", 1)}),
     "standardised as a whole": (
         lambda p: standardised(p, None),
         WIDTHS,

@@ -2,7 +2,8 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -34,6 +35,15 @@ def pick_out(array: Any, index: np.ndarray, axis: int) -> Any:
         return lax.slice_in_dim(array, int(index[0]), int(index[-1]) + 1, axis=axis)
     where = jnp.asarray(array).at[(slice(None),) * axis + (index,)]
     return where.get(mode="promise_in_bounds", wrap_negative_indices=False)
+
+
+def subsets(items: Iterable[int]) -> Iterator[tuple[int, ...]]:
+    """All of them but the empty one: the axes along which an entry is absent."""
+    given = list(items)
+    sizes = range(1, len(given) + 1)
+    return itertools.chain.from_iterable(
+        itertools.combinations(given, size) for size in sizes
+    )
 
 
 _NOTHING = contextlib.nullcontext()
@@ -118,11 +128,53 @@ class Evaluator:
 
     def run(self, body: Body, args: Sequence[Any]) -> list[Any]:
         """Evaluates a body on small arrays."""
+        with self._frame() as frame:
+            return self._run(body, args, frame)
+
+    @contextlib.contextmanager
+    def _frame(self) -> Iterator[_Frame]:
         self._frames.append(_Frame({}))
         try:
-            return self._run(body, args, self._frames[-1])
+            yield self._frames[-1]
         finally:
             self._frames.pop()
+
+    def call(
+        self, record: Record, args: Sequence[Any], wrap: Callable[[Any], Any]
+    ) -> list[Any]:
+        """Evaluates the body of a call, which ``wrap`` makes one.
+
+        What absent positions hold goes in, and comes back, along with the arrays.
+        """
+        body, outer = record.bodies[0], self._frames[-1]
+        given = [(k, w) for k, v in enumerate(record.ins) for w in self._lost(v)]
+        asked = [(k, w) for k, v in enumerate(record.outs) for w in self._lost(v)]
+
+        def function(args: Sequence[Any], rest: Sequence[Any]) -> Any:
+            with self._frame() as frame:
+                for (k, where), array in zip(given, rest, strict=True):
+                    frame.absent[body.jaxpr.invars[k], where] = array
+                outs, var = self._run(body, args, frame), body.jaxpr.outvars
+                return outs, [
+                    self._absent(var[k], body.outs[k], where, k in body.copied)
+                    for k, where in asked
+                ]
+
+        rest = [self.absent(record, k, where) for k, where in given]
+        outs, rest = wrap(function)(args, rest)
+        for (k, where), array in zip(asked, rest, strict=True):
+            outer.absent[record.eqn.outvars[k], where] = array
+        return outs
+
+    def _lost(self, value: Value) -> list[tuple[int, ...]]:
+        """The sets of axes along which it is known what absent positions hold."""
+        return list(
+            subsets(
+                d
+                for d, axis in enumerate(value.axes)
+                if self.is_lost(axis) and len(axis) == 1 and axis[0].even is not None
+            )
+        )
 
     def _run(self, body: Body, args: Sequence[Any], frame: _Frame) -> list[Any]:
         env = frame.env
@@ -161,14 +213,20 @@ class Evaluator:
 
     def absent(self, record: Record, operand: int, dimensions: Sequence[int]) -> Any:
         """What positions of an operand hold that are absent along axes, at length 1."""
-        var, value = record.eqn.invars[operand], record.ins[operand]
+        copied = operand in record.copied
+        var = record.eqn.invars[operand]
+        return self._absent(var, record.ins[operand], dimensions, copied)
+
+    def _absent(
+        self, var: Any, value: Value, dimensions: Sequence[int], copied: bool
+    ) -> Any:
         if isinstance(var, Literal):
             return var.val
         frame = self._frames[-1]
         array = frame.env[var]
         # A scalar has none of these axes; length 1 stands for every position.
-        where = tuple(d for d in dimensions if value.axes and value.axes[d])
-        if operand in record.copied:
+        where = tuple(sorted(d for d in dimensions if value.axes and value.axes[d]))
+        if copied:
             for d in where:
                 array = lax.slice_in_dim(array, 0, 1, axis=d)
             axes = tuple(() if d in where else a for d, a in enumerate(value.axes))

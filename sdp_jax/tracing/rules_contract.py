@@ -1,13 +1,13 @@
 """Contractions and reductions: where absent terms must be zero."""
 
-import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
 
+from sdp_jax.tracing.evaluate import subsets
 from sdp_jax.tracing.rule import Rule, per_operand_entry
 from sdp_jax.tracing.rules_elementwise import joint_fill
 from sdp_jax.tracing.trace import INEXACT, Record, Trace, freeze_all, need_zero
@@ -134,20 +134,11 @@ def _even_out(t: Trace, eqn: Any, x: Value, dimensions: Sequence[int]) -> None:
 def _rebuild_sum(n: Any, record: Record, args: list[Any]) -> list[Any]:
     (out,) = n.rebind(record, args)
     axes, shape = record.ins[0].axes, record.eqn.invars[0].aval.shape
-    for some in _subsets(d for d in record.eqn.params["axes"] if n.is_lost(axes[d])):
+    for some in subsets(d for d in record.eqn.params["axes"] if n.is_lost(axes[d])):
         (rest,) = n.rebind(record, [n.absent(record, 0, some)])
         absent = math.prod(shape[d] - n.size(axes[d], shape[d]) for d in some)
         out = out + rest * jnp.asarray(absent, out.dtype)
     return [out]
-
-
-def _subsets(items: Iterable[int]) -> Iterator[tuple[int, ...]]:
-    """All of them but the empty one: the axes along which an entry is absent."""
-    given = list(items)
-    sizes = range(1, len(given) + 1)
-    return itertools.chain.from_iterable(
-        itertools.combinations(given, size) for size in sizes
-    )
 
 
 def _psum(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
@@ -168,7 +159,7 @@ def _rebuild_extreme(n: Any, record: Record, args: list[Any]) -> list[Any]:
     join = lax.max if record.eqn.primitive.name == "reduce_max" else lax.min
     (out,) = n.rebind(record, args)
     axes = record.ins[0].axes
-    for some in _subsets(d for d in record.eqn.params["axes"] if n.is_cut(axes[d])):
+    for some in subsets(d for d in record.eqn.params["axes"] if n.is_cut(axes[d])):
         out = join(out, n.rebind(record, [n.absent(record, 0, some)])[0])
     return [out]
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,39 +21,36 @@ from sdp_jax.tracing.values import Axis, Factor, Value, agree, refill
 
 # Rules of derivatives call the function itself; this deep their rules are followed.
 MAX_DEPTH = 2
-# What a loop carries is no longer what is known of it before.
-_CHANGES = {"data": True, "zero": False, "known": None, "free": False, "still": False}
 CLOSED = (
     "has a derivative rule that closes over values of the function around it, which "
     "cannot be cut; hand them over as arguments"
 )
 
 
-def _call(t: Trace, eqn: Any, ins: list[Value]) -> Nested:
+def _call(t: Trace, eqn: Any, ins: list[Value], *, even: bool = False) -> Nested:
     inner = eqn.params["jaxpr" if "jaxpr" in eqn.params else "call_jaxpr"]
     consts = getattr(inner, "consts", ())
     # JAX traces its own functions once, wherever they were called first.
     with t.at(eqn) if is_jax(inner) else contextlib.nullcontext():
-        body = t.run(getattr(inner, "jaxpr", inner), consts, ins)
+        body = t.run(getattr(inner, "jaxpr", inner), consts, ins, even=even)
     return body.outs, (body,)
 
 
-def _rebuild_call(n: Any, record: Record, args: list[Any]) -> list[Any]:
-    def function(*args: Any) -> list[Any]:
-        return n.run(record.bodies[0], args)
+_even_call = functools.partial(_call, even=True)
 
-    function.__name__ = function.__qualname__ = str(record.eqn.params.get("name", "f"))
-    return jax.jit(function)(*args)
+
+def _rebuild_call(n: Any, record: Record, args: list[Any]) -> list[Any]:
+    def wrap(function: Any) -> Any:
+        name = str(record.eqn.params.get("name", "f"))
+        function.__name__ = function.__qualname__ = name
+        return jax.jit(function)
+
+    return n.call(record, args, wrap)
 
 
 def _rebuild_checkpoint(n: Any, record: Record, args: list[Any]) -> list[Any]:
-    p = record.eqn.params
-    function = jax.checkpoint(
-        lambda *args: n.run(record.bodies[0], args),
-        prevent_cse=p["prevent_cse"],
-        policy=p["policy"],
-    )
-    return function(*args)
+    how = {name: record.eqn.params[name] for name in ("prevent_cse", "policy")}
+    return n.call(record, args, functools.partial(jax.checkpoint, **how))
 
 
 def _inner(value: Value) -> Value:
@@ -67,7 +65,9 @@ def _repeat(
     run: Callable[[list[Value]], tuple[Body, list[Value]]],
 ) -> tuple[Body, list[Value]]:
     """Traces a loop until the fills of what it carries hold all the time."""
-    now = [t.settled(dataclasses.replace(v, **_CHANGES)) for v in carry]
+    # What is known of the start need not hold later.
+    less = {"zero": False, "known": None, "free": False, "still": False}
+    now = [t.settled(dataclasses.replace(v, data=True, **less)) for v in carry]
     while True:
         body, outs = run(now)
         outs = [t.settled(dataclasses.replace(v, data=True)) for v in outs]
@@ -361,12 +361,12 @@ def _rebuild_custom_vjp(n: Any, record: Record, args: list[Any]) -> list[Any]:
 RULES: dict[str, Rule] = {
     **dict.fromkeys(
         ("jit", "pjit", "closed_call"),
-        Rule(_call, rebuild=_rebuild_call, known=False, picks=True),
+        Rule(_even_call, rebuild=_rebuild_call, known=False, picks=True, even=True),
     ),
-    "core_call": Rule(_call, rebuild=_rebuild_call, known=False),
+    "core_call": Rule(_even_call, rebuild=_rebuild_call, known=False, even=True),
     **dict.fromkeys(
         ("remat2", "checkpoint", "remat"),
-        Rule(_call, rebuild=_rebuild_checkpoint, known=False),
+        Rule(_even_call, rebuild=_rebuild_checkpoint, known=False, even=True),
     ),
     "scan": Rule(_scan, rebuild=_rebuild_scan, known=False, runs=_scan_runs),
     "while": Rule(_while, rebuild=_rebuild_while, known=False, runs=_while_runs),

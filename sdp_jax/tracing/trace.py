@@ -102,10 +102,17 @@ class Trace:
     def _reason(self, eqn: Any, why: str) -> Reason:
         return Reason(eqn.primitive.name, why, self._place or eqn.source_info)
 
-    def run(self, jaxpr: Any, consts: Sequence[Any], ins: Sequence[Value]) -> Body:
-        """Walks a jaxpr."""
+    def run(
+        self,
+        jaxpr: Any,
+        consts: Sequence[Any],
+        ins: Sequence[Value],
+        *,
+        even: bool = False,
+    ) -> Body:
+        """Walks a jaxpr; ``even`` if it is given what absent positions hold."""
         const_values = [self.constant(c) for c in consts]
-        ins = [_uneven(v) for v in ins]
+        ins = list(ins) if even else [_uneven(v) for v in ins]
         env: dict[Any, Value] = {}
         env.update(zip(jaxpr.constvars, const_values, strict=True))
         env.update(zip(jaxpr.invars, ins, strict=True))
