@@ -178,7 +178,7 @@ PROGRAMS = {
     "sum of what differs": (
         lambda p, x: (jnp.arange(8.0) + x @ p["a"]).sum(-1) * p["b"].sum(),
         MLP,
-        {"b": 8, "b[1]": 3},
+        {"a": 8, "b": 8, "b[1]": 3},
     ),
     "sum of what came through a loop": (
         lambda p, x: (

@@ -3,7 +3,14 @@
 import contextlib
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    Callable,
+    Collection,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from typing import Any
 
 import jax
@@ -85,6 +92,11 @@ class Evaluator:
     def is_lost(self, axis: Axis) -> bool:
         """Whether positions of an axis are gone that are not zero."""
         return any(f.fill is None and not self._factor(f.atoms)[1] for f in axis)
+
+    def varies(self, value: Value, dimension: int) -> bool:
+        """Whether absent positions along an axis differ."""
+        axis = value.axes[dimension]
+        return self.is_lost(axis) and len(axis) == 1 and axis[0].varied
 
     def mask(self, axis: Axis) -> np.ndarray:
         """Which positions of an axis are kept."""
@@ -172,7 +184,7 @@ class Evaluator:
             subsets(
                 d
                 for d, axis in enumerate(value.axes)
-                if self.is_lost(axis) and len(axis) == 1 and axis[0].even is not None
+                if self.is_lost(axis) and len(axis) == 1 and axis[0].rest is not None
             )
         )
 
@@ -211,14 +223,28 @@ class Evaluator:
                     "please report it with the function"
                 )
 
-    def absent(self, record: Record, operand: int, dimensions: Sequence[int]) -> Any:
-        """What positions of an operand hold that are absent along axes, at length 1."""
+    def absent(
+        self,
+        record: Record,
+        operand: int,
+        dimensions: Sequence[int],
+        each: Collection[int] = (),
+    ) -> Any:
+        """What positions of an operand hold that are absent along axes.
+
+        It has length 1 there, unless they differ, or for what meets it along ``each``.
+        """
         copied = operand in record.copied
         var = record.eqn.invars[operand]
-        return self._absent(var, record.ins[operand], dimensions, copied)
+        return self._absent(var, record.ins[operand], dimensions, copied, each)
 
     def _absent(
-        self, var: Any, value: Value, dimensions: Sequence[int], copied: bool
+        self,
+        var: Any,
+        value: Value,
+        dimensions: Sequence[int],
+        copied: bool,
+        each: Collection[int] = (),
     ) -> Any:
         if isinstance(var, Literal):
             return var.val
@@ -226,36 +252,53 @@ class Evaluator:
         array = frame.env[var]
         # A scalar has none of these axes; length 1 stands for every position.
         where = tuple(sorted(d for d in dimensions if value.axes and value.axes[d]))
-        if copied:
-            for d in where:
-                array = lax.slice_in_dim(array, 0, 1, axis=d)
-            axes = tuple(() if d in where else a for d, a in enumerate(value.axes))
-            return self.take(array, dataclasses.replace(value, axes=axes))
-        if not where:
+        if not where and not copied:
             return array
-        key = (var, where)
-        if key not in frame.absent:
+        zero = value.zero or not all(self.is_lost(value.axes[d]) for d in where)
+        own = [d for d in where if not zero and self.varies(value, d)]
+        if copied:
+            gone = tuple(() if d in where else a for d, a in enumerate(value.axes))
+            for d in where:
+                self.check_fixed(array.shape[d])
+                some = np.flatnonzero(~self.mask(value.axes[d]))
+                array = pick_out(array, some if d in own else some[:1], d)
+            found = self.take(array, dataclasses.replace(value, axes=gone))
+        elif zero:
             shape = [1 if d in where else n for d, n in enumerate(array.shape)]
-            if value.zero or not all(self.is_lost(value.axes[d]) for d in where):
-                frame.absent[key] = jnp.zeros(shape, array.dtype)
-            else:
-                frame.absent[key] = self._repeat(frame.makers[var], where, shape)
-        return frame.absent[key]
+            found = jnp.zeros(shape, array.dtype)
+        else:
+            if (var, where) not in frame.absent:
+                found = self._repeat(frame.makers[var], array.shape, where, own)
+                frame.absent[var, where] = found
+            found = frame.absent[var, where]
+        shape = list(found.shape)
+        for d in set(each).intersection(where):
+            shape[d] = int((~self.mask(value.axes[d])).sum())
+        return jnp.broadcast_to(found, shape)
 
     def _repeat(
-        self, record: Record, dimensions: Sequence[int], shape: Sequence[Any]
+        self,
+        record: Record,
+        whole: Sequence[Any],
+        dimensions: Sequence[int],
+        each: Sequence[int],
     ) -> Any:
         """An equation again, on what absent positions hold."""
         which = record.ins[0].known
         if record.eqn.primitive.name == "select_n" and which is not None:
             if not which.ndim:  # The others need not be even.
-                return self.absent(record, 1 + int(which), dimensions)
+                return self.absent(record, 1 + int(which), dimensions, each)
         if record.eqn.primitive.name != "broadcast_in_dim":
-            ins = [self.absent(record, k, dimensions) for k in range(len(record.ins))]
+            operands = range(len(record.ins))
+            ins = [self.absent(record, k, dimensions, each) for k in operands]
             return self.rebind(record, ins)[0]
         where = list(record.eqn.params["broadcast_dimensions"])
         inner = [where.index(d) for d in dimensions if d in where]
-        return lax.broadcast_in_dim(self.absent(record, 0, inner), shape, where)
+        small = self.absent(record, 0, inner)
+        shape = [1 if d in dimensions else n for d, n in enumerate(whole)]
+        for d in each:
+            shape[d] = small.shape[where.index(d)]
+        return lax.broadcast_in_dim(small, shape, where)
 
     def _evaluate(self, record: Record, args: list[Any]) -> Sequence[Any]:
         # Also where a cut has emptied a part: a group of which no channel is left.

@@ -121,14 +121,14 @@ def _sum(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
 
 
 def _even_out(t: Trace, eqn: Any, x: Value, dimensions: Sequence[int]) -> None:
-    """Reduces over axes whose absent entries are zero, or the same along the axis."""
+    """Reduces over axes whose absent entries are zero, or can be computed."""
     for d in dimensions:
         live = [f for f in x.axes[d] if not t.space.is_plain(f)]
-        even = live[0].even if len(live) == 1 and live[0].fill is None else None
-        if even is None:
+        rest = live[0].rest if len(live) == 1 and live[0].fill is None else None
+        if rest is None:
             need_zero(t, eqn, x.axes[d])
         else:
-            t.settle(even)
+            t.settle(rest)
 
 
 def _rebuild_sum(n: Any, record: Record, args: list[Any]) -> list[Any]:
@@ -136,8 +136,12 @@ def _rebuild_sum(n: Any, record: Record, args: list[Any]) -> list[Any]:
     axes, shape = record.ins[0].axes, record.eqn.invars[0].aval.shape
     for some in subsets(d for d in record.eqn.params["axes"] if n.is_lost(axes[d])):
         (rest,) = n.rebind(record, [n.absent(record, 0, some)])
-        absent = math.prod(shape[d] - n.size(axes[d], shape[d]) for d in some)
-        out = out + rest * jnp.asarray(absent, out.dtype)
+        times = [
+            shape[d] - n.size(axes[d], shape[d])
+            for d in some
+            if not n.varies(record.ins[0], d)
+        ]
+        out = out + rest * jnp.asarray(math.prod(times), out.dtype)
     return [out]
 
 

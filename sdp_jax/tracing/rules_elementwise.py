@@ -77,13 +77,10 @@ def combine(
                 factors = t.freeze(eqn, factors[:1], "is not finite at zero")
             fill = joint_fill(t, given[skip:], fills, data)
             fill = otherwise(given) if fill is None else fill
-            even = None
-            if fill is None:
-                even = union(
-                    f.even if given[i] is None else given[i]
-                    for i, f in zip(along, operands, strict=True)
-                )
-            axis.append(Factor(factors[0].atoms, fill, even))
+            lost = [f for i, f in zip(along, operands, strict=True) if given[i] is None]
+            rest = union([*(given[i] or ZERO for i in along), *(f.rest for f in lost)])
+            varied = any(f.varied for f in lost)
+            axis.append(Factor(factors[0].atoms, fill, rest, varied))
         axes.append(tuple(axis))
     return Value(tuple(axes), data, zero)
 

@@ -71,6 +71,7 @@ class Trace:
         self.space = Space()
         self.sizes = Sizes()
         self.producers: set[int] = set()
+        self.makers: set[int] = set()  # Those that make activations zero.
         self.nonzero = set(nonzero)
         self.weights: list[int] = []  # Entries at a position of each parameter axis.
         # Where a derivative is not finite once channels are zero.
@@ -227,8 +228,10 @@ class Trace:
         """Settles the fills of an activation."""
         if not value.data or not any(f.fill for axis in value.axes for f in axis):
             return value
+        for fill in (f.fill for axis in value.axes for f in axis):
+            self.makers |= fill or ZERO
         axes = tuple(
-            tuple(Factor(f.atoms, self.settle(f.fill), f.even) for f in axis)
+            tuple(dataclasses.replace(f, fill=self.settle(f.fill)) for f in axis)
             for axis in value.axes
         )
         return dataclasses.replace(value, axes=axes)
@@ -264,7 +267,7 @@ def need_zero(t: Trace, eqn: Any, axis: Axis) -> None:
 
 def _uneven(value: Value) -> Value:
     """The value where nothing is known of what absent positions hold but zeros."""
-    if all(f.even is None for axis in value.axes for f in axis):
+    if all(f.rest is None for axis in value.axes for f in axis):
         return value
     axes = tuple(tuple(Factor(f.atoms, f.fill) for f in axis) for axis in value.axes)
     return dataclasses.replace(value, axes=axes)

@@ -25,13 +25,15 @@ _LONGEST = 1 << 24
 class Factor:
     """A factor of an axis: its atoms and what absent positions hold.
 
-    Where that is not zero, ``even`` says that all of them hold the same, which can be
-    computed from arrays of the same jaxpr: once certain parameter axes are zero there.
+    Where that is not zero, ``rest`` says whether it can be computed from arrays of the
+    same jaxpr, once certain parameter axes are zero there. All absent positions hold
+    the same, unless it has ``varied`` with a constant that differs between them.
     """
 
     atoms: np.ndarray
     fill: Fill
-    even: Fill = None
+    rest: Fill = None
+    varied: bool = False
 
     @property
     def size(self) -> int:
@@ -130,9 +132,9 @@ class Space:
         fill = ZERO if value.zero else None
         axes = []
         for axis in value.axes:
-            even = union(f.even for f in axis)
+            varied = any(f.rest is None or f.varied for f in axis)
             new = self.fresh(length(axis), fill)
-            axes.append(tuple(Factor(f.atoms, fill, even) for f in new))
+            axes.append(tuple(Factor(f.atoms, fill, ZERO, varied) for f in new))
         return dataclasses.replace(value, axes=tuple(axes))
 
     def freeze(self, axis: Axis, reason: Reason) -> Axis:
@@ -219,7 +221,7 @@ class Space:
                 else:
                     self.atoms.equate(head.atoms, f.atoms)
             for line, f in zip(out, factors, strict=True):
-                line.append(Factor(head.atoms, f.fill, f.even))
+                line.append(dataclasses.replace(f, atoms=head.atoms))
         return [tuple(line) for line in out]
 
     def regroup(self, axes: Sequence[Axis], sizes: Sequence[int]) -> list[Axis] | None:

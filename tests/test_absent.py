@@ -1,4 +1,4 @@
-"""Weights made of parameters: standardised, normalised, divided by others."""
+"""What is absent need not be zero: statistics of weights, divisors, constants."""
 
 import jax
 import jax.numpy as jnp
@@ -127,6 +127,40 @@ def test_layer_norm_of_a_learned_array(x64):
     assert groups["rows"].size == 7
     asked = {(m.path, m.axis) for m in groups["rows"].producers}
     assert asked == {("rows", 1), ("scale", 0), ("shift", 0)}
+
+
+TABLE = jnp.sin(jnp.arange(5)[:, None] / jnp.arange(1.0, 9))
+
+
+def root_mean_square(h):
+    return h * jax.lax.rsqrt((h**2).mean(-1, keepdims=True) + 1e-9)
+
+
+def two_pass(h):
+    return (h - h.mean(-1, keepdims=True)) * jax.lax.rsqrt(
+        jnp.var(h, -1, keepdims=True) + 1e-9
+    )
+
+
+CONSTANTS = {
+    "root mean square": root_mean_square,
+    "two passes": two_pass,
+    "two passes in a call": jax.jit(two_pass),
+    "again": lambda h: two_pass(jax.jit(root_mean_square)(h) + TABLE),
+    "softmax": jax.nn.softmax,
+    "largest": lambda h: h - h.max(-1, keepdims=True),
+    "of all": lambda h: h / (1 + (h**2).sum()),
+}
+
+
+@pytest.mark.parametrize("name", CONSTANTS)
+def test_constants_that_differ_between_channels(name, x64):
+    def fn(p, x):
+        return CONSTANTS[name](x @ p["a"] + TABLE) @ p["b"]
+
+    groups = promise.check(fn, randoms(a=(3, 8), b=(8, 2)), (X,), shares=(0.5, 0.99))
+    assert groups.sizes == {"a": 8}
+    assert producers(groups) == {("a", 1), ("b", 0)}
 
 
 DIVIDED = {
