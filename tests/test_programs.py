@@ -14,10 +14,12 @@ X = np.random.default_rng(0).normal(size=(3, 4, 5))
 OPS = st.sampled_from(
     "tanh relu sigmoid scale add concat slice reshape transpose pad mean where flip "
     "matmul heads broadcast conv depthwise grouped gather window layernorm groupnorm "
-    "softmax largest cumsum split scan jit norms".split()
+    "softmax largest cumsum split scan jit norms standardised divided table".split()
 )
 KERNELS = {
     "matmul": (12, 12),
+    "standardised": (12, 12),
+    "divided": (12,),
     "scan": (12, 12),
     "scale": (12,),
     "add": (12,),
@@ -68,6 +70,13 @@ def test_random_programs_keep_the_promise(ops, seed):
                 x = x * w if op == "scale" else x + w
             elif op == "matmul":
                 x = x + jnp.tanh(x @ w)
+            elif op == "standardised":
+                w = w - w.mean(0)
+                x = x + jnp.tanh(x @ (w / jnp.sqrt(1e-3 + jnp.var(w, 0))))
+            elif op == "divided":
+                x = x / w
+            elif op == "table":
+                x = x + jnp.sin(jnp.arange(12.0))
             elif op == "concat":
                 x = jnp.concatenate([x[..., 6:], x[..., :6]], -1)
             elif op == "slice":
