@@ -11,7 +11,7 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,9 @@ from sdp_jax.tracing.atoms import Solution
 from sdp_jax.tracing.rule import Rule
 from sdp_jax.tracing.trace import NO_RULE, Body, Record, is_empty
 from sdp_jax.tracing.values import Axis, Value, length
+
+# The number of an array, axes along which positions are absent, where they differ.
+Place: TypeAlias = tuple[int, tuple[int, ...], tuple[int, ...]]
 
 
 @dataclasses.dataclass
@@ -158,35 +161,57 @@ class Evaluator:
 
         What absent positions hold goes in, and comes back, along with the arrays.
         """
-        body, outer = record.bodies[0], self._frames[-1]
-        given = [(k, w) for k, v in enumerate(record.ins) for w in self._lost(v)]
-        asked = [(k, w) for k, v in enumerate(record.outs) for w in self._lost(v)]
+        given, asked = self.lost(record.ins), self.lost(record.outs)
 
         def function(args: Sequence[Any], rest: Sequence[Any]) -> Any:
-            with self._frame() as frame:
-                for (k, where), array in zip(given, rest, strict=True):
-                    frame.absent[body.jaxpr.invars[k], where] = array
-                outs, var = self._run(body, args, frame), body.jaxpr.outvars
-                return outs, [
-                    self._absent(var[k], body.outs[k], where, k in body.copied)
-                    for k, where in asked
-                ]
+            return self.enter(record.bodies[0], args, given, rest, asked)
 
-        rest = [self.absent(record, k, where) for k, where in given]
+        rest = [self.absent(record, k, where) for k, where, _ in given]
         outs, rest = wrap(function)(args, rest)
-        for (k, where), array in zip(asked, rest, strict=True):
-            outer.absent[record.eqn.outvars[k], where] = array
+        self.remember(record, asked, rest)
         return outs
 
-    def _lost(self, value: Value) -> list[tuple[int, ...]]:
-        """The sets of axes along which it is known what absent positions hold."""
-        return list(
-            subsets(
+    def enter(
+        self,
+        body: Body,
+        args: Sequence[Any],
+        given: Sequence[Place],
+        rest: Sequence[Any],
+        asked: Sequence[Place],
+    ) -> tuple[list[Any], list[Any]]:
+        """Evaluates a body, given what absent positions of its operands hold.
+
+        Returns its results, and what those of its results hold that are asked for.
+        """
+        with self._frame() as frame:
+            for (k, where, _), array in zip(given, rest, strict=True):
+                frame.absent[body.jaxpr.invars[k], where] = array
+            outs, var = self._run(body, args, frame), body.jaxpr.outvars
+            return outs, [
+                self._absent(var[k], body.outs[k], where, k in body.copied, each)
+                for k, where, each in asked
+            ]
+
+    def remember(
+        self, record: Record, places: Sequence[Place], rest: Sequence[Any]
+    ) -> None:
+        """Keeps what absent positions of the results of an equation hold."""
+        for (k, where, _), array in zip(places, rest, strict=True):
+            self._frames[-1].absent[record.eqn.outvars[k], where] = array
+
+    def lost(self, values: Sequence[Value]) -> list[Place]:
+        """Where it is known what absent positions hold, which is not zero."""
+        out: list[Place] = []
+        for k, value in enumerate(values):
+            known = [
                 d
                 for d, axis in enumerate(value.axes)
                 if self.is_lost(axis) and len(axis) == 1 and axis[0].rest is not None
-            )
-        )
+            ]
+            for where in subsets(known):
+                each = tuple(d for d in where if self.varies(value, d))
+                out.append((k, where, each))
+        return out
 
     def _run(self, body: Body, args: Sequence[Any], frame: _Frame) -> list[Any]:
         env = frame.env

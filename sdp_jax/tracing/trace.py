@@ -113,7 +113,7 @@ class Trace:
     ) -> Body:
         """Walks a jaxpr; ``even`` if it is given what absent positions hold."""
         const_values = [self.constant(c) for c in consts]
-        ins = list(ins) if even else [_uneven(v) for v in ins]
+        ins = list(ins) if even else [uneven(v) for v in ins]
         env: dict[Any, Value] = {}
         env.update(zip(jaxpr.constvars, const_values, strict=True))
         env.update(zip(jaxpr.invars, ins, strict=True))
@@ -149,7 +149,7 @@ class Trace:
             outs, bodies = outcome if isinstance(outcome, tuple) else (outcome, ())
             outs = [self.settled(v) for v in outs]
             if not rule.even:
-                outs = [_uneven(v) for v in outs]
+                outs = [uneven(v) for v in outs]
             outs = [
                 dataclasses.replace(v, free=free, still=still or v.still) for v in outs
             ]
@@ -169,9 +169,11 @@ class Trace:
             outs[i] = dataclasses.replace(self.space.copy(outs[i]), free=False)
         return Body(jaxpr, consts, const_values, list(ins), records, outs, copied)
 
-    def run_closed(self, closed: Any, ins: Sequence[Value]) -> Body:
+    def run_closed(
+        self, closed: Any, ins: Sequence[Value], *, even: bool = False
+    ) -> Body:
         """Walks a closed jaxpr."""
-        return self.run(closed.jaxpr, closed.consts, ins)
+        return self.run(closed.jaxpr, closed.consts, ins, even=even)
 
     def constant(self, array: Any) -> Value:
         """A constant: any part of it can be taken."""
@@ -265,7 +267,7 @@ def need_zero(t: Trace, eqn: Any, axis: Axis) -> None:
             t.settle(f.fill)
 
 
-def _uneven(value: Value) -> Value:
+def uneven(value: Value) -> Value:
     """The value where nothing is known of what absent positions hold but zeros."""
     if all(f.rest is None for axis in value.axes for f in axis):
         return value
