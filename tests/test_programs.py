@@ -14,7 +14,8 @@ X = np.random.default_rng(0).normal(size=(3, 4, 5))
 OPS = st.sampled_from(
     "tanh relu sigmoid scale add concat slice reshape transpose pad mean where flip "
     "matmul heads broadcast conv depthwise grouped gather window layernorm groupnorm "
-    "softmax largest cumsum split scan jit norms standardised divided table loop".split()
+    "softmax largest cumsum split scan jit norms standardised divided table loop "
+    "pooled".split()
 )
 KERNELS = {
     "matmul": (12, 12),
@@ -79,6 +80,8 @@ def test_random_programs_keep_the_promise(ops, seed):
                 x = x + jnp.sin(jnp.arange(12.0))
             elif op == "loop":
                 x = jax.lax.fori_loop(0, 2, lambda i, c: c - c.mean(-1)[..., None], x)
+            elif op == "pooled":
+                x = x + jax.nn.softmax(x.mean(1)[:, None] - x[:, :1], axis=-1)
             elif op == "concat":
                 x = jnp.concatenate([x[..., 6:], x[..., :6]], -1)
             elif op == "slice":

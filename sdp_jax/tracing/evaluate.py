@@ -309,21 +309,12 @@ class Evaluator:
         each: Sequence[int],
     ) -> Any:
         """An equation again, on what absent positions hold."""
-        which = record.ins[0].known
-        if record.eqn.primitive.name == "select_n" and which is not None:
-            if not which.ndim:  # The others need not be even.
-                return self.absent(record, 1 + int(which), dimensions, each)
-        if record.eqn.primitive.name != "broadcast_in_dim":
-            operands = range(len(record.ins))
-            ins = [self.absent(record, k, dimensions, each) for k in operands]
-            return self.rebind(record, ins)[0]
-        where = list(record.eqn.params["broadcast_dimensions"])
-        inner = [where.index(d) for d in dimensions if d in where]
-        small = self.absent(record, 0, inner)
-        shape = [1 if d in dimensions else n for d, n in enumerate(whole)]
-        for d in each:
-            shape[d] = small.shape[where.index(d)]
-        return lax.broadcast_in_dim(small, shape, where)
+        repeat = self._rules[record.eqn.primitive.name].repeat
+        if repeat is not None:
+            return repeat(self, record, whole, dimensions, each)
+        operands = range(len(record.ins))
+        ins = [self.absent(record, k, dimensions, each) for k in operands]
+        return self.rebind(record, ins)[0]
 
     def _evaluate(self, record: Record, args: list[Any]) -> Sequence[Any]:
         # Also where a cut has emptied a part: a group of which no channel is left.

@@ -7,6 +7,9 @@ from typing import Any, TypeAlias
 
 Analyse: TypeAlias = Callable[[Any, Any, list[Any]], Any]
 Rebuild: TypeAlias = Callable[[Any, Any, list[Any]], Sequence[Any]]
+Repeat: TypeAlias = Callable[
+    [Any, Any, Sequence[Any], Sequence[int], Sequence[int]], Any
+]
 Flops: TypeAlias = Callable[[Any, Sequence[Any], Sequence[Any]], Any]
 Runs: TypeAlias = Callable[[Any, Sequence[Any]], tuple[int, list[Sequence[Any]]]]
 
@@ -45,7 +48,10 @@ class Rule:
       known: whether the results are a function of the operands alone, which can be
         evaluated while tracing. Random numbers, effects and calls are not.
       picks: whether it may leave positions of its operand unused.
-      even: whether evaluation can repeat it on what absent positions hold.
+      even: whether it can be bound again to what absent positions hold.
+      repeat: from the evaluator, the record, the small shape of the result and axes
+        along which positions are absent to what these hold, for primitives that are
+        not even; with the axes along which it differs, as for ``Evaluator.absent``.
       flops: from the equation and the shapes of its operands and results, of numbers
         or of polynomials in the widths, to a number or a polynomial of operations.
       runs: from the equation and its bodies to how often it runs them, and to the
@@ -58,5 +64,6 @@ class Rule:
     known: bool = True
     picks: bool = False
     even: bool = False
+    repeat: Repeat | None = None
     flops: Flops = per_entry
     runs: Runs = first_once

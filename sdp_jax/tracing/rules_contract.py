@@ -132,17 +132,36 @@ def _even_out(t: Trace, eqn: Any, x: Value, dimensions: Sequence[int]) -> None:
 
 
 def _rebuild_sum(n: Any, record: Record, args: list[Any]) -> list[Any]:
-    (out,) = n.rebind(record, args)
+    return [_add_up(n, record, args[0])]
+
+
+def _repeat_sum(n: Any, record: Record, whole: Any, dimensions: Any, each: Any) -> Any:
+    where, each = _before(record, dimensions), _before(record, each)
+    return _add_up(n, record, n.absent(record, 0, where, each), where, each)
+
+
+def _before(record: Record, dimensions: Sequence[int]) -> list[int]:
+    """Where axes of what is reduced were."""
+    rank, gone = len(record.ins[0].axes), record.eqn.params["axes"]
+    left = [d for d in range(rank) if d not in gone]
+    return [left[d] for d in dimensions]
+
+
+def _add_up(
+    n: Any, record: Record, x: Any, where: Sequence[int] = (), each: Sequence[int] = ()
+) -> Any:
+    """Sums what is there and what is absent, of what is absent along other axes."""
+    (out,) = n.rebind(record, [x])
     axes, shape = record.ins[0].axes, record.eqn.invars[0].aval.shape
     for some in subsets(d for d in record.eqn.params["axes"] if n.is_lost(axes[d])):
-        (rest,) = n.rebind(record, [n.absent(record, 0, some)])
+        (rest,) = n.rebind(record, [n.absent(record, 0, [*where, *some], each)])
         times = [
             shape[d] - n.size(axes[d], shape[d])
             for d in some
             if not n.varies(record.ins[0], d)
         ]
         out = out + rest * jnp.asarray(math.prod(times), out.dtype)
-    return [out]
+    return out
 
 
 def _psum(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
@@ -160,12 +179,27 @@ def _extreme(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
 
 
 def _rebuild_extreme(n: Any, record: Record, args: list[Any]) -> list[Any]:
+    return [_outermost(n, record, args[0])]
+
+
+def _repeat_extreme(
+    n: Any, record: Record, whole: Any, dimensions: Any, each: Any
+) -> Any:
+    where, each = _before(record, dimensions), _before(record, each)
+    return _outermost(n, record, n.absent(record, 0, where, each), where, each)
+
+
+def _outermost(
+    n: Any, record: Record, x: Any, where: Sequence[int] = (), each: Sequence[int] = ()
+) -> Any:
     join = lax.max if record.eqn.primitive.name == "reduce_max" else lax.min
-    (out,) = n.rebind(record, args)
+    (out,) = n.rebind(record, [x])
     axes = record.ins[0].axes
     for some in subsets(d for d in record.eqn.params["axes"] if n.is_cut(axes[d])):
-        out = join(out, n.rebind(record, [n.absent(record, 0, some)])[0])
-    return [out]
+        out = join(
+            out, n.rebind(record, [n.absent(record, 0, [*where, *some], each)])[0]
+        )
+    return out
 
 
 def _bits(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
@@ -279,11 +313,18 @@ RULES: dict[str, Rule] = {
     "dot_general": Rule(_dot, flops=_dot_flops),
     "conv_general_dilated": Rule(_conv, rebuild=_rebuild_conv, flops=_conv_flops),
     "psum": Rule(_psum, known=False, flops=per_operand_entry),
-    "reduce_sum": Rule(_sum, rebuild=_rebuild_sum, flops=per_operand_entry),
+    "reduce_sum": Rule(
+        _sum, rebuild=_rebuild_sum, repeat=_repeat_sum, flops=per_operand_entry
+    ),
     **dict.fromkeys(("reduce_or", "reduce_xor"), Rule(_bits, flops=per_operand_entry)),
     **dict.fromkeys(
         ("reduce_max", "reduce_min"),
-        Rule(_extreme, rebuild=_rebuild_extreme, flops=per_operand_entry),
+        Rule(
+            _extreme,
+            rebuild=_rebuild_extreme,
+            repeat=_repeat_extreme,
+            flops=per_operand_entry,
+        ),
     ),
     **dict.fromkeys(
         ("reduce_prod", "reduce_and"), Rule(_reduce, flops=per_operand_entry)

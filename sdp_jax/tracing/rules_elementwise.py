@@ -176,6 +176,16 @@ def _select(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
     return [dataclasses.replace(chosen, data=value.data)]
 
 
+def _repeat_select(
+    n: Any, record: Record, whole: Any, dimensions: Any, each: Any
+) -> Any:
+    which = record.ins[0].known
+    if which is not None and not which.ndim:  # Of the others nothing is known.
+        return n.absent(record, 1 + int(which), dimensions, each)
+    ins = [n.absent(record, k, dimensions, each) for k in range(len(record.ins))]
+    return n.rebind(record, ins)[0]
+
+
 def _integer_pow(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
     return [combine(t, eqn, ins, "all" if eqn.params["y"] > 0 else "pole")]
 
@@ -244,7 +254,7 @@ RULES: dict[str, Rule] = {
     **_each(LOSE, "lose"),
     **_each(POLE, "pole"),
     **_each(FIRST, "first"),
-    "select_n": Rule(_select, even=True, flops=moves),
+    "select_n": Rule(_select, even=True, repeat=_repeat_select, flops=moves),
     "clamp": Rule(functools.partial(_map, "lose"), even=True),
     **dict.fromkeys(
         ("sqrt", "cbrt"), Rule(functools.partial(_steep, "all"), even=True)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ import numpy as np
 from jax import lax
 
 from sdp_jax.tracing.evaluate import pick_out
-from sdp_jax.tracing.rule import Rule, moves
+from sdp_jax.tracing.rule import Repeat, Rule, moves
 from sdp_jax.tracing.sizes import Equation
 from sdp_jax.tracing.trace import Record, Trace, freeze_all, need_zero
 from sdp_jax.tracing.values import (
@@ -48,6 +48,31 @@ def _repeated(t: Trace, size: int, fill: Fill) -> Axis:
 def _rebuild_broadcast(n: Any, record: Record, args: list[Any]) -> list[Any]:
     where = record.eqn.params["broadcast_dimensions"]
     return [lax.broadcast_in_dim(args[0], n.shape(record), where)]
+
+
+def _repeat_broadcast(
+    n: Any, record: Record, whole: Any, dimensions: Any, each: Any
+) -> Any:
+    where = list(record.eqn.params["broadcast_dimensions"])
+    small = n.absent(record, 0, [where.index(d) for d in dimensions if d in where])
+    shape = [1 if d in dimensions else size for d, size in enumerate(whole)]
+    for d in each:
+        shape[d] = small.shape[where.index(d)]
+    return lax.broadcast_in_dim(small, shape, where)
+
+
+def _repeat_moved(came_from: Callable[[Any], Sequence[int]]) -> Repeat:
+    """For what only moves axes or leaves them out: where those of the result were."""
+
+    def repeat(n: Any, record: Record, whole: Any, dimensions: Any, each: Any) -> Any:
+        before = came_from(record)
+        dimensions, each = ([before[d] for d in some] for some in (dimensions, each))
+        x = n.absent(record, 0, dimensions, each)
+        if record.eqn.primitive.name == "slice":
+            return _rebuild_slice(n, record, [x])[0]
+        return n.rebind(record, [x])[0]
+
+    return repeat
 
 
 def _blocks(
@@ -106,6 +131,10 @@ def _squeeze(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
     gone = eqn.params["dimensions"]
     axes = tuple(axis for i, axis in enumerate(x.axes) if i not in gone)
     return [Value(axes, x.data, x.zero)]
+
+
+def _others(record: Record, gone: Sequence[int]) -> list[int]:
+    return [d for d in range(len(record.ins[0].axes)) if d not in gone]
 
 
 def pick(t: Trace, eqn: Any, axis: Axis, positions: np.ndarray) -> Axis:
@@ -571,12 +600,26 @@ scatter_min scatter-min scatter_max scatter-max".split()
 
 RULES: dict[str, Rule] = {
     "broadcast_in_dim": Rule(
-        _broadcast, rebuild=_rebuild_broadcast, even=True, flops=moves
+        _broadcast, rebuild=_rebuild_broadcast, repeat=_repeat_broadcast, flops=moves
     ),
     "reshape": Rule(_reshape, rebuild=_rebuild_reshape, flops=moves),
-    "transpose": Rule(_transpose, flops=moves),
-    "squeeze": Rule(_squeeze, flops=moves),
-    "slice": Rule(_slice, rebuild=_rebuild_slice, picks=True, flops=moves),
+    "transpose": Rule(
+        _transpose,
+        repeat=_repeat_moved(lambda r: r.eqn.params["permutation"]),
+        flops=moves,
+    ),
+    "squeeze": Rule(
+        _squeeze,
+        repeat=_repeat_moved(lambda r: _others(r, r.eqn.params["dimensions"])),
+        flops=moves,
+    ),
+    "slice": Rule(
+        _slice,
+        rebuild=_rebuild_slice,
+        repeat=_repeat_moved(lambda r: _others(r, ())),
+        picks=True,
+        flops=moves,
+    ),
     "split": Rule(_split, rebuild=_rebuild_split, picks=True, flops=moves),
     "rev": Rule(_reverse, flops=moves),
     "concatenate": Rule(_concatenate, flops=moves),

@@ -148,7 +148,7 @@ class Trace:
             outcome = analyse(self, view, values)
             outs, bodies = outcome if isinstance(outcome, tuple) else (outcome, ())
             outs = [self.settled(v) for v in outs]
-            if not rule.even:
+            if not (rule.even or rule.repeat):
                 outs = [uneven(v) for v in outs]
             outs = [
                 dataclasses.replace(v, free=free, still=still or v.still) for v in outs
@@ -206,7 +206,8 @@ class Trace:
         """Adds the one number that all entries of a result are, without memory."""
         numbers = [number_of(v.known) for v in ins]
         name = eqn.primitive.name
-        if None in numbers or len(outs) != 1 or not self._rules[name].even:
+        even = self._rules[name].even or name == "broadcast_in_dim"
+        if None in numbers or len(outs) != 1 or not even:
             return outs
         (found,) = numbers[:1]
         if name != "broadcast_in_dim":
