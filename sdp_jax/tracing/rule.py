@@ -48,10 +48,11 @@ class Rule:
       known: whether the results are a function of the operands alone, which can be
         evaluated while tracing. Random numbers, effects and calls are not.
       picks: whether it may leave positions of its operand unused.
-      even: whether it can be bound again to what absent positions hold.
-      repeat: from the evaluator, the record, the small shape of the result and axes
-        along which positions are absent to what these hold, for primitives that are
-        not even; with the axes along which it differs, as for ``Evaluator.absent``.
+      even: whether what absent positions hold is known behind it, if it is before: it
+        acts on each position alone and can be bound again to that, or hands it on.
+      repeat: what to do where it takes more than to bind it again: from the evaluator,
+        the record, the small shape of the result, the axes along which positions are
+        absent, and those of them along which they differ, to what these hold.
       flops: from the equation and the shapes of its operands and results, of numbers
         or of polynomials in the widths, to a number or a polynomial of operations.
       runs: from the equation and its bodies to how often it runs them, and to the

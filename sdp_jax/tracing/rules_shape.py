@@ -600,7 +600,11 @@ scatter_min scatter-min scatter_max scatter-max".split()
 
 RULES: dict[str, Rule] = {
     "broadcast_in_dim": Rule(
-        _broadcast, rebuild=_rebuild_broadcast, repeat=_repeat_broadcast, flops=moves
+        _broadcast,
+        rebuild=_rebuild_broadcast,
+        even=True,
+        repeat=_repeat_broadcast,
+        flops=moves,
     ),
     "reshape": Rule(_reshape, rebuild=_rebuild_reshape, flops=moves),
     "transpose": Rule(

@@ -206,8 +206,7 @@ class Trace:
         """Adds the one number that all entries of a result are, without memory."""
         numbers = [number_of(v.known) for v in ins]
         name = eqn.primitive.name
-        even = self._rules[name].even or name == "broadcast_in_dim"
-        if None in numbers or len(outs) != 1 or not even:
+        if None in numbers or len(outs) != 1 or not self._rules[name].even:
             return outs
         (found,) = numbers[:1]
         if name != "broadcast_in_dim":
@@ -269,7 +268,7 @@ def need_zero(t: Trace, eqn: Any, axis: Axis) -> None:
 
 
 def uneven(value: Value) -> Value:
-    """The value where nothing is known of what absent positions hold but zeros."""
+    """The value if nothing is known of what absent positions hold but zeros."""
     if all(f.rest is None for axis in value.axes for f in axis):
         return value
     axes = tuple(tuple(Factor(f.atoms, f.fill) for f in axis) for axis in value.axes)
