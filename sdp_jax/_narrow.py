@@ -143,7 +143,16 @@ def _check_producers(found: Analysis, cut: Cut) -> None:
     for axis in found.axes:
         index = cut.index(axis.path, axis.axis)
         where = (axis.path, axis.axis)
-        if index is None or len(index) == len(axis.atoms) or where in zero:
+        if index is None or len(index) == len(axis.atoms):
+            continue
+        if where in zero and axis.number in found.trace.nonzero:
+            raise ValueError(
+                f"this function divides by what axis {axis.axis} of {axis.path!r} "
+                "holds, or takes its logarithm, but the removed slices of it are zero "
+                "in the groups of the cut: the dense function is not finite. Find the "
+                "groups on this function, or take that part out of it"
+            )
+        if where in zero:
             continue
         if axis.number in found.trace.producers:
             raise ValueError(

@@ -34,9 +34,11 @@ class Member:
       axis: axis of the leaf, negative from the end; non-negative once it is part of a
         :class:`Groups`.
       role: ``"producer"`` if zeroing these entries zeroes the channel's activation
-        (filter, bias, scale and bias of a normalisation), ``"consumer"`` if they
-        only read it (the input slices of the next layer), ``"state"`` for running
-        statistics. Producers are thresholded; all three are cut.
+        (filter, bias, scale and bias of a normalisation) or has to be for the rest to
+        stay exact (input slices over which weights are standardised), ``"consumer"`` if
+        they only read it (the input slices of the next layer) or must not be zero (what
+        divides), ``"state"`` for running statistics. Producers are thresholded; all
+        three are cut.
       outer: how often the whole set of channels is repeated along the axis.
       inner: how many neighbouring positions belong to one channel.
       offset: the position of the first entry of channel 0.

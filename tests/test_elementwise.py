@@ -1,5 +1,8 @@
 """Zeros are followed through what functions of one channel do at zero."""
 
+import re
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -108,3 +111,71 @@ def test_means_over_a_named_axis_of_vmap(x64):
         return jax.vmap(one, axis_name="batch")(x)
 
     assert promise.check(fn, randoms(), (X,)).sizes == {"a": 8}
+
+
+def unit(y):
+    return y / jnp.maximum(jnp.linalg.norm(y, axis=0), 1e-12)
+
+
+def unless_zero(y):
+    s = (y**2).sum(0)
+    return y / jnp.sqrt(jnp.where(s > 0, s, 1.0))
+
+
+@jax.custom_jvp
+def safe_length(y):
+    return jnp.sqrt((y**2).sum(0))
+
+
+@safe_length.defjvp
+def _(primals, tangents):
+    (y,), (t,) = primals, tangents
+    length = safe_length(y)
+    return length, (y * t).sum(0) / jnp.maximum(length, 1e-9)
+
+
+STEEP = {
+    "root": jnp.sqrt,
+    "cube root": jnp.cbrt,
+    "power": lambda y: y**0.7,
+    "length": unit,
+    "spread": lambda y: y * jnp.std(y, axis=0),
+    "angle": lambda y: y * jnp.atan2(y, 2 * y),
+    "in a branch": lambda y: jnp.where(y == 0, 0.0, jnp.sqrt(y)),
+}
+FLAT = {
+    "power above one": lambda y: y**1.7,
+    "layer norm": lambda y: y * jax.lax.rsqrt(jnp.var(y, axis=0) + 1e-6),
+    "length that is looked at": lambda y: jnp.where(
+        jnp.linalg.norm(y, axis=0) > 1e-6, y, 0.0
+    ),
+    "length behind a branch": unless_zero,
+    "length with its own derivative": lambda y: y * safe_length(y),
+    "length that is held": lambda y: y * jax.lax.stop_gradient(unit(y)),
+    "length of what is held": lambda y: y * unit(jax.lax.stop_gradient(y)),
+}
+
+
+def weighted(p, x):
+    return x @ (p["a"] / (jnp.linalg.norm(p["a"], axis=0) + 1e-9)) @ p["b"]
+
+
+@pytest.mark.parametrize("name", [*STEEP, *FLAT, "length of weights"])
+def test_gradients_that_are_not_finite_are_told_of(name, x64):
+    def fn(p, x):
+        if name == "length of weights":
+            return weighted(p, x)
+        return (STEEP | FLAT)[name](jnp.abs(x @ p["a"])) @ p["b"]
+
+    params = randoms()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        groups = sdp_jax.find_groups(fn, params, X)
+    assert groups.sizes == {"a": 8}
+    zero = promise.random_cut(groups, 0.5, 0).zero(params)
+    slope = jax.grad(lambda p: fn(p, X).sum())(zero)
+    assert bool(np.isfinite(slope["a"]).all()) == (name in FLAT)
+    assert len(told) == (name not in FLAT)
+    for one in told:
+        assert one.category is UserWarning and "channels of 'a' are" in str(one.message)
+        assert re.search(r"test_elementwise.py:\d+", str(one.message))

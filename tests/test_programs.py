@@ -15,10 +15,12 @@ OPS = st.sampled_from(
     "tanh relu sigmoid scale add concat slice reshape transpose pad mean where flip "
     "matmul heads broadcast conv depthwise grouped gather window layernorm groupnorm "
     "softmax largest cumsum split scan jit norms shuffle block slots number more twice "
-    "along solve".split()
+    "along solve standardised divided table loop pooled".split()
 )
 KERNELS = {
     "matmul": (12, 12),
+    "standardised": (12, 12),
+    "divided": (12,),
     "scan": (12, 12),
     "scale": (12,),
     "add": (12,),
@@ -82,6 +84,17 @@ def test_random_programs_keep_the_promise(ops, seed):
                 x = x * w if op == "scale" else x + w
             elif op == "matmul":
                 x = x + jnp.tanh(x @ w)
+            elif op == "standardised":
+                w = w - w.mean(0)
+                x = x + jnp.tanh(x @ (w / jnp.sqrt(1e-3 + jnp.var(w, 0))))
+            elif op == "divided":
+                x = x / w
+            elif op == "table":
+                x = x + jnp.sin(jnp.arange(12.0))
+            elif op == "loop":
+                x = jax.lax.fori_loop(0, 2, lambda i, c: c - c.mean(-1)[..., None], x)
+            elif op == "pooled":
+                x = x + jax.nn.softmax(x.mean(1)[:, None] - x[:, :1], axis=-1)
             elif op == "concat":
                 x = jnp.concatenate([x[..., 6:], x[..., :6]], -1)
             elif op == "slice":

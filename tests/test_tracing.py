@@ -178,11 +178,21 @@ PROGRAMS = {
     "sum of what differs": (
         lambda p, x: (jnp.arange(8.0) + x @ p["a"]).sum(-1) * p["b"].sum(),
         MLP,
-        {"b": 8, "b[1]": 3},
+        {"a": 8, "b": 8, "b[1]": 3},
     ),
     "sum of what came through a loop": (
         lambda p, x: (
             jax.lax.fori_loop(0, 2, lambda i, h: h + 1.0, x @ p["a"]).sum(-1)
+            * p["b"].sum()
+        ),
+        MLP,
+        {"a": 8, "b": 8, "b[1]": 3},
+    ),
+    "sum of what came through a loop of unknown length": (
+        lambda p, x: (
+            jax.lax.fori_loop(
+                0, jnp.argmax(x[0, 0]), lambda i, h: h + 1.0, x @ p["a"]
+            ).sum(-1)
             * p["b"].sum()
         ),
         MLP,
@@ -366,7 +376,7 @@ PROGRAMS = {
             @ p["d"]
         ),
         {"a": (5, 8), "d": (16, 3)},
-        {"d": 8},
+        {"a": 8},
     ),
     "clipped gradient": (
         lambda p, x: clipped(jnp.tanh(x @ p["a"])) @ p["b"],

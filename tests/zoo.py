@@ -111,6 +111,35 @@ class WideResNet(nn.Module):
         return nn.Dense(10)(nn.relu(norm()(x)).mean((1, 2)))
 
 
+class Standardised(nn.Module):
+    width: int
+    stride: int = 1
+
+    @nn.compact
+    def __call__(self, x):
+        shape = (3, 3, x.shape[-1], self.width)
+        w = self.param("kernel", nn.initializers.ones, shape)
+        w = w - w.mean((0, 1, 2))
+        w = w / jnp.sqrt(jnp.square(w).mean((0, 1, 2)) + 1e-10)
+        strides = (self.stride, self.stride)
+        how = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(
+            x, w, strides, "SAME", dimension_numbers=how
+        )
+
+
+class BiT(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = Standardised(8)(x)
+        for width, stride in ((8, 1), (12, 2)):
+            y = nn.relu(nn.GroupNorm(2)(x))
+            z = nn.relu(nn.GroupNorm(2)(Standardised(width, stride)(y)))
+            z = Standardised(width)(z)
+            x = z + (x if x.shape == z.shape else Standardised(width, stride)(y))
+        return nn.Dense(10)(nn.relu(nn.GroupNorm(2)(x)).mean((1, 2)))
+
+
 class ResNeXt(nn.Module):
     @nn.compact
     def __call__(self, x):
@@ -307,6 +336,40 @@ class Recurrent(nn.Module):
         for _ in range(2):
             x = nn.RNN(self.cell(8, param_dtype=jnp.float64))(x)
         return nn.Dense(3)(x[:, -1])
+
+
+class StateSpace(nn.Module):
+    """S5: complex diagonal states, held exactly between steps of learned lengths."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(8)(x)
+        for i in range(2):
+            x = x + self.mix(nn.LayerNorm()(x), str(i), 6)
+        return nn.Dense(3)(x.mean(1))
+
+    def mix(self, x, layer, states):
+        def real(name, *shape):
+            return self.param(name + layer, nn.initializers.ones, shape)
+
+        def number(name, *shape):
+            return jax.lax.complex(real(name, *shape), real(name + "i", *shape))
+
+        def follow(a, b):
+            return b[0] * a[0], b[0] * a[1] + b[1]
+
+        def run(u):
+            start = jnp.broadcast_to(decay, u.shape)
+            return jax.lax.associative_scan(follow, (start, u))[1]
+
+        width = x.shape[-1]
+        rate = jax.lax.complex(-jnp.exp(real("rate", states)), real("pitch", states))
+        decay = jnp.exp(rate * jnp.exp(real("step", states)))
+        b = ((decay - 1) / rate)[:, None] * number("b", states, width)
+        h = jax.vmap(run)(x @ b.T)
+        y = 2 * (h @ number("c", width, states).T).real + x * real("d", width)
+        y = nn.gelu(y)
+        return y * nn.sigmoid(nn.Dense(width)(y))
 
 
 class Vae(nn.Module):
@@ -600,6 +663,7 @@ ZOO: dict[str, Callable[[], Model]] = {
     "resnet50": lambda: linen(ResNet(True), IMAGE, share=0.93),
     "groupnorm": lambda: linen(ResNet(norm=lambda: nn.GroupNorm(2)), IMAGE, share=0.97),
     "wideresnet": lambda: linen(WideResNet(), IMAGE, share=0.97),
+    "bit": lambda: linen(BiT(), IMAGE, share=0.98),
     "resnext": lambda: linen(ResNeXt(), IMAGE, share=0.94),
     "mobilenet": lambda: linen(MobileNet(), IMAGE, share=0.90),
     "efficientnet": lambda: linen(MobileNet(squeeze=True), IMAGE, share=0.91),
@@ -616,6 +680,7 @@ ZOO: dict[str, Callable[[], Model]] = {
     "decoder": lambda: linen(Decoder(), WORDS, share=0.99),
     "lstm": lambda: linen(Recurrent(nn.OptimizedLSTMCell), TOKENS, share=0.95),
     "gru": lambda: linen(Recurrent(nn.GRUCell), TOKENS, share=0.95),
+    "state_space": lambda: linen(StateSpace(), TOKENS, share=0.95),
     "vae": lambda: linen(Vae(), TOKENS, jax.random.key(1), share=0.93),
     "actor_critic": lambda: linen(ActorCritic(), TOKENS, TOKENS, share=0.94),
     "experts": lambda: linen(Experts(), TOKENS, share=0.98),

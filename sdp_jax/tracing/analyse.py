@@ -3,6 +3,7 @@
 import dataclasses
 import fnmatch
 import itertools
+import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -88,7 +89,42 @@ def analyse(
             "its inputs in order; Python code must not depend on the values of arrays"
         )
         raise
-    trace = Trace(RULES, derivatives=derivatives)
+    nonzero: set[int] = set()
+    while True:
+        found = _walk(
+            closed,
+            out_shape,
+            params,
+            names,
+            Trace(RULES, nonzero, derivatives=derivatives),
+            is_state=is_state,
+            ignore=ignore,
+            whole=whole,
+            prune_inputs=prune_inputs,
+            prune_outputs=prune_outputs,
+            carries=carries,
+        )
+        if found.trace.nonzero == nonzero:
+            return found
+        nonzero = found.trace.nonzero
+
+
+def _walk(
+    closed: Any,
+    out_shape: Any,
+    params: PyTree,
+    names: Sequence[str],
+    trace: Trace,
+    *,
+    is_state: Callable[[str], bool],
+    ignore: Sequence[str],
+    whole: Sequence[str],
+    prune_inputs: Sequence[str],
+    prune_outputs: Sequence[str],
+    carries: Collection[str] | None,
+) -> Analysis:
+    """One walk, in which the parameter axes of ``trace.nonzero`` do not become zero."""
+    known = frozenset(trace.nonzero)
     space = trace.space
     ins = (*closed.jaxpr.invars, *closed.jaxpr.constvars)
     trace.sizes.start(n for v in ins for n in getattr(v.aval, "shape", ()))
@@ -99,7 +135,9 @@ def analyse(
         factors = []
         for d, size in enumerate(np.shape(leaf)):
             number = len(axes)
-            axis = space.fresh(size, None if state else frozenset({number}))
+            fixed = state or number in known
+            axis = space.fresh(size, None if fixed else frozenset({number}))
+            trace.weights.append(math.prod(np.shape(leaf)) // max(size, 1))
             if 0 in np.shape(leaf):
                 axis = space.plain(size)
             factors.append(axis)

@@ -2,8 +2,16 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any
+import itertools
+from collections.abc import (
+    Callable,
+    Collection,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +25,9 @@ from sdp_jax.tracing.rule import Rule
 from sdp_jax.tracing.trace import NO_RULE, Body, Record, is_empty
 from sdp_jax.tracing.values import Axis, Value, length
 
+# The number of an array, axes along which positions are absent, where they differ.
+Place: TypeAlias = tuple[int, tuple[int, ...], tuple[int, ...]]
+
 
 @dataclasses.dataclass
 class _Frame:
@@ -24,7 +35,9 @@ class _Frame:
 
     env: dict[Any, Any]
     makers: dict[Any, Record] = dataclasses.field(default_factory=dict)
-    absent: dict[tuple[Any, int], Any] = dataclasses.field(default_factory=dict)
+    absent: dict[tuple[Any, tuple[int, ...]], Any] = dataclasses.field(
+        default_factory=dict
+    )
 
 
 def pick_out(array: Any, index: np.ndarray, axis: int) -> Any:
@@ -35,6 +48,15 @@ def pick_out(array: Any, index: np.ndarray, axis: int) -> Any:
         return lax.slice_in_dim(array, int(index[0]), int(index[-1]) + 1, axis=axis)
     where = jnp.asarray(array).at[(slice(None),) * axis + (index,)]
     return where.get(mode="promise_in_bounds", wrap_negative_indices=False)
+
+
+def subsets(items: Iterable[int]) -> Iterator[tuple[int, ...]]:
+    """All of them but the empty one: the axes along which an entry is absent."""
+    given = list(items)
+    sizes = range(1, len(given) + 1)
+    return itertools.chain.from_iterable(
+        itertools.combinations(given, size) for size in sizes
+    )
 
 
 _NOTHING = contextlib.nullcontext()
@@ -76,6 +98,11 @@ class Evaluator:
     def is_lost(self, axis: Axis) -> bool:
         """Whether positions of an axis are gone that are not zero."""
         return any(f.fill is None and not self._factor(f.atoms)[1] for f in axis)
+
+    def varies(self, value: Value, dimension: int) -> bool:
+        """Whether absent positions along an axis differ."""
+        axis = value.axes[dimension]
+        return self.is_lost(axis) and len(axis) == 1 and axis[0].varied
 
     def mask(self, axis: Axis) -> np.ndarray:
         """Which positions of an axis are kept."""
@@ -119,11 +146,75 @@ class Evaluator:
 
     def run(self, body: Body, args: Sequence[Any]) -> list[Any]:
         """Evaluates a body on small arrays."""
+        with self._frame() as frame:
+            return self._run(body, args, frame)
+
+    @contextlib.contextmanager
+    def _frame(self) -> Iterator[_Frame]:
         self._frames.append(_Frame({}))
         try:
-            return self._run(body, args, self._frames[-1])
+            yield self._frames[-1]
         finally:
             self._frames.pop()
+
+    def call(
+        self, record: Record, args: Sequence[Any], wrap: Callable[[Any], Any]
+    ) -> list[Any]:
+        """Evaluates the body of a call, which ``wrap`` makes one.
+
+        What absent positions hold goes in, and comes back, along with the arrays.
+        """
+        given, asked = self.lost(record.ins), self.lost(record.outs)
+
+        def function(args: Sequence[Any], rest: Sequence[Any]) -> Any:
+            return self.enter(record.bodies[0], args, given, rest, asked)
+
+        rest = [self.absent(record, k, where) for k, where, _ in given]
+        outs, rest = wrap(function)(args, rest)
+        self.remember(record, asked, rest)
+        return outs
+
+    def enter(
+        self,
+        body: Body,
+        args: Sequence[Any],
+        given: Sequence[Place],
+        rest: Sequence[Any],
+        asked: Sequence[Place],
+    ) -> tuple[list[Any], list[Any]]:
+        """Evaluates a body, given what absent positions of its operands hold.
+
+        Returns its results, and what those of its results hold that are asked for.
+        """
+        with self._frame() as frame:
+            for (k, where, _), array in zip(given, rest, strict=True):
+                frame.absent[body.jaxpr.invars[k], where] = array
+            outs, var = self._run(body, args, frame), body.jaxpr.outvars
+            return outs, [
+                self._absent(var[k], body.outs[k], where, k in body.copied, each)
+                for k, where, each in asked
+            ]
+
+    def remember(
+        self, record: Record, places: Sequence[Place], rest: Sequence[Any]
+    ) -> None:
+        """Keeps what absent positions of the results of an equation hold."""
+        for (k, where, _), array in zip(places, rest, strict=True):
+            self._frames[-1].absent[record.eqn.outvars[k], where] = array
+
+    def lost(self, values: Sequence[Value]) -> list[Place]:
+        """Where it is known what absent positions hold, which is not zero."""
+        out: list[Place] = []
+        for k, value in enumerate(values):
+            known = [
+                d
+                for d, axis in enumerate(value.axes)
+                if self.is_lost(axis) and len(axis) == 1 and axis[0].rest is not None
+            ]
+            for where in subsets(known):
+                each = tuple(d for d in where if self.varies(value, d))
+                out.append((k, where, each))
+        return out
 
     def _run(self, body: Body, args: Sequence[Any], frame: _Frame) -> list[Any]:
         env = frame.env
@@ -161,47 +252,73 @@ class Evaluator:
                     "please report it with the function"
                 )
 
-    def absent(self, record: Record, operand: int, dimension: int) -> Any:
-        """What all absent positions of an operand along an axis hold, at length 1."""
-        var, value = record.eqn.invars[operand], record.ins[operand]
+    def absent(
+        self,
+        record: Record,
+        operand: int,
+        dimensions: Sequence[int],
+        each: Collection[int] = (),
+    ) -> Any:
+        """What positions of an operand hold that are absent along axes.
+
+        It has length 1 there, unless they differ, or for what meets it along ``each``.
+        """
+        copied = operand in record.copied
+        var = record.eqn.invars[operand]
+        return self._absent(var, record.ins[operand], dimensions, copied, each)
+
+    def _absent(
+        self,
+        var: Any,
+        value: Value,
+        dimensions: Sequence[int],
+        copied: bool,
+        each: Collection[int] = (),
+    ) -> Any:
         if isinstance(var, Literal):
             return var.val
         frame = self._frames[-1]
         array = frame.env[var]
-        if operand in record.copied:
-            if value.axes[dimension]:
-                array = lax.slice_in_dim(array, 0, 1, axis=dimension)
-            axes = (*value.axes[:dimension], (), *value.axes[dimension + 1 :])
-            return self.take(array, dataclasses.replace(value, axes=axes))
-        if not value.axes or not value.axes[dimension]:
-            return array  # A scalar, or length 1.
-        key = (var, dimension)
-        if key not in frame.absent:
-            shape = [1 if d == dimension else n for d, n in enumerate(array.shape)]
-            if value.zero or not self.is_lost(value.axes[dimension]):
-                frame.absent[key] = jnp.zeros(shape, array.dtype)
-            else:
-                frame.absent[key] = self._repeat(frame.makers[var], dimension, shape)
-        return frame.absent[key]
-
-    def _repeat(self, record: Record, dimension: int, shape: Sequence[Any]) -> Any:
-        """An equation again, on what absent positions hold."""
-        which = record.ins[0].known
-        if record.eqn.primitive.name == "select_n" and which is not None:
-            if not which.ndim:  # The others need not be even.
-                return self.absent(record, 1 + int(which), dimension)
-        if record.eqn.primitive.name != "broadcast_in_dim":
-            ins = [self.absent(record, k, dimension) for k in range(len(record.ins))]
-            return self.rebind(record, ins)[0]
-        var = record.eqn.invars[0]
-        where = list(record.eqn.params["broadcast_dimensions"])
-        if dimension in where:
-            small = self.absent(record, 0, where.index(dimension))
-        elif isinstance(var, Literal):
-            small = var.val
+        # A scalar has none of these axes; length 1 stands for every position.
+        where = tuple(sorted(d for d in dimensions if value.axes and value.axes[d]))
+        if not where and not copied:
+            return array
+        zero = value.zero or not all(self.is_lost(value.axes[d]) for d in where)
+        own = [d for d in where if not zero and self.varies(value, d)]
+        if copied:
+            gone = tuple(() if d in where else a for d, a in enumerate(value.axes))
+            for d in where:
+                self.check_fixed(array.shape[d])
+                some = np.flatnonzero(~self.mask(value.axes[d]))
+                array = pick_out(array, some if d in own else some[:1], d)
+            found = self.take(array, dataclasses.replace(value, axes=gone))
+        elif zero:
+            shape = [1 if d in where else n for d, n in enumerate(array.shape)]
+            found = jnp.zeros(shape, array.dtype)
         else:
-            small = self._frames[-1].env[var]
-        return lax.broadcast_in_dim(small, shape, where)
+            if (var, where) not in frame.absent:
+                found = self._repeat(frame.makers[var], array.shape, where, own)
+                frame.absent[var, where] = found
+            found = frame.absent[var, where]
+        shape = list(found.shape)
+        for d in set(each).intersection(where):
+            shape[d] = int((~self.mask(value.axes[d])).sum())
+        return jnp.broadcast_to(found, shape)
+
+    def _repeat(
+        self,
+        record: Record,
+        whole: Sequence[Any],
+        dimensions: Sequence[int],
+        each: Sequence[int],
+    ) -> Any:
+        """An equation again, on what absent positions hold."""
+        repeat = self._rules[record.eqn.primitive.name].repeat
+        if repeat is not None:
+            return repeat(self, record, whole, dimensions, each)
+        operands = range(len(record.ins))
+        ins = [self.absent(record, k, dimensions, each) for k in operands]
+        return self.rebind(record, ins)[0]
 
     def _evaluate(self, record: Record, args: list[Any]) -> Sequence[Any]:
         # Also where a cut has emptied a part: a group of which no channel is left.

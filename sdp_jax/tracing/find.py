@@ -2,6 +2,7 @@
 
 import dataclasses
 import fnmatch
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -40,6 +41,9 @@ def find_groups(
     holds its arrays ``module(*inputs)``. Which slices go
     together follows from the primitives of the trace alone, not from names or layer
     classes. Whatever no rule covers stays whole, and the reason is kept.
+
+    It warns where a derivative is not finite once a channel is zero (the root of a sum
+    of squares), which would end the training.
 
     Heads and head dimensions of attention share entries; if both are trained to zero,
     their factors multiply.
@@ -127,6 +131,7 @@ def find_groups(
         prune_inputs=chosen_in,
         prune_outputs=chosen_out,
     )
+    _warn_of_steep(found, groups)
     return dataclasses.replace(
         groups,
         frozen=_frozen(found, groups),
@@ -159,6 +164,36 @@ def _check_patterns(name: str, patterns: Any, paths: Sequence[str]) -> None:
                 f"{name} pattern {pattern!r} matches none of the leaves; there are, "
                 f"for example, {paths[:5]}"
             )
+
+
+def _warn_of_steep(found: Analysis, groups: Groups) -> None:
+    """Says where exact zeros would end the training."""
+    if not found.trace.steep:
+        return
+    label, operands = found.solution.label, found.solution.operands
+    axes = {(axis.path, axis.axis): axis for axis in found.axes}
+    owner: dict[int, str] = {}
+    for name, m, size in groups.producers:
+        atoms = axes[m.path, m.axis].atoms[m.positions(size)]
+        owner.update((one, name) for one in np.unique(operands[label[atoms]]).tolist())
+    owner.pop(0, None)
+    told: dict[str, dict[str, None]] = {}
+    for reason, factor in found.trace.steep:
+        if factor.fill is not None and factor.fill <= found.trace.producers:
+            classes = np.unique(operands[label[factor.atoms]]).tolist()
+            names = {owner[one]: None for one in classes if one in owner}
+            if names:
+                told.setdefault(str(reason), {}).update(names)
+    for reason, names in told.items():
+        some = [repr(name) for name in list(names)[:4]] + ["…"] * (len(names) > 4)
+        warnings.warn(
+            f"{reason}, and its operand is zero where channels of {', '.join(some)} "
+            "are: once training has made one of them zero, all gradients are NaN. Add "
+            "a small number before, as in x * jax.lax.rsqrt((x**2).sum() + eps), or "
+            "see that another number stands there: jnp.sqrt(jnp.where(s > 0, s, 1.0))",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def _frozen(found: Analysis, groups: Groups) -> tuple[Frozen, ...]:

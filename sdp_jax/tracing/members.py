@@ -34,9 +34,10 @@ def find_dimensions(
             dimensions.append((start, members, size))
     dimensions.sort(key=lambda item: item[0])
     names: set[str] = set()
+    makers = {(a.path, a.axis) for a in found.axes if a.number in found.trace.makers}
     out = []
     for _, members, size in dimensions:
-        name = _name(members, shapes, names)
+        name = _name(members, makers, shapes, names)
         names.add(name)
         out.append(Dimension(name, size, tuple(members)))
     tops = {d.name.partition("/")[0] for d in out}
@@ -173,12 +174,15 @@ def _members(found: Analysis, place: _Place) -> list[Member]:
 
 
 def _name(
-    members: list[Member], shapes: dict[str, tuple[int, ...]], taken: set[str]
+    members: list[Member],
+    makers: set[tuple[str, int]],
+    shapes: dict[str, tuple[int, ...]],
+    taken: set[str],
 ) -> str:
-    """A name from the path of the largest producer."""
+    """A name from the path of the largest producer, of a reader only if need be."""
     first = max(
         (m for m in members if m.role == "producer"),
-        key=lambda m: math.prod(shapes[m.path]),
+        key=lambda m: ((m.path, m.axis) in makers, math.prod(shapes[m.path])),
     )
     parent = first.path.rpartition("/")[0]
     for name in (parent, first.path, f"{first.path}[{first.axis}]"):

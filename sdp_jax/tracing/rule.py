@@ -9,6 +9,9 @@ from sdp_jax.tracing.numbers import Known
 
 Analyse: TypeAlias = Callable[[Any, Any, list[Any]], Any]
 Rebuild: TypeAlias = Callable[[Any, Any, list[Any]], Sequence[Any]]
+Repeat: TypeAlias = Callable[
+    [Any, Any, Sequence[Any], Sequence[int], Sequence[int]], Any
+]
 Flops: TypeAlias = Callable[[Any, Sequence[Any], Sequence[Any]], Any]
 Runs: TypeAlias = Callable[[Any, Sequence[Any]], tuple[int, list[Sequence[Any]]]]
 
@@ -48,7 +51,11 @@ class Rule:
         by NumPy (``numbers.py``), where the results are a function of the operands
         alone and NumPy gives exactly what JAX gives.
       picks: whether it may leave positions of its operand unused.
-      even: whether evaluation can repeat it on what absent positions hold.
+      even: whether what absent positions hold is known behind it, if it is before: it
+        acts on each position alone and can be bound again to that, or hands it on.
+      repeat: what to do where it takes more than to bind it again: from the evaluator,
+        the record, the small shape of the result, the axes along which positions are
+        absent, and those of them along which they differ, to what these hold.
       flops: from the equation and the shapes of its operands and results, of numbers
         or of polynomials in the widths, to a number or a polynomial of operations.
       runs: from the equation and its bodies to how often it runs them, and to the
@@ -61,5 +68,6 @@ class Rule:
     known: Known | None = None
     picks: bool = False
     even: bool = False
+    repeat: Repeat | None = None
     flops: Flops = per_entry
     runs: Runs = first_once

@@ -9,7 +9,7 @@ import numpy as np
 from jax import lax
 
 from sdp_jax.tracing import numbers
-from sdp_jax.tracing.evaluate import pick_out
+from sdp_jax.tracing.evaluate import pick_out, subsets
 from sdp_jax.tracing.rule import Analyse, Rule, per_operand_entry
 from sdp_jax.tracing.rules_elementwise import joint_fill
 from sdp_jax.tracing.trace import INEXACT, Record, Trace, freeze_all, need_zero
@@ -32,10 +32,10 @@ def _contract(
             t.settle(g.fill)
 
 
-def _either(t: Trace, eqn: Any, left: Axis, right: Axis) -> Axis:
+def _either(t: Trace, eqn: Any, left: Axis, right: Axis, data: bool) -> Axis:
     """An axis that runs along both operands: zero where either is."""
     return tuple(
-        Factor(f.atoms, joint_fill(t, [f.fill, g.fill], "any"))
+        Factor(f.atoms, joint_fill(t, [f.fill, g.fill], "any", data))
         for f, g in zip(*t.unify(eqn, [left, right]), strict=True)
     )
 
@@ -46,7 +46,7 @@ def _dot(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
     for i, j in zip(left, right, strict=True):
         _contract(t, eqn, x.axes[i], y.axes[j], (x.data, y.data))
     axes = [
-        _either(t, eqn, x.axes[i], y.axes[j])
+        _either(t, eqn, x.axes[i], y.axes[j], x.data or y.data)
         for i, j in zip(rows, columns, strict=True)
     ]
     axes += [a for i, a in enumerate(x.axes) if i not in (*left, *rows)]
@@ -77,8 +77,9 @@ def _ragged_dot(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
             t.freeze(eqn, axis, why)
     for i, j in zip(left, right, strict=True):
         _contract(t, eqn, x.axes[i], y.axes[j], (x.data, y.data))
+    data = x.data or y.data
     axes = [
-        _either(t, eqn, x.axes[i], y.axes[j])
+        _either(t, eqn, x.axes[i], y.axes[j], data)
         for i, j in zip(rows, columns, strict=True)
     ]
     gone = (*right, *columns, *p.rhs_group_dimensions)
@@ -86,8 +87,7 @@ def _ragged_dot(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
     axes += [a for i, a in enumerate(y.axes) if i not in gone]
     if ragged in left:
         axes.insert(0, t.space.plain(eqn.outvars[0].aval.shape[0]))
-    data = x.data or y.data or ins[2].data
-    return [Value(tuple(axes), data, x.zero or y.zero)]
+    return [Value(tuple(axes), data or ins[2].data, x.zero or y.zero)]
 
 
 def _ragged_flops(eqn: Any, shapes: Sequence[Any], outs: Sequence[Any]) -> Any:
@@ -128,8 +128,9 @@ def _conv(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
         return [Value(tuple(axes), x.data or kernel.data)]
     group, inputs, other, outputs = groups
     _contract(t, eqn, inputs, kernel.axes[spec.rhs_spec[1]], (x.data, kernel.data))
-    axes[spec.out_spec[1]] = (*_either(t, eqn, group, other), *outputs)
-    return [Value(tuple(axes), x.data or kernel.data, x.zero or kernel.zero)]
+    data = x.data or kernel.data
+    axes[spec.out_spec[1]] = (*_either(t, eqn, group, other, data), *outputs)
+    return [Value(tuple(axes), data, x.zero or kernel.zero)]
 
 
 def _along(
@@ -214,24 +215,47 @@ def _sum(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
 
 
 def _even_out(t: Trace, eqn: Any, x: Value, dimensions: Sequence[int]) -> None:
-    """Reduces over axes whose absent entries are zero, or the same along one axis."""
-    live = {d: [f for f in x.axes[d] if not t.space.is_plain(f)] for d in dimensions}
-    lost = [d for d in dimensions if any(f.fill is None for f in live[d])]
+    """Reduces over axes whose absent entries are zero, or can be computed."""
     for d in dimensions:
-        if lost != [d] or len(live[d]) != 1 or not live[d][0].even:
+        live = [f for f in x.axes[d] if not t.space.is_plain(f)]
+        rest = live[0].rest if len(live) == 1 and live[0].fill is None else None
+        if rest is None:
             need_zero(t, eqn, x.axes[d])
+        else:
+            t.settle(rest)
 
 
 def _rebuild_sum(n: Any, record: Record, args: list[Any]) -> list[Any]:
-    (out,) = n.rebind(record, args)
-    for d in record.eqn.params["axes"]:
-        axis = record.ins[0].axes[d]
-        if n.is_lost(axis):
-            dense = record.eqn.invars[0].aval.shape[d]
-            absent = dense - n.size(axis, dense)
-            (rest,) = n.rebind(record, [n.absent(record, 0, d)])
-            out = out + rest * jnp.asarray(absent, out.dtype)
-    return [out]
+    return [_add_up(n, record, args[0])]
+
+
+def _repeat_sum(n: Any, record: Record, whole: Any, dimensions: Any, each: Any) -> Any:
+    where, each = _before(record, dimensions), _before(record, each)
+    return _add_up(n, record, n.absent(record, 0, where, each), where, each)
+
+
+def _before(record: Record, dimensions: Sequence[int]) -> list[int]:
+    """Where axes of what is reduced were."""
+    rank, gone = len(record.ins[0].axes), record.eqn.params["axes"]
+    left = [d for d in range(rank) if d not in gone]
+    return [left[d] for d in dimensions]
+
+
+def _add_up(
+    n: Any, record: Record, x: Any, where: Sequence[int] = (), each: Sequence[int] = ()
+) -> Any:
+    """Sums what is there and what is absent, of what is absent along other axes."""
+    (out,) = n.rebind(record, [x])
+    axes, shape = record.ins[0].axes, record.eqn.invars[0].aval.shape
+    for some in subsets(d for d in record.eqn.params["axes"] if n.is_lost(axes[d])):
+        (rest,) = n.rebind(record, [n.absent(record, 0, [*where, *some], each)])
+        times = [
+            shape[d] - n.size(axes[d], shape[d])
+            for d in some
+            if not n.varies(record.ins[0], d)
+        ]
+        out = out + rest * jnp.asarray(math.prod(times), out.dtype)
+    return out
 
 
 def _psum(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
@@ -249,12 +273,27 @@ def _extreme(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
 
 
 def _rebuild_extreme(n: Any, record: Record, args: list[Any]) -> list[Any]:
+    return [_outermost(n, record, args[0])]
+
+
+def _repeat_extreme(
+    n: Any, record: Record, whole: Any, dimensions: Any, each: Any
+) -> Any:
+    where, each = _before(record, dimensions), _before(record, each)
+    return _outermost(n, record, n.absent(record, 0, where, each), where, each)
+
+
+def _outermost(
+    n: Any, record: Record, x: Any, where: Sequence[int] = (), each: Sequence[int] = ()
+) -> Any:
     join = lax.max if record.eqn.primitive.name == "reduce_max" else lax.min
-    (out,) = n.rebind(record, args)
-    for d in record.eqn.params["axes"]:
-        if n.is_cut(record.ins[0].axes[d]):
-            out = join(out, n.rebind(record, [n.absent(record, 0, d)])[0])
-    return [out]
+    (out,) = n.rebind(record, [x])
+    axes = record.ins[0].axes
+    for some in subsets(d for d in record.eqn.params["axes"] if n.is_cut(axes[d])):
+        out = join(
+            out, n.rebind(record, [n.absent(record, 0, [*where, *some], each)])[0]
+        )
+    return out
 
 
 def _bits(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
@@ -391,9 +430,14 @@ RULES: dict[str, Rule] = {
     "ragged_dot_general": Rule(_ragged_dot, flops=_ragged_flops),
     "conv_general_dilated": Rule(_conv, rebuild=_rebuild_conv, flops=_conv_flops),
     "psum": Rule(_psum, flops=per_operand_entry),
-    **_reductions(["reduce_sum"], _sum, rebuild=_rebuild_sum),
+    **_reductions(["reduce_sum"], _sum, rebuild=_rebuild_sum, repeat=_repeat_sum),
     **_reductions(["reduce_or", "reduce_xor"], _bits),
-    **_reductions(["reduce_max", "reduce_min"], _extreme, rebuild=_rebuild_extreme),
+    **_reductions(
+        ["reduce_max", "reduce_min"],
+        _extreme,
+        rebuild=_rebuild_extreme,
+        repeat=_repeat_extreme,
+    ),
     **_reductions(["reduce_prod", "reduce_and"], _reduce),
     **_reductions(["argmax", "argmin"], _argument),
     **_reductions("cumsum cumprod cummax cummin cumlogsumexp".split(), _cumulate),

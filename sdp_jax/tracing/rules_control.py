@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,8 +16,8 @@ from sdp_jax.tracing import rules_elementwise
 from sdp_jax.tracing.rule import Analyse, Rebuild, Rule, Runs, first_once
 from sdp_jax.tracing.sizes import original
 from sdp_jax.tracing.source import is_jax
-from sdp_jax.tracing.trace import Body, Nested, Record, Trace
-from sdp_jax.tracing.values import Axis, Factor, Value, agree, refill
+from sdp_jax.tracing.trace import Body, Nested, Record, Trace, uneven
+from sdp_jax.tracing.values import Axis, Factor, Value, agree, refill, union
 
 # Rules of derivatives call the function itself; this deep their rules are followed.
 MAX_DEPTH = 2
@@ -26,31 +27,30 @@ CLOSED = (
 )
 
 
-def _call(t: Trace, eqn: Any, ins: list[Value]) -> Nested:
+def _call(t: Trace, eqn: Any, ins: list[Value], *, even: bool = False) -> Nested:
     inner = eqn.params["jaxpr" if "jaxpr" in eqn.params else "call_jaxpr"]
     consts = getattr(inner, "consts", ())
     # JAX traces its own functions once, wherever they were called first.
     with t.at(eqn) if is_jax(inner) else contextlib.nullcontext():
-        body = t.run(getattr(inner, "jaxpr", inner), consts, ins)
+        body = t.run(getattr(inner, "jaxpr", inner), consts, ins, even=even)
     return body.outs, (body,)
 
 
-def _rebuild_call(n: Any, record: Record, args: list[Any]) -> list[Any]:
-    def function(*args: Any) -> list[Any]:
-        return n.run(record.bodies[0], args)
+_even_call = functools.partial(_call, even=True)
 
-    function.__name__ = function.__qualname__ = str(record.eqn.params.get("name", "f"))
-    return jax.jit(function)(*args)
+
+def _rebuild_call(n: Any, record: Record, args: list[Any]) -> list[Any]:
+    def wrap(function: Any) -> Any:
+        name = str(record.eqn.params.get("name", "f"))
+        function.__name__ = function.__qualname__ = name
+        return jax.jit(function)
+
+    return n.call(record, args, wrap)
 
 
 def _rebuild_checkpoint(n: Any, record: Record, args: list[Any]) -> list[Any]:
-    p = record.eqn.params
-    function = jax.checkpoint(
-        lambda *args: n.run(record.bodies[0], args),
-        prevent_cse=p["prevent_cse"],
-        policy=p["policy"],
-    )
-    return function(*args)
+    how = {name: record.eqn.params[name] for name in ("prevent_cse", "policy")}
+    return n.call(record, args, functools.partial(jax.checkpoint, **how))
 
 
 def _inner(value: Value) -> Value:
@@ -63,12 +63,14 @@ def _repeat(
     eqn: Any,
     carry: Sequence[Value],
     run: Callable[[list[Value]], tuple[Body, list[Value]]],
+    *,
+    even: bool = False,
 ) -> tuple[Body, list[Value]]:
     """Traces a loop until the fills of what it carries hold all the time."""
-    now = [
-        t.settled(dataclasses.replace(v, data=True, zero=False, known=None, free=False))
-        for v in carry
-    ]
+    # What is known of the start need not hold later.
+    less = {"zero": False, "known": None, "free": False, "still": False}
+    now = [t.settled(dataclasses.replace(v, data=True, **less)) for v in carry]
+    now = now if even else [uneven(v) for v in now]
     while True:
         body, outs = run(now)
         outs = [t.settled(dataclasses.replace(v, data=True)) for v in outs]
@@ -77,17 +79,32 @@ def _repeat(
         for value, out in zip(now, outs, strict=True):
             axes: list[Axis] = []
             for a, b in zip(value.axes, out.axes, strict=True):
-                before, later = t.unify(eqn, [a, b])
-                weaker = any(
-                    not t.space.is_plain(f) and f.fill is not None and g.fill is None
-                    for f, g in zip(before, later, strict=True)
-                )
-                changed |= weaker
-                axes.append(refill(a, None) if weaker else a)
+                axes.append(_lasting(t, a, *t.unify(eqn, [a, b])))
+            changed |= _holds(value.axes) != _holds(axes)
             after.append(dataclasses.replace(value, axes=tuple(axes)))
         if not changed:
             return body, now
         now = after
+
+
+def _lasting(t: Trace, axis: Axis, before: Axis, later: Axis) -> Axis:
+    """An axis that a loop carries, with what holds both before and after a step."""
+    if len(axis) == len(before) == 1 and not t.space.is_plain(before[0]):
+        pair = (before[0], later[0])
+        if later[0].fill is not None:
+            return axis
+        rest = union(f.rest if f.fill is None else f.fill for f in pair)
+        varied = rest is not None and any(f.varied for f in pair if f.fill is None)
+        return (Factor(axis[0].atoms, None, rest, varied),)
+    weaker = any(
+        not t.space.is_plain(f) and f.fill is not None and g.fill is None
+        for f, g in zip(before, later, strict=True)
+    )
+    return tuple(Factor(f.atoms, None if weaker else f.fill) for f in axis)
+
+
+def _holds(axes: Sequence[Axis]) -> list[Any]:
+    return [(f.fill, f.rest, f.varied) for axis in axes for f in axis]
 
 
 def _scan(t: Trace, eqn: Any, ins: list[Value]) -> Nested:
@@ -99,10 +116,11 @@ def _scan(t: Trace, eqn: Any, ins: list[Value]) -> Nested:
         t.freeze(eqn, value.axes[0], "loops along this axis")
 
     def run(now: list[Value]) -> tuple[Body, list[Value]]:
-        body = t.run_closed(p["jaxpr"], [*consts, *now, *map(_inner, lines)])
+        ins = [*consts, *now, *map(_inner, lines)]
+        body = t.run_closed(p["jaxpr"], ins, even=True)
         return body, body.outs[: p["num_carry"]]
 
-    body, now = _repeat(t, eqn, carry, run)
+    body, now = _repeat(t, eqn, carry, run, even=True)
     stacked = [
         dataclasses.replace(v, axes=(t.space.plain(p["length"]), *v.axes), known=None)
         for v in body.outs[p["num_carry"] :]
@@ -111,22 +129,41 @@ def _scan(t: Trace, eqn: Any, ins: list[Value]) -> Nested:
 
 
 def _rebuild_scan(n: Any, record: Record, args: list[Any]) -> list[Any]:
-    p = record.eqn.params
-    first, second = p["num_consts"], p["num_consts"] + p["num_carry"]
+    p, body = record.eqn.params, record.bodies[0]
+    count = p["num_carry"]
+    first, second = p["num_consts"], p["num_consts"] + count
+    # What absent positions hold goes along with the arrays.
+    given = n.lost(body.ins)
+    fixed, moving = (sum(k < end for k, *_ in given) for end in (first, second))
+    places = [_shifted(g) if g[0] >= second else g for g in given]
+    rest = [n.absent(record, *place) for place in places]
+    carried = [(k - first, *axes) for k, *axes in given[fixed:moving]]
+    made = [g for g in n.lost(body.outs) if g[0] >= count]
 
     def step(carry: Any, line: Any) -> Any:
-        outs = n.run(record.bodies[0], [*args[:first], *carry, *line])
-        return outs[: p["num_carry"]], outs[p["num_carry"] :]
+        operands = [*args[:first], *carry[0], *line[0]]
+        held = [*rest[:fixed], *carry[1], *line[1]]
+        outs, held = n.enter(body, operands, given, held, [*carried, *made])
+        after, lines = held[: len(carried)], held[len(carried) :]
+        return (outs[:count], after), (outs[count:], lines)
 
-    carry, stacked = lax.scan(
+    (carry, after), (stacked, lines) = lax.scan(
         step,
-        args[first:second],
-        args[second:],
+        (args[first:second], rest[fixed:moving]),
+        (args[second:], rest[moving:]),
         length=p["length"],
         reverse=p["reverse"],
         unroll=p["unroll"],
     )
+    n.remember(record, carried, after)
+    n.remember(record, [_shifted(g) for g in made], lines)
     return [*carry, *stacked]
+
+
+def _shifted(place: Any) -> Any:
+    """A place in an array with the axis of the loop in front."""
+    k, *axes = place
+    return (k, *(tuple(d + 1 for d in some) for some in axes))
 
 
 def _scan_runs(eqn: Any, bodies: Sequence[Any]) -> tuple[int, list[Sequence[Any]]]:
@@ -420,20 +457,23 @@ def _rebuild_custom_vjp(n: Any, record: Record, args: list[Any]) -> list[Any]:
     return list(function(*args))
 
 
-def _rule(analyse: Analyse, rebuild: Rebuild, runs: Runs = first_once) -> Rule:
+def _rule(
+    analyse: Analyse, rebuild: Rebuild, runs: Runs = first_once, *, even: bool = False
+) -> Rule:
     """What a body leaves unused of its operands is not used."""
-    return Rule(analyse, rebuild=rebuild, picks=True, runs=runs)
+    return Rule(analyse, rebuild=rebuild, picks=True, even=even, runs=runs)
 
 
 RULES: dict[str, Rule] = {
     **dict.fromkeys(
         ("jit", "pjit", "closed_call", "core_call", "composite"),
-        _rule(_call, _rebuild_call),
+        _rule(_even_call, _rebuild_call, even=True),
     ),
     **dict.fromkeys(
-        ("remat2", "checkpoint", "remat"), _rule(_call, _rebuild_checkpoint)
+        ("remat2", "checkpoint", "remat"),
+        _rule(_even_call, _rebuild_checkpoint, even=True),
     ),
-    "scan": _rule(_scan, _rebuild_scan, _scan_runs),
+    "scan": _rule(_scan, _rebuild_scan, _scan_runs, even=True),
     "while": _rule(_while, _rebuild_while, _while_runs),
     "cond": _rule(_cond, _rebuild_cond, _cond_runs),
     "custom_jvp_call": _rule(_custom_jvp, _rebuild_custom_jvp),

@@ -14,19 +14,19 @@ from sdp_jax.tracing import numbers
 from sdp_jax.tracing.devices import divides
 from sdp_jax.tracing.rule import Flops, Rule, moves, per_entry
 from sdp_jax.tracing.trace import Record, Trace, number_of
-from sdp_jax.tracing.values import ZERO, Factor, Fill, Value, length
+from sdp_jax.tracing.values import ZERO, Factor, Fill, Value, length, union
 
 # f(x) = x
 COPY = "convert_element_type copy copy_p name device_put stop_gradient".split()
 # f(0) = 0
 KEEP = (
-    "neg tanh sin tan asin atan sinh asinh atanh erf expm1 log1p sqrt cbrt abs sign "
+    "neg tanh sin tan asin atan sinh asinh atanh erf expm1 log1p abs sign "
     "floor ceil round real imag conj reduce_precision square population_count "
     "erf_inv bessel_i1e"
 ).split()
 # f(0) is another number, or nobody knows
 LOSE = (
-    "exp exp2 atan2 cos acos cosh acosh logistic not is_finite erfc bessel_i0e "
+    "exp exp2 cos acos cosh acosh logistic not is_finite erfc bessel_i0e "
     "igamma igammac polygamma eq ge le nextafter clz xor shift_left "
     "shift_right_logical shift_right_arithmetic threefry2x32 random_gamma_grad "
     "regularized_incomplete_beta zeta igamma_grad_a eq_to le_to lt_to"
@@ -73,15 +73,17 @@ def combine(
                 given[i] = ZERO if ins[i].zero else f.fill
             operands = factors
             poles = {"pole": given, "first": given[1:]}.get(fills, [])
-            if any(f is not None for f in poles):
+            poles = [f for f in poles if f is not None]
+            if all(poles):  # What parameters hold must not become zero.
+                t.nonzero |= ZERO.union(*poles)
+            else:
                 factors = t.freeze(eqn, factors[:1], "is not finite at zero")
-            fill = joint_fill(t, given[skip:], fills)
+            fill = joint_fill(t, given[skip:], fills, data)
             fill = otherwise(given) if fill is None else fill
-            even = fill is None and all(
-                ins[i].zero or f.fill == ZERO or f.even
-                for i, f in zip(along, operands, strict=True)
-            )
-            axis.append(Factor(factors[0].atoms, fill, even))
+            lost = [f for i, f in zip(along, operands, strict=True) if given[i] is None]
+            rest = union([*(given[i] or ZERO for i in along), *(f.rest for f in lost)])
+            varied = any(f.varied for f in lost)
+            axis.append(Factor(factors[0].atoms, fill, rest, varied))
         axes.append(tuple(axis))
     return Value(tuple(axes), data, zero)
 
@@ -92,7 +94,7 @@ def _zero(zeros: list[bool], fills: str) -> bool:
     return {"all": all(zeros), "any": any(zeros)}.get(fills, False)
 
 
-def joint_fill(t: Trace, fills: Sequence[Fill], how: str) -> Fill:
+def joint_fill(t: Trace, fills: Sequence[Fill], how: str, data: bool) -> Fill:
     """What a result holds at absent positions, by what its operands hold there."""
     known = [f for f in fills if f is not None]
     if how in ("lose", "pole") or not known:
@@ -103,6 +105,8 @@ def joint_fill(t: Trace, fills: Sequence[Fill], how: str) -> Fill:
         return ZERO.union(*known) if len(known) == len(fills) else None
     if len(known) == 1:
         return known[0]
+    if not data:  # One is enough: of g · v / ‖v‖ the scale.
+        return min(known, key=t.entries)
     for f in known:
         t.settle(f)
     return ZERO
@@ -111,6 +115,13 @@ def joint_fill(t: Trace, fills: Sequence[Fill], how: str) -> Fill:
 def _map(fills: str, t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
     at_zero = functools.partial(_evaluated, eqn, ins)
     return [combine(t, eqn, ins, fills, otherwise=at_zero)] * len(eqn.outvars)
+
+
+def _steep(fills: str, t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
+    """Where all operands are zero, there is no finite derivative."""
+    zero = combine(t, eqn, ins, "all")
+    t.is_steep(eqn, ins, zero)
+    return [zero if fills == "all" else combine(t, eqn, ins, fills)]
 
 
 def _evaluated(eqn: Any, ins: Sequence[Value], given: Sequence[Fill]) -> Fill:
@@ -159,6 +170,16 @@ def _select(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
     return [dataclasses.replace(chosen, data=value.data)]
 
 
+def _repeat_select(
+    n: Any, record: Record, whole: Any, dimensions: Any, each: Any
+) -> Any:
+    which = record.ins[0].known
+    if which is not None and not which.ndim:  # Of the others nothing is known.
+        return n.absent(record, 1 + int(which), dimensions, each)
+    ins = [n.absent(record, k, dimensions, each) for k in range(len(record.ins))]
+    return n.rebind(record, ins)[0]
+
+
 def _integer_pow(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
     return [combine(t, eqn, ins, "all" if eqn.params["y"] > 0 else "pole")]
 
@@ -166,6 +187,8 @@ def _integer_pow(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
 def _pow(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
     exponent = _literal(eqn, 1)
     if exponent is not None:
+        if 0 < exponent < 1:
+            return _steep("all", t, eqn, ins[:1])
         return [combine(t, eqn, ins[:1], "all" if exponent > 0 else "pole")]
     base = _literal(eqn, 0)
     if base is not None and base > 0:
@@ -218,9 +241,21 @@ RULES: dict[str, Rule] = {
     **_each(POLE, "pole"),
     **_each(FIRST, "first"),
     "select_n": Rule(
-        _select, known=numbers.ELEMENTWISE["select_n"], even=True, flops=moves
+        _select,
+        known=numbers.ELEMENTWISE["select_n"],
+        even=True,
+        repeat=_repeat_select,
+        flops=moves,
     ),
     **_each(["clamp"], "lose"),
+    **{
+        name: Rule(
+            functools.partial(_steep, fills),
+            known=numbers.ELEMENTWISE.get(name),
+            even=True,
+        )
+        for name, fills in (("sqrt", "all"), ("cbrt", "all"), ("atan2", "lose"))
+    },
     "integer_pow": Rule(
         _integer_pow, known=numbers.ELEMENTWISE["integer_pow"], even=True
     ),

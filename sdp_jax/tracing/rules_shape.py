@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -11,9 +11,9 @@ from jax import lax
 
 from sdp_jax.tracing import numbers
 from sdp_jax.tracing.evaluate import pick_out
-from sdp_jax.tracing.rule import Rule, moves
+from sdp_jax.tracing.rule import Repeat, Rule, moves
 from sdp_jax.tracing.trace import Record, Trace, freeze_all
-from sdp_jax.tracing.values import ZERO, Axis, Factor, Fill, Value, length
+from sdp_jax.tracing.values import ZERO, Axis, Factor, Fill, Value, length, union
 
 
 def _broadcast(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
@@ -33,7 +33,7 @@ def _broadcast(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
 
 def _repeated(t: Trace, size: int, fill: Fill) -> Axis:
     """An axis along which an array is the same everywhere."""
-    return tuple(Factor(f.atoms, fill, True) for f in t.space.fresh(size, fill))
+    return tuple(Factor(f.atoms, fill, ZERO) for f in t.space.fresh(size, fill))
 
 
 def _rebuild_broadcast(n: Any, record: Record, args: list[Any]) -> list[Any]:
@@ -41,6 +41,31 @@ def _rebuild_broadcast(n: Any, record: Record, args: list[Any]) -> list[Any]:
     where, sharding = p["broadcast_dimensions"], p["sharding"]
     shape = n.shape(record)
     return [lax.broadcast_in_dim(args[0], shape, where, out_sharding=sharding)]
+
+
+def _repeat_broadcast(
+    n: Any, record: Record, whole: Any, dimensions: Any, each: Any
+) -> Any:
+    where = list(record.eqn.params["broadcast_dimensions"])
+    small = n.absent(record, 0, [where.index(d) for d in dimensions if d in where])
+    shape = [1 if d in dimensions else size for d, size in enumerate(whole)]
+    for d in each:
+        shape[d] = small.shape[where.index(d)]
+    return lax.broadcast_in_dim(small, shape, where)
+
+
+def _repeat_moved(came_from: Callable[[Any], Sequence[int]]) -> Repeat:
+    """For what only moves axes or leaves them out: where those of the result were."""
+
+    def repeat(n: Any, record: Record, whole: Any, dimensions: Any, each: Any) -> Any:
+        before = came_from(record)
+        dimensions, each = ([before[d] for d in some] for some in (dimensions, each))
+        x = n.absent(record, 0, dimensions, each)
+        if record.eqn.primitive.name == "slice":
+            return _rebuild_slice(n, record, [x])[0]
+        return n.rebind(record, [x])[0]
+
+    return repeat
 
 
 def _blocks(
@@ -100,6 +125,10 @@ def _squeeze(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
     gone = eqn.params["dimensions"]
     axes = tuple(axis for i, axis in enumerate(x.axes) if i not in gone)
     return [Value(axes, x.data, x.zero)]
+
+
+def _others(record: Record, gone: Sequence[int]) -> list[int]:
+    return [d for d in range(len(record.ins[0].axes)) if d not in gone]
 
 
 def pick(t: Trace, eqn: Any, axis: Axis, positions: np.ndarray) -> Axis:
@@ -229,13 +258,9 @@ def _join(t: Trace, lines: list[Axis]) -> Axis:
 def together(t: Trace, eqn: Any, lines: list[Axis]) -> Axis:
     """An axis that runs along all operands: zero where all of them are."""
     return tuple(
-        Factor(fs[0].atoms, union([f.fill for f in fs]))
+        Factor(fs[0].atoms, union(f.fill for f in fs))
         for fs in zip(*t.unify(eqn, lines), strict=True)
     )
-
-
-def union(fills: list[Fill]) -> Fill:
-    return None if None in fills else ZERO.union(*(f or ZERO for f in fills))
 
 
 def _tile(t: Trace, eqn: Any, ins: list[Value]) -> list[Value]:
@@ -350,15 +375,31 @@ RULES: dict[str, Rule] = {
         known=numbers.broadcast_in_dim,
         rebuild=_rebuild_broadcast,
         even=True,
+        repeat=_repeat_broadcast,
         flops=moves,
     ),
     "reshape": Rule(
         _reshape, known=numbers.reshape, rebuild=_rebuild_reshape, flops=moves
     ),
-    "transpose": Rule(_transpose, known=numbers.transpose, flops=moves),
-    "squeeze": Rule(_squeeze, known=numbers.squeeze, flops=moves),
+    "transpose": Rule(
+        _transpose,
+        known=numbers.transpose,
+        repeat=_repeat_moved(lambda r: r.eqn.params["permutation"]),
+        flops=moves,
+    ),
+    "squeeze": Rule(
+        _squeeze,
+        known=numbers.squeeze,
+        repeat=_repeat_moved(lambda r: _others(r, r.eqn.params["dimensions"])),
+        flops=moves,
+    ),
     "slice": Rule(
-        _slice, known=numbers.slices, rebuild=_rebuild_slice, picks=True, flops=moves
+        _slice,
+        known=numbers.slices,
+        rebuild=_rebuild_slice,
+        repeat=_repeat_moved(lambda r: _others(r, ())),
+        picks=True,
+        flops=moves,
     ),
     "split": Rule(
         _split, known=numbers.split, rebuild=_rebuild_split, picks=True, flops=moves

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -22,6 +22,8 @@ from sdp_jax.tracing.values import ZERO, Axis, Factor, Fill, Space, Value, lengt
 _SMALL = 65536
 SHARES = "is split over devices, which must hold equal shares"
 INEXACT = "sums over channels that do not become zero"
+# No derivative goes through them.
+_STILL = frozenset("stop_gradient sign floor ceil round".split())
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -57,17 +59,29 @@ Nested: TypeAlias = tuple[list[Value], tuple[Body, ...]]
 
 
 class Trace:
-    """One walk: the space of atoms, and which parameter axes must be zero."""
+    """One walk: the space of atoms, and which parameter axes must be zero or not."""
 
-    def __init__(self, rules: Mapping[str, Rule], *, derivatives: bool = True) -> None:
+    def __init__(
+        self,
+        rules: Mapping[str, Rule],
+        nonzero: Iterable[int] = (),
+        *,
+        derivatives: bool = True,
+    ) -> None:
         # Derivative rules of element-wise functions: they ask for nothing, but
         # evaluation needs them.
         self.derivatives = derivatives
         self.space = Space()
         self.sizes = Sizes()
         self.producers: set[int] = set()
+        self.makers: set[int] = set()  # Those that make activations zero.
+        self.nonzero = set(nonzero)
+        self.weights: list[int] = []  # Entries at a position of each parameter axis.
+        # Where a derivative is not finite once channels are zero.
+        self.steep: list[tuple[Reason, Factor]] = []
         self.depth = 0
         self.devices: dict[str, int] = {}  # Along each axis of the mesh.
+        self._moves = True  # Whether derivatives go back through the equation at hand.
         self._place: Any = None
         self._asks = True
         self._rules = rules
@@ -99,10 +113,17 @@ class Trace:
             return Reason("parameter", why)
         return Reason(eqn.primitive.name, why, self._place or eqn.source_info)
 
-    def run(self, jaxpr: Any, consts: Sequence[Any], ins: Sequence[Value]) -> Body:
-        """Walks a jaxpr."""
+    def run(
+        self,
+        jaxpr: Any,
+        consts: Sequence[Any],
+        ins: Sequence[Value],
+        *,
+        even: bool = False,
+    ) -> Body:
+        """Walks a jaxpr; ``even`` if it is given what absent positions hold."""
         const_values = [self.constant(c) for c in consts]
-        ins = [_uneven(v) for v in ins]
+        ins = list(ins) if even else [uneven(v) for v in ins]
         env: dict[Any, Value] = {}
         env.update(zip(jaxpr.constvars, const_values, strict=True))
         env.update(zip(jaxpr.invars, ins, strict=True))
@@ -116,9 +137,15 @@ class Trace:
             return env[var]
 
         records = []
-        for eqn in _live(jaxpr):
+        outer = self._moves
+        for eqn, moves in _live(jaxpr):
+            # Of what has a derivative of its own, no other is taken.
+            own = eqn.primitive.name.startswith("custom_")
+            self._moves = outer and moves and not own
             values = [read(v) for v in eqn.invars]
             free = all(v.free for v in values)
+            still = all(v.free or v.still for v in values)
+            still = still or eqn.primitive.name in _STILL
             copied = frozenset(
                 i for i, v in enumerate(values) if v.free and v.axes and not free
             )
@@ -133,13 +160,16 @@ class Trace:
             outs = [self.settled(v) for v in outs]
             pairs = zip(outs, original(eqn).outvars, strict=True)
             outs = [self.spread(eqn, v, var.aval) for v, var in pairs]
-            if not rule.even:
-                outs = [_uneven(v) for v in outs]
-            outs = [dataclasses.replace(v, free=free) for v in outs]
+            if not (rule.even or rule.repeat):
+                outs = [uneven(v) for v in outs]
+            outs = [
+                dataclasses.replace(v, free=free, still=still or v.still) for v in outs
+            ]
             if rule.known is not None:
                 outs = self._compute(rule, view, values, outs)
             records.append(Record(eqn, view, values, outs, bodies, copied))
             env.update(zip(eqn.outvars, outs, strict=True))
+        self._moves = outer
         outs = [read(v) for v in jaxpr.outvars]
         # What is free is whole in its body, whatever the caller takes of it.
         copied = frozenset(
@@ -151,9 +181,11 @@ class Trace:
             outs[i] = dataclasses.replace(self.space.copy(outs[i]), free=False)
         return Body(jaxpr, consts, const_values, list(ins), records, outs, copied)
 
-    def run_closed(self, closed: Any, ins: Sequence[Value]) -> Body:
+    def run_closed(
+        self, closed: Any, ins: Sequence[Value], *, even: bool = False
+    ) -> Body:
         """Walks a closed jaxpr."""
-        return self.run(closed.jaxpr, closed.consts, ins)
+        return self.run(closed.jaxpr, closed.consts, ins, even=even)
 
     def constant(self, array: Any) -> Value:
         """A constant: any part of it can be taken."""
@@ -216,12 +248,19 @@ class Trace:
             return self.space.freeze(axis, why)
         return tuple(Factor(f.atoms, self.settle(f.fill or ZERO)) for f in axis)
 
+    def entries(self, fill: frozenset[int]) -> int:
+        """How many parameters of a channel a fill asks to be zero."""
+        return sum(self.weights[number] for number in fill)
+
     def settled(self, value: Value) -> Value:
         """Settles the fills of an activation."""
         if not value.data or not any(f.fill for axis in value.axes for f in axis):
             return value
+        if self._asks:
+            for fill in (f.fill for axis in value.axes for f in axis):
+                self.makers |= fill or ZERO
         axes = tuple(
-            tuple(Factor(f.atoms, self.settle(f.fill), f.even) for f in axis)
+            tuple(dataclasses.replace(f, fill=self.settle(f.fill)) for f in axis)
             for axis in value.axes
         )
         return dataclasses.replace(value, axes=axes)
@@ -248,6 +287,14 @@ class Trace:
         ]
         return dataclasses.replace(value, axes=tuple((*a, *b) for a, b in pairs))
 
+    def is_steep(self, eqn: Any, ins: Sequence[Value], value: Value) -> None:
+        """Notes that a derivative is not finite where a value is zero."""
+        if self._moves and not all(v.free or v.still for v in ins):
+            why = self._reason(eqn, "has no finite derivative at zero")
+            for f in (f for axis in value.axes for f in axis):
+                if f.fill is not None and not self.space.is_plain(f):
+                    self.steep.append((why, f))
+
     def freeze(self, eqn: Any, axis: Axis, why: str) -> Axis:
         """Freezes an axis on account of an equation."""
         if not self._asks:
@@ -271,23 +318,32 @@ def need_zero(t: Trace, eqn: Any, axis: Axis) -> None:
             t.settle(f.fill)
 
 
-def _uneven(value: Value) -> Value:
-    """The value where nothing is known of what absent positions hold but zeros."""
-    if not any(f.even for axis in value.axes for f in axis):
+def uneven(value: Value) -> Value:
+    """The value if nothing is known of what absent positions hold but zeros."""
+    if all(f.rest is None for axis in value.axes for f in axis):
         return value
     axes = tuple(tuple(Factor(f.atoms, f.fill) for f in axis) for axis in value.axes)
     return dataclasses.replace(value, axes=axes)
 
 
-def _live(jaxpr: Any) -> list[Any]:
-    """The equations on which results depend."""
+def _live(jaxpr: Any) -> list[tuple[Any, bool]]:
+    """The equations on which results depend, and whether derivatives come to them."""
     needed = {v for v in jaxpr.outvars if not isinstance(v, Literal)}
+    moving = {v for v in needed if _is_float(v)}
     live = []
     for eqn in reversed(jaxpr.eqns):
         if eqn.effects or not needed.isdisjoint(eqn.outvars):
-            live.append(eqn)
-            needed.update(v for v in eqn.invars if not isinstance(v, Literal))
+            operands = {v for v in eqn.invars if not isinstance(v, Literal)}
+            needed |= operands
+            still = eqn.primitive.name in _STILL or moving.isdisjoint(eqn.outvars)
+            if not still:
+                moving.update(filter(_is_float, operands))
+            live.append((eqn, not still))
     return live[::-1]
+
+
+def _is_float(var: Any) -> bool:
+    return jnp.issubdtype(getattr(var.aval, "dtype", np.int32), jnp.inexact)
 
 
 def _is_index(shape: Sequence[int], dtype: Any) -> bool:

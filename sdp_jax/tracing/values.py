@@ -9,7 +9,7 @@ are zero there (a set of their numbers, empty for "0 anyway"), or something else
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TypeAlias
 
 import numpy as np
@@ -25,13 +25,15 @@ _LONGEST = 1 << 24
 class Factor:
     """A factor of an axis: its atoms and what absent positions hold.
 
-    It is ``even`` where all of them hold the same, not zero, which can be computed from
-    arrays of the same jaxpr.
+    Where that is not zero, ``rest`` says whether it can be computed from arrays of the
+    same jaxpr, once certain parameter axes are zero there. All absent positions hold
+    the same, unless it has ``varied`` with a constant that differs between them.
     """
 
     atoms: np.ndarray
     fill: Fill
-    even: bool = False
+    rest: Fill = None
+    varied: bool = False
 
     @property
     def size(self) -> int:
@@ -53,6 +55,8 @@ class Value:
     known: np.ndarray | None = None
     # Depends on neither parameters nor inputs: each reader may take another part.
     free: bool = False
+    # No derivative comes to it: it hangs on what stops gradients.
+    still: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -68,6 +72,12 @@ def length(axis: Axis) -> int:
 def refill(axis: Axis, fill: Fill) -> Axis:
     """The same axis with another fill."""
     return tuple(Factor(f.atoms, fill) for f in axis)
+
+
+def union(fills: Iterable[Fill]) -> Fill:
+    """What holds where all of several fills do."""
+    given = list(fills)
+    return None if None in given else ZERO.union(*(f or ZERO for f in given))
 
 
 def agree(axes: Sequence[Axis]) -> Axis:
@@ -122,9 +132,9 @@ class Space:
         fill = ZERO if value.zero else None
         axes = []
         for axis in value.axes:
-            even = all(f.even for f in axis)
+            varied = any(f.rest is None or f.varied for f in axis)
             new = self.fresh(length(axis), fill)
-            axes.append(tuple(Factor(f.atoms, fill, even) for f in new))
+            axes.append(tuple(Factor(f.atoms, fill, ZERO, varied) for f in new))
         return dataclasses.replace(value, axes=tuple(axes))
 
     def freeze(self, axis: Axis, reason: Reason) -> Axis:
@@ -165,8 +175,7 @@ class Space:
         if all(self.is_plain(f) for f in axis):
             return self.plain(length(axis))
         live = [f for f in axis if not self.is_plain(f)]
-        fills = [f.fill for f in live]
-        fill = None if None in fills else ZERO.union(*(f or ZERO for f in fills))
+        fill = union(f.fill for f in live)
         key = tuple(id(f.atoms) for f in axis)
         if key not in self._flat:
             arrays = [f.atoms for f in axis]
@@ -212,7 +221,7 @@ class Space:
                 else:
                     self.atoms.equate(head.atoms, f.atoms)
             for line, f in zip(out, factors, strict=True):
-                line.append(Factor(head.atoms, f.fill, f.even))
+                line.append(dataclasses.replace(f, atoms=head.atoms))
         return [tuple(line) for line in out]
 
     def regroup(self, axes: Sequence[Axis], sizes: Sequence[int]) -> list[Axis] | None:
