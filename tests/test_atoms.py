@@ -1,6 +1,7 @@
 """Atoms: which positions belong together."""
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -69,3 +70,31 @@ def test_common_sizes_refine_both(a, b):
     ends = set(np.cumprod(common[::-1]).tolist())
     assert set(np.cumprod(a[::-1]).tolist()) <= ends
     assert set(np.cumprod(b[::-1]).tolist()) <= ends
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_blocks_and_single_atoms_are_merged_alike(seed):
+    """Against sets that are joined one by one."""
+    rng = np.random.default_rng(seed)
+    atoms = Atoms()
+    blocks = [atoms.fresh(int(n)) for n in rng.choice([3, 4, 6], 12)]
+    sets = [{k} for k in range(atoms.count)]
+
+    def join(x, y):
+        joined = sets[x] | sets[y]
+        for k in joined:
+            sets[k] = joined
+
+    for _ in range(9):
+        a, b = (blocks[k] for k in rng.choice(12, 2, replace=False))
+        size = min(len(a), len(b))  # Often a part of a block.
+        a, b = (x[:size] if rng.random() < 0.7 else x[-size:][::-1] for x in (a, b))
+        atoms.equate(a, b)
+        for x, y in zip(a.tolist(), b.tolist(), strict=True):
+            join(x, y)
+    atoms.freeze(blocks[0][:1], Reason("test", "whole"))
+    join(0, int(blocks[0][0]))
+    label = atoms.solve().label
+    for x in range(atoms.count):
+        assert set(np.flatnonzero(label == label[x]).tolist()) == sets[x]
+    assert label[0] == 0 and set(label.tolist()) == set(range(label.max() + 1))

@@ -227,18 +227,62 @@ def _merge(
     """
     classes = int(label.max()) + 1
     new = np.arange(classes, classes + count - len(label), dtype=np.int32)
-    label = np.concatenate([label, new]) if len(new) else label
+    if len(label) == 1:
+        label, pairs = _merge_blocks(pairs, count)
+    elif len(new):
+        label = np.concatenate([label, new])
     if not pairs:
         return label
     a = np.concatenate([label[x] for x, _ in pairs])
     b = np.concatenate([label[y] for _, y in pairs])
-    size = classes + len(new)
+    size = int(label.max()) + 1
     graph = coo_array((np.ones(len(a), np.int8), (a, b)), shape=(size, size))
     merged = connected_components(graph, directed=False)[1]
     if merged[0] != 0:
         first = merged[0]
         merged = np.where(merged == first, 0, np.where(merged == 0, first, merged))
     return merged.astype(np.int32)[label]
+
+
+def _merge_blocks(
+    pairs: Sequence[tuple[np.ndarray, np.ndarray]], count: int
+) -> tuple[np.ndarray, list[tuple[np.ndarray, np.ndarray]]]:
+    """Merges atoms of their own by whole blocks, and the pairs that this leaves.
+
+    Most equalities are of arrays as they were made: of neighbouring atoms, all of them.
+    """
+    whole = [_is_block(x) and _is_block(y) for x, y in pairs]
+    blocks = {
+        (int(x[0]), len(x)) for p, w in zip(pairs, whole, strict=True) if w for x in p
+    }
+    table = np.array(sorted(blocks)).reshape(-1, 2)
+    starts, ends = table[:, 0], table.sum(axis=1)
+    # Blocks that share atoms with other blocks are left to the others.
+    before = np.maximum.accumulate(np.append(0, ends))[:-1]
+    after = np.append(starts, count)[1:]
+    alone = (starts >= before) & (ends <= after)
+    place = {int(n): k for k, n in enumerate(starts) if alone[k]}
+    edges, rest = [], []
+    for pair, is_whole in zip(pairs, whole, strict=True):
+        ids = [place.get(int(x[0])) for x in pair] if is_whole else [None]
+        edges.append(ids) if None not in ids else rest.append(pair)
+    label = np.arange(count, dtype=np.int32)
+    if edges:
+        a, b = np.array(edges).T
+        graph = coo_array((np.ones(len(a)), (a, b)), shape=(len(table),) * 2)
+        roots: dict[int, int] = {}
+        for k, one in enumerate(connected_components(graph, directed=False)[1]):
+            root = roots.setdefault(int(one), int(starts[k]))
+            if root != starts[k]:
+                label[starts[k] : ends[k]] = np.arange(root, root + table[k, 1])
+    there = np.zeros(count, bool)
+    there[label] = True
+    return (np.cumsum(there, dtype=np.int32) - 1)[label], rest
+
+
+def _is_block(atoms: np.ndarray) -> bool:
+    size = len(atoms)
+    return size > 1 and atoms[-1] - atoms[0] == size - 1 and (np.diff(atoms) == 1).all()
 
 
 def _conclusions(
