@@ -6,11 +6,14 @@ automatic axes the compiler decides.
 """
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 
@@ -49,6 +52,7 @@ def sum_lines(
 
     Example:
       >>> import jax.numpy as jnp
+    import numpy as np
       >>> sum_lines([Line(jnp.square, (jnp.ones((3, 2)),), 1)], lambda sums: sums)[0]
       Array([3., 3.], dtype=float32)
     """
@@ -119,6 +123,36 @@ def sharded_like(array: jax.Array, leaf: jax.Array) -> jax.Array:
     return jax.sharding.reshard(array, NamedSharding(mesh, PartitionSpec(*parts)))
 
 
+def placed(leaf: Any) -> NamedSharding | None:
+    """How a mesh shards an array, or a shape that says so; ``None`` if it does not."""
+    sharding = getattr(leaf, "sharding", None)
+    if sharding is None or isinstance(leaf, jax.core.Tracer):
+        sharding = getattr(jax.typeof(leaf), "sharding", None)
+    named = isinstance(sharding, NamedSharding) and any(sharding.spec)
+    return sharding if named else None
+
+
+def shares(sharding: NamedSharding | None, rank: int) -> list[int]:
+    """Over how many devices each axis of an array is split."""
+    parts = () if sharding is None else tuple(sharding.spec)
+    found = [
+        math.prod(sharding.mesh.shape[name] for name in _names(part))
+        for part in parts
+        if sharding is not None
+    ]
+    return found + [1] * (rank - len(found))
+
+
+def fetch(array: Any) -> np.ndarray:
+    """The whole array as NumPy's, also where other processes hold parts of it."""
+    if not getattr(array, "is_fully_addressable", True):
+        array = jax.jit(
+            lambda x: x,
+            out_shardings=NamedSharding(array.sharding.mesh, PartitionSpec()),
+        )(array)
+    return np.asarray(array)
+
+
 def explicit_spec(array: Any) -> tuple[Any, tuple[Any, ...]]:
     """The mesh, and along each axis the explicit mesh axes that shard it."""
     sharding = getattr(jax.typeof(array), "sharding", None)
@@ -128,7 +162,9 @@ def explicit_spec(array: Any) -> tuple[Any, tuple[Any, ...]]:
 
 
 def _names(part: Any) -> tuple[str, ...]:
-    return () if part is None else part if isinstance(part, tuple) else (part,)
+    if part is None or part is PartitionSpec.UNCONSTRAINED:
+        return ()
+    return part if isinstance(part, tuple) else (part,)
 
 
 def _share(line: Line, spec: tuple[Any, ...], used: set[str], length: int) -> jax.Array:
