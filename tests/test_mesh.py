@@ -92,7 +92,7 @@ def test_cuts_keep_shardings_and_choose_widths_that_divide(layout, kind):
     cut = sdp_jax.plan_cut(
         groups, wide, scores=scores, sparsity=0.2, ranking="dimension", round_to="mesh"
     )
-    devices = {"fsdp": (1, 4), "tensor": (2, 2), "both": (8, 4)}[layout]
+    devices = {"fsdp": (4, 4), "tensor": (2, 1), "both": (8, 4)}[layout]
     widths = list(cut.widths.values())
     assert all(n % count == 0 for n, count in zip(widths, devices, strict=True))
     assert 0 < sum(widths) <= 0.8 * groups.num_channels
