@@ -363,7 +363,8 @@ class Cut:
         shape = list(np.shape(leaf))
         for axis, port in self._inputs[path].items():
             shape[axis] = port.length
-        return jax.ShapeDtypeStruct(tuple(shape), leaf.dtype, sharding=leaf.sharding)
+        sharding = sharding_of(jax.typeof(leaf))
+        return jax.ShapeDtypeStruct(tuple(shape), leaf.dtype, sharding=sharding)
 
     def take_output(self, path: str, output: Any) -> Any:
         """An output of the dense function as the small one gives it.
