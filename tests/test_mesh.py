@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import sdp_jax
 from sdp_jax import mesh as meshes
+from sdp_jax import methods
 from sdp_jax.channels import Term, channel_maxima, channel_sums, square
 from sdp_jax.tree import leaf_table
 from tests import toy
@@ -123,6 +124,22 @@ def test_widths_that_do_not_divide_say_which_would(kind):
     cut = sdp_jax.Cut(groups, (tuple(range(13)), tuple(range(7))))
     with pytest.raises(ValueError, match=r"4 does not divide the 7 .* 4 or 8 would do"):
         cut.take(placed(params, mesh, "fsdp"))
+
+
+@pytest.mark.parametrize("layout", ["tensor", "both"])
+def test_scores_are_those_of_one_device(layout):
+    params = toy.mlp_params(widths=WIDTHS)
+    groups, grads = toy.mlp_groups(params), jax.tree.map(jnp.cos, params)
+    mesh = jax.make_mesh((4, 2), ("a", "b"))
+    wide, slopes = (placed(tree, mesh, layout) for tree in (params, grads))
+    scores = [methods.l1_norm(), methods.taylor(), methods.group_importance()]
+    with jax.set_mesh(mesh):
+        for score in scores:
+            found = score(groups, wide, slopes)
+            np.testing.assert_allclose(found, score(groups, params, grads), rtol=1e-5)
+        found = methods.pq_index(wide, groups=groups, scope="channel")
+    want = methods.pq_index(params, groups=groups, scope="channel")
+    np.testing.assert_allclose(found, want, rtol=1e-5, atol=1e-6)
 
 
 def test_meshes_do_not_mix():
