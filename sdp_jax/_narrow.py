@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from sdp_jax.cut import Cut
+from sdp_jax.mesh import sharding_of
 from sdp_jax.tracing.analyse import Analysis, analyse_with, input_paths
-from sdp_jax.tracing.devices import sharding_of
 from sdp_jax.tracing.evaluate import Evaluator
 from sdp_jax.tracing.rules import RULES
 from sdp_jax.tracing.static import separate
