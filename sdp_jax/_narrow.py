@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
@@ -84,22 +84,14 @@ def narrow(fn: Callable[..., Any], cut: Cut) -> Callable[..., Any]:
             ]
         )
         carries = {p.path for p in cut.dense.ports if p.role == "carry"}
+        found = None
         try:
             found = analyse_with(cut.dense, fn, dense, *whole, carries=carries & small)
             _check_producers(found, cut)
             keep = _kept_classes(found, cut, small)
         except Exception as error:
-            if carries:
-                given = [
-                    f"{path!r} of shape {np.shape(leaf)}, taken as {form}"
-                    for path, leaf, form in zip(paths, moving, forms, strict=True)
-                    if path in carries
-                ]
-                error.add_note(
-                    "the groups of the cut were found on a function that hands on its "
-                    f"inputs {sorted(carries)}, which the small one takes small, as "
-                    f"cut.take_inputs makes them; here {'; '.join(given) or 'none'}"
-                )
+            if carries or (moving and found is None):
+                error.add_note(_about_inputs(paths, moving, forms, carries))
             raise
         evaluator = Evaluator(found.solution, keep, RULES)
         values = found.body.ins[len(table) :]
@@ -116,6 +108,28 @@ def narrow(fn: Callable[..., Any], cut: Cut) -> Callable[..., Any]:
         return jax.tree.unflatten(found.out_tree, outs)
 
     return small_fn
+
+
+def _about_inputs(
+    paths: Sequence[str], leaves: Sequence[Any], forms: Sequence[str], carries: Any
+) -> str:
+    """How the inputs were taken, for who hands in a state of another size."""
+    if not carries:
+        return (
+            "the small function takes all inputs as the dense one does. That a state "
+            "goes in and out small is said when the groups are found, by prune_inputs= "
+            "and prune_outputs=; sdp_jax.Cut(groups, cut.kept) is then the same cut"
+        )
+    given = [
+        f"{path!r} of shape {np.shape(leaf)}, taken as {form}"
+        for path, leaf, form in zip(paths, leaves, forms, strict=True)
+        if path in carries
+    ]
+    return (
+        "the groups of the cut were found on a function that hands on its inputs "
+        f"{sorted(carries)}, which the small one takes small, as cut.take_inputs makes "
+        f"them; here {'; '.join(given) or 'none'}"
+    )
 
 
 def _positional(
@@ -201,6 +215,7 @@ def _kept_classes(found: Analysis, cut: Cut, small: Collection[str]) -> np.ndarr
             raise ValueError(
                 f"the cut removes positions of axis {d} of {path!r} that "
                 f"this function needs: {'; '.join(sorted(why))}. Find the groups on "
-                "this function, or cut less"
+                "this function, with prune_outputs= for outputs that may shrink, or "
+                "cut less"
             )
     return keep
