@@ -128,7 +128,7 @@ def _about_inputs(
     return (
         "the groups of the cut were found on a function that hands on its inputs "
         f"{sorted(carries)}, which the small one takes small, as cut.take_inputs makes "
-        f"them; here {'; '.join(given) or 'none'}"
+        f"them; here {'; '.join(given) or 'none of them by position'}"
     )
 
 
