@@ -1,6 +1,7 @@
 """Random programs: graphs of operations on arrays of one shape."""
 
 import dataclasses
+import random
 
 import jax
 import jax.numpy as jnp
@@ -325,6 +326,11 @@ SHAPES = {
     "experts": (3, 12, 12),
     "routed": (3, 12, 12),
 }
+# Behind them channels lie unevenly, and few dimensions are left: not as often.
+_UNEVEN = (
+    "flip gather number pad padded reshape shuffle shuffled slice twice window written"
+).split()
+NAMES = sorted(OPERATIONS) + 2 * sorted(OPERATIONS.keys() - _UNEVEN)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -335,6 +341,15 @@ class Step:
     x: int = 0
     y: int = 1
     tied: bool = False  # It takes the last parameter of its shape.
+
+
+def draw(seed):
+    """A random program."""
+    rng = random.Random(seed)
+    return [
+        Step(rng.choice(NAMES), rng.randrange(4), rng.randrange(4), rng.random() < 0.5)
+        for _ in range(rng.randint(1, 8))
+    ]
 
 
 def shapes(steps):

@@ -6,21 +6,12 @@ import warnings
 import jax
 import jax.numpy as jnp
 import numpy as np
-from hypothesis import given, settings
-from hypothesis import strategies as st
+import pytest
 
 import sdp_jax
 from tests import programs, promise
-from tests.programs import OPERATIONS, Step
 
-MANY = int(os.environ.get("SDP_JAX_PROGRAMS", "12"))
-STEPS = st.builds(
-    Step,
-    st.sampled_from(sorted(OPERATIONS)),
-    st.integers(0, 3),
-    st.integers(0, 3),
-    st.booleans(),
-)
+MANY = int(os.environ.get("SDP_JAX_PROGRAMS", "8"))
 
 
 def loss(fn):
@@ -74,8 +65,27 @@ def check(steps, seed=0):
     return groups
 
 
-@settings(max_examples=MANY, deadline=None)
-@given(steps=st.lists(STEPS, min_size=1, max_size=8), seed=st.integers(0, 5))
-def test_random_programs_keep_the_promise(steps, seed):
-    with jax.enable_x64(True):
-        check(steps, seed)
+def shrunk(steps, seed):
+    """Fewer steps that still fail."""
+    for i in range(len(steps)):
+        fewer = steps[:i] + steps[i + 1 :]
+        try:
+            check(fewer, seed)
+        except Exception:
+            return shrunk(fewer, seed)
+    return steps
+
+
+@pytest.mark.parametrize("first", range(0, MANY, 100))
+def test_random_programs_keep_the_promise(first, x64):
+    shares = []
+    for seed in range(first, min(first + 100, MANY)):
+        steps = programs.draw(seed)
+        try:
+            shares.append(promise.prunable_share(check(steps, seed)))
+        except Exception as error:
+            error.add_note(f"of program {seed}: {shrunk(steps, seed)}")
+            raise
+    # Not because hardly anything is cut.
+    assert np.mean(np.array(shares) > 0.5) > 0.6
+    jax.clear_caches()
