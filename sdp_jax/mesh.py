@@ -39,7 +39,8 @@ def sum_lines(
     """Sums to lines, and what a linear function makes of these.
 
     Args:
-      lines: what to sum.
+      lines: what to sum; arrays of one line that are split in other ways are split
+        as the first.
       finish: ``finish(sums, *given)``, linear in the sums, which are vectors along the
         axes that stay; it gives vectors.
       *given: arrays that all devices have.
@@ -52,7 +53,6 @@ def sum_lines(
 
     Example:
       >>> import jax.numpy as jnp
-    import numpy as np
       >>> sum_lines([Line(jnp.square, (jnp.ones((3, 2)),), 1)], lambda sums: sums)[0]
       Array([3., 3.], dtype=float32)
     """
@@ -67,7 +67,10 @@ def sum_lines(
             "parameters, gradients and optimizer state on one mesh"
         )
     (mesh,) = meshes
-    used = {name for _, spec in specs for part in spec for name in _names(part)}
+    lines = [line._replace(arrays=_alike(line.arrays)) for line in lines]
+    specs = [explicit_spec(x) for line in lines for x in line.arrays]
+    # In an order that is the same in all processes, as sums depend on it.
+    used = sorted({n for _, spec in specs for part in spec for n in _names(part)})
 
     def local(*arrays: jax.Array) -> list[jax.Array]:
         left = iter(zip(arrays[len(given) :], specs, strict=True))
@@ -90,7 +93,7 @@ def sum_lines(
         mesh=mesh,
         in_specs=whole + tuple(PartitionSpec(*spec) for _, spec in specs),
         out_specs=PartitionSpec(),
-        axis_names=used,
+        axis_names=set(used),
     )(*given, *arrays)
 
 
@@ -161,13 +164,21 @@ def explicit_spec(array: Any) -> tuple[Any, tuple[Any, ...]]:
     return mesh, spec + (None,) * (jnp.ndim(array) - len(spec))
 
 
+def _alike(arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    """All of them split as the first is that is split at all."""
+    split = [x for x in arrays if any(explicit_spec(x)[1])]
+    return tuple(sharded_like(x, split[0]) for x in arrays) if split else arrays
+
+
 def _names(part: Any) -> tuple[str, ...]:
     if part is None or part is PartitionSpec.UNCONSTRAINED:
         return ()
     return part if isinstance(part, tuple) else (part,)
 
 
-def _share(line: Line, spec: tuple[Any, ...], used: set[str], length: int) -> jax.Array:
+def _share(
+    line: Line, spec: tuple[Any, ...], used: Sequence[str], length: int
+) -> jax.Array:
     """What this device adds to the whole line."""
     found = _along(line)
     along = _names(spec[line.axis])
@@ -176,7 +187,7 @@ def _share(line: Line, spec: tuple[Any, ...], used: set[str], length: int) -> ja
         whole = jnp.zeros((length,), found.dtype)
         found = jax.lax.dynamic_update_slice(whole, found, (start,))
     # Devices that hold the same entries: one of them counts.
-    alike = tuple(sorted(used - {n for part in spec for n in _names(part)}))
+    alike = tuple(n for n in used if n not in {m for s in spec for m in _names(s)})
     if alike:
         found = jnp.where(jax.lax.axis_index(alike) == 0, found, 0)
     return found

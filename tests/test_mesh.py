@@ -125,6 +125,25 @@ def test_widths_that_do_not_divide_say_which_would(kind):
         cut.take(placed(params, mesh, "fsdp"))
 
 
+def test_arrays_of_one_line_may_be_split_in_other_ways():
+    mesh = jax.make_mesh((4, 2), ("a", "b"))
+    whole = np.arange(64.0).reshape(8, 8)
+    for specs in ((P("a", "b"), P("b", "a")), (P(), P("a", "b"))):
+        put = (jax.device_put(whole, NamedSharding(mesh, s)) for s in specs)
+        line = meshes.Line(jnp.multiply, tuple(put), 1)
+        (found,) = meshes.sum_lines([line], lambda sums: sums)
+        np.testing.assert_array_equal(found, (whole**2).sum(0))
+
+
+def test_every_process_makes_the_same_program():
+    """Sums over devices go in one order, whatever the order of a set of strings."""
+    mesh = jax.make_mesh((2, 2, 2), ("x", "y", "z"))
+    array = jax.device_put(jnp.ones((8, 8)), NamedSharding(mesh, P(("z", "y"), "x")))
+    line = meshes.Line(jnp.square, (array,), 1)
+    found = jax.make_jaxpr(lambda: meshes.sum_lines([line], lambda sums: sums))()
+    assert "axes=('x', 'y', 'z')" in str(found)
+
+
 def test_meshes_do_not_mix():
     mesh = jax.make_mesh((8,), ("a",)), jax.make_mesh((4, 2), ("a", "b"))
     x = [jax.device_put(jnp.ones((8, 8)), NamedSharding(m, P("a"))) for m in mesh]

@@ -266,12 +266,36 @@ def test_shares_that_differ_are_gathered():
     with jax.set_mesh(make_mesh(4, 2, kind=AxisType.Explicit)):
         params = {name: jax.device_put(params[name], TENSOR[name]) for name in params}
         x = jax.device_put(jnp.asarray(X, jnp.float32), ROWS)
-        small = cut.take(params)
+        with pytest.raises(ValueError, match="or place the leaf whole before"):
+            cut.take(params)
+        small = cut.take(whole(params))
         assert jax.typeof(small["up"]).sharding.spec == P(None, None)
         found = sdp_jax.narrow(mlp, cut)(small, x)
         np.testing.assert_allclose(found, mlp(cut.zero(whole(params)), x), rtol=1e-5)
         with pytest.raises(ValueError, match="Find the groups on this function"):
             sdp_jax.narrow(split, cut)(small, x)
+
+
+@pytest.mark.parametrize("mesh", [(4, 2), (2, 4)])
+def test_how_parameters_are_kept_does_not_tie_channels(mesh, x64):
+    """Gathered when they are needed, as in FSDP, also behind a cast."""
+
+    def fn(p, x):
+        up = jax.sharding.reshard(jnp.float64(p["up"]), P())
+        return jnp.tanh(x @ up) @ jax.sharding.reshard(jnp.tanh(p["down"]), P())
+
+    with jax.set_mesh(make_mesh(*mesh, kind=AxisType.Explicit)):
+        rng = np.random.default_rng(1)
+        params = {k: jnp.float32(rng.normal(size=s)) for k, s in SHAPES.items()}
+        params = {k: jax.device_put(p, TENSOR[k]) for k, p in params.items()}
+        groups = sdp_jax.find_groups(fn, params, X)
+        scores = np.array([3, 0, 1, 2, 9, 8, 7, 6])
+        cut = sdp_jax.plan_cut(
+            groups, params, scores=scores, sparsity=0.5, round_to="mesh"
+        )
+        assert cut.kept == ((4, 5, 6, 7),)  # Nothing of the first share.
+        found = sdp_jax.narrow(fn, cut)(cut.take(params), X)
+        np.testing.assert_allclose(found, fn(cut.zero(params), X), rtol=1e-12)
 
 
 def whole(params):
