@@ -353,15 +353,16 @@ def load(
         one of these parameters.
       like: a tree of arrays or shapes with the structure of the dense or small
         parameters. Needed if they are in other containers than dictionaries and lists,
-        and the function is no module. If it is small and has shardings, the parameters
-        get them.
+        and the function is no module. Arrays come to lie where those of ``like`` do,
+        on another mesh than before if it says so.
 
     Returns:
       The :class:`Pruned`.
 
     Raises:
       FileNotFoundError: if there is nothing, or not all of it.
-      ValueError: if the files do not belong together, or the function is another one.
+      ValueError: if the files do not belong together, the function is another one, or
+        the devices of ``like`` cannot share what stays of a leaf.
       ImportError: if orbax-checkpoint is not installed.
 
     Example:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sdp_jax.measure import bodies
+from sdp_jax.mesh import fetch
 from sdp_jax.tracing.static import separate
 from sdp_jax.tree import PyTree, leaf_keys
 
@@ -57,7 +58,7 @@ def differences(
             )
         if not jnp.issubdtype(a.dtype, jnp.inexact) or not a.size:
             continue
-        a, b = (np.asarray(x).astype(np.complex128) for x in (a, b))
+        a, b = (fetch(x).astype(np.complex128) for x in (a, b))
         with np.errstate(invalid="ignore"):
             gap = np.where((a == b) | (np.isnan(a) & np.isnan(b)), 0, np.abs(a - b))
         where = np.argmax(np.where(np.isnan(gap), np.inf, gap))

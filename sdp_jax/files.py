@@ -68,7 +68,7 @@ def load(
 ) -> tuple[Any, Cut]:
     """Reads what :func:`save` wrote, in the containers of ``like`` if it is given.
 
-    Arrays lie where those of ``like`` do if these are small, else on a device of this
+    Arrays lie where those of ``like`` do, dense or small, else on a device of this
     process, however many processes have saved them.
     """
     checkpointing = _orbax()
@@ -92,7 +92,12 @@ def load(
         else:
             dtypes = json.loads(text).get("dtypes", {})
             shapes = _of_dtypes(cut.small_like(like), dtypes)
-            target = jax.tree.map(lambda x, y: _placed(x, y, here), shapes, like)
+            places = _places(cut, like, here)
+            target = jax.tree.map(
+                lambda x, y: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=y),
+                shapes,
+                places,
+            )
         params = checkpointer.restore(path / "params", target)
     if like is None:
         try:
@@ -115,12 +120,19 @@ def _as_saved(leaf: Any, here: jax.sharding.Sharding) -> Any:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here)
 
 
-def _placed(shape: Any, like: Any, here: jax.sharding.Sharding) -> Any:
-    """A small shape where a leaf like it lies, if that is small."""
-    place = getattr(like, "sharding", None)
-    if place is None or np.shape(like) != shape.shape:
-        place = here
-    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place)
+def _places(cut: Cut, like: PyTree, here: jax.sharding.Sharding) -> PyTree:
+    """Where the small arrays are to lie: as those of a dense or small tree do."""
+    places = jax.tree.map(lambda x: getattr(x, "sharding", None) or here, like)
+    shapes = jax.tree.map(
+        lambda x, y: jax.ShapeDtypeStruct(np.shape(x), leaf_dtype(x), sharding=y),
+        like,
+        places,
+    )
+    try:
+        cut.check_small(shapes)
+    except ValueError:
+        cut.take(shapes)  # Says where devices cannot share what stays.
+    return places
 
 
 @contextlib.contextmanager

@@ -39,7 +39,8 @@ def sum_lines(
     """Sums to lines, and what a linear function makes of these.
 
     Args:
-      lines: what to sum.
+      lines: what to sum; arrays of one line that are split in other ways are split
+        as the first.
       finish: ``finish(sums, *given)``, linear in the sums, which are vectors along the
         axes that stay; it gives vectors.
       *given: arrays that all devices have.
@@ -52,13 +53,11 @@ def sum_lines(
 
     Example:
       >>> import jax.numpy as jnp
-    import numpy as np
       >>> sum_lines([Line(jnp.square, (jnp.ones((3, 2)),), 1)], lambda sums: sums)[0]
       Array([3., 3.], dtype=float32)
     """
-    arrays = [x for line in lines for x in line.arrays]
-    shardings = [sharding_of(jax.typeof(x)) for x in arrays]
-    meshes = {s.mesh for s in shardings if s}
+    found = (sharding_of(jax.typeof(x)) for line in lines for x in line.arrays)
+    meshes = {sharding.mesh for sharding in found if sharding}
     if not meshes:
         found = finish([_along(line) for line in lines], *given)
         return [replicated(x) for x in found]
@@ -68,10 +67,14 @@ def sum_lines(
             "parameters, gradients and optimizer state on one mesh"
         )
     (mesh,) = meshes
+    lines = [line._replace(arrays=_alike(line.arrays)) for line in lines]
+    arrays = [x for line in lines for x in line.arrays]
+    shardings = [sharding_of(jax.typeof(x)) for x in arrays]
     specs = [PartitionSpec() if s is None else s.spec for s in shardings]
     pairs = zip(specs, arrays, strict=True)
     names = [names_along(spec, jnp.ndim(x)) for spec, x in pairs]
-    used = {name for parts in names for part in parts for name in part}
+    # One order for all processes: sums depend on it.
+    used = sorted({name for parts in names for part in parts for name in part})
 
     def local(*local_arrays: jax.Array) -> list[jax.Array]:
         left = iter(zip(local_arrays[len(given) :], names, strict=True))
@@ -93,7 +96,7 @@ def sum_lines(
         mesh=mesh,
         in_specs=(*whole, *specs),
         out_specs=PartitionSpec(),
-        axis_names=used,
+        axis_names=set(used),
     )(*given, *arrays)
 
 
@@ -171,8 +174,14 @@ def names_along(spec: Any, rank: int) -> list[tuple[str, ...]]:
     return names + [()] * (rank - len(names))
 
 
+def _alike(arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    """All of them split as the first is that is split at all."""
+    split = [x for x in arrays if sharding_of(jax.typeof(x))]
+    return tuple(sharded_like(x, split[0]) for x in arrays) if split else arrays
+
+
 def _share(
-    line: Line, names: Sequence[tuple[str, ...]], used: set[str], length: int
+    line: Line, names: Sequence[tuple[str, ...]], used: Sequence[str], length: int
 ) -> jax.Array:
     """What this device adds to the whole line."""
     found = _along(line)
@@ -182,7 +191,7 @@ def _share(
         whole = jnp.zeros((length,), found.dtype)
         found = jax.lax.dynamic_update_slice(whole, found, (start,))
     # Devices that hold the same entries: one of them counts.
-    alike = tuple(sorted(used - {n for part in names for n in part}))
+    alike = tuple(n for n in used if not any(n in part for part in names))
     if alike:
         found = jnp.where(jax.lax.axis_index(alike) == 0, found, 0)
     return found

@@ -10,6 +10,7 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from sdp_jax._narrow import narrow
 from sdp_jax.channels import channels_alive
@@ -234,9 +235,9 @@ def _check_scores(groups: Groups, scores: Scores) -> np.ndarray:
         except ValueError as error:
             raise ValueError(f"scores: {error}") from error
         # Joined anew, so that scores of 64 bits are not rounded.
-        lines = [np.asarray(scores[name], np.float64) for name in groups.sizes]
+        lines = [np.float64(fetch(scores[name])) for name in groups.sizes]
         scores = np.concatenate([np.zeros(0), *lines])
-    values = np.asarray(scores, np.float64)
+    values = np.asarray(fetch(scores), np.float64)
     if values.shape != (groups.num_channels,):
         raise ValueError(
             f"scores have shape {values.shape}; expected one number for each of the "
@@ -315,6 +316,10 @@ def _measure(
         assert fn is not None
         dense = Cut(groups, tuple(tuple(range(d.size)) for d in groups))
 
+        # Processes that share the parameters must decide alike.
+        leaves = jax.tree.leaves(params)
+        spread = not all(getattr(x, "is_fully_addressable", True) for x in leaves)
+
         def time_left(cut: Cut) -> float:
             # In turns with the uncut one, which also goes through narrow.
             _, small = latency(
@@ -325,7 +330,7 @@ def _measure(
                     (cut.take(params), *cut.take_inputs(*inputs)),
                 ],
             )
-            return small.ratio
+            return _of_the_first(small.ratio) if spread else small.ratio
 
         return time_left
     if target == "channels":
@@ -338,6 +343,11 @@ def _measure(
     counts = groups.need_flops()
     total = max(counts.at(list(groups.sizes.values())), 1.0)
     return lambda cut: counts.at(list(cut.widths.values())) / total
+
+
+def _of_the_first(number: float) -> float:
+    """The number of the first process."""
+    return float(multihost_utils.broadcast_one_to_all(np.float64(number)))
 
 
 def _cut_zeros(

@@ -65,6 +65,24 @@ def test_shardings_are_those_of_small_arrays(tmp_path):
     assert all(len(x.devices()) == 1 for x in jax.tree.leaves(found))
 
 
+def test_the_dense_arrays_may_lie_on_another_mesh(tmp_path):
+    cut = half()
+    files.save(tmp_path / "model", cut.take(PARAMS), cut)
+    width = next(iter(cut.widths.values()))
+    for count, good in ((width, True), (6, False)):
+        mesh = jax.make_mesh((count,), ("d",), devices=jax.devices()[:count])
+        dense = jax.device_put(PARAMS, jax.NamedSharding(mesh, jax.P()))
+        split = jax.NamedSharding(mesh, jax.P("d"))
+        dense["layer0"]["bias"] = jax.device_put(PARAMS["layer0"]["bias"], split)
+        if good:
+            found, _ = files.load(tmp_path / "model", dense)
+            assert found["layer0"]["bias"].sharding == split
+            chex.assert_trees_all_equal(found, cut.take(PARAMS))
+        else:
+            with pytest.raises(ValueError, match="6 does not divide"):
+                files.load(tmp_path / "model", dense)
+
+
 def test_bad_directories(tmp_path):
     cut = half()
     with pytest.raises(FileNotFoundError, match="holds no saved cut"):

@@ -144,6 +144,25 @@ def test_scores_are_those_of_one_device(layout):
         np.testing.assert_allclose(ours, alone, rtol=1e-5, atol=1e-6)
 
 
+def test_arrays_of_one_line_may_be_split_in_other_ways():
+    mesh = jax.make_mesh((4, 2), ("a", "b"))
+    whole = np.arange(64.0).reshape(8, 8)
+    for specs in ((P("a", "b"), P("b", "a")), (P(), P("a", "b"))):
+        put = (jax.device_put(whole, NamedSharding(mesh, s)) for s in specs)
+        line = meshes.Line(jnp.multiply, tuple(put), 1)
+        (found,) = meshes.sum_lines([line], lambda sums: sums)
+        np.testing.assert_array_equal(found, (whole**2).sum(0))
+
+
+def test_every_process_makes_the_same_program():
+    """Sums over devices go in one order, whatever the order of a set of strings."""
+    mesh = jax.make_mesh((2, 2, 2), ("x", "y", "z"))
+    array = jax.device_put(jnp.ones((8, 8)), NamedSharding(mesh, P(("z", "y"), "x")))
+    line = meshes.Line(jnp.square, (array,), 1)
+    found = jax.make_jaxpr(lambda: meshes.sum_lines([line], lambda sums: sums))()
+    assert "axes=('x', 'y', 'z')" in str(found)
+
+
 def test_meshes_do_not_mix():
     mesh = jax.make_mesh((8,), ("a",)), jax.make_mesh((4, 2), ("a", "b"))
     x = [jax.device_put(jnp.ones((8, 8)), NamedSharding(m, P("a"))) for m in mesh]

@@ -275,6 +275,28 @@ def test_shares_that_differ_are_refused_until_they_are_whole():
             sdp_jax.narrow(split, cut)(small, x)
 
 
+@pytest.mark.parametrize("mesh", [(4, 2), (2, 4)])
+def test_how_parameters_are_kept_does_not_tie_channels(mesh, x64):
+    """Gathered when they are needed, as in FSDP, also behind a cast."""
+
+    def fn(p, x):
+        up = jax.sharding.reshard(jnp.float64(p["up"]), P())
+        return jnp.tanh(x @ up) @ jax.sharding.reshard(jnp.tanh(p["down"]), P())
+
+    with jax.set_mesh(make_mesh(*mesh, kind=AxisType.Explicit)):
+        rng = np.random.default_rng(1)
+        params = {k: jnp.float32(rng.normal(size=s)) for k, s in SHAPES.items()}
+        params = {k: jax.device_put(p, TENSOR[k]) for k, p in params.items()}
+        groups = sdp_jax.find_groups(fn, params, X)
+        scores = np.array([3, 0, 1, 2, 9, 8, 7, 6])
+        cut = sdp_jax.plan_cut(
+            groups, params, scores=scores, sparsity=0.5, round_to="mesh"
+        )
+        assert cut.kept == ((4, 5, 6, 7),)  # Nothing of the first share.
+        found = sdp_jax.narrow(fn, cut)(cut.take(params), X)
+        np.testing.assert_allclose(found, fn(cut.zero(params), X), rtol=1e-12)
+
+
 def whole(params):
     return {name: jax.sharding.reshard(x, P()) for name, x in params.items()}
 

@@ -145,9 +145,8 @@ def _walk(
             axes.append(ParameterAxis(path, d, atoms, number, state))
             if matches(path, whole):
                 space.freeze(axis, Reason("whole", "was asked to stay whole"))
-        value = Value(tuple(factors), data=False)
-        aval = closed.jaxpr.invars[len(values)].aval
-        values.append(trace.spread(None, value, aval))
+        # How devices split it says where it is kept, not how it is computed with.
+        values.append(Value(tuple(factors), data=False))
     variables = closed.jaxpr.invars[len(values) :]
     sizes = [trace.sizes.shape(getattr(v.aval, "shape", ())) for v in variables]
     results = [

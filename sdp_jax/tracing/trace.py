@@ -159,7 +159,10 @@ class Trace:
             outs, bodies = outcome if isinstance(outcome, tuple) else (outcome, ())
             outs = [self.settled(v) for v in outs]
             pairs = zip(outs, original(eqn).outvars, strict=True)
-            outs = [self.spread(eqn, v, var.aval) for v, var in pairs]
+            outs = [
+                v if _is_kept_alike(eqn, v, var) else self.spread(eqn, v, var.aval)
+                for v, var in pairs
+            ]
             if not (rule.even or rule.repeat):
                 outs = [uneven(v) for v in outs]
             outs = [
@@ -324,6 +327,14 @@ def uneven(value: Value) -> Value:
         return value
     axes = tuple(tuple(Factor(f.atoms, f.fill) for f in axis) for axis in value.axes)
     return dataclasses.replace(value, axes=axes)
+
+
+def _is_kept_alike(eqn: Any, value: Value, var: Any) -> bool:
+    """Whether it is made of parameters alone, and split as one of them is."""
+    if value.data or sharding_of(var.aval) is None:
+        return False
+    like = var.aval.shape, sharding_of(var.aval)
+    return any((x.aval.shape, sharding_of(x.aval)) == like for x in eqn.invars)
 
 
 def _live(jaxpr: Any) -> list[tuple[Any, bool]]:
