@@ -18,7 +18,10 @@ from sdp_jax.tracing.ports import class_channels, find_ports
 from sdp_jax.tree import leaf_table
 
 # Running statistics by the names that Flax, Haiku and Equinox give them.
-STATE = "*batch_stats* *running_* *moving_* *_ema/* mean */mean var */var".split()
+STATE = (
+    "*batch_stats* *running_* *moving_* *_ema/* *spectral_norm*/u0 "
+    "mean */mean var */var"
+).split()
 
 _UNUSED = "is not used by the function at these input shapes"
 _UNEVEN = (
@@ -76,7 +79,9 @@ def find_groups(
         too.
       state: patterns of paths of running statistics: cut, but never thresholded. An
         output with the path and shape of one is its new value, and is cut with it; all
-        other outputs stay whole.
+        other outputs stay whole. State of a model that is not in its parameters
+        (``equinox.nn.State``) goes there, ``{"model": arrays, "state": state}`` with
+        ``state=("state/*",)``: as an input it stays whole, and all that meets it.
 
     Returns:
       The :class:`Groups`, with the FLOPs of the function. Cut out where all producers
