@@ -2,10 +2,11 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 
@@ -14,8 +15,13 @@ from sdp_jax.mesh import sharding_of
 from sdp_jax.tracing.analyse import Analysis, analyse_with, input_paths
 from sdp_jax.tracing.evaluate import Evaluator
 from sdp_jax.tracing.rules import RULES
-from sdp_jax.tracing.static import separate
+from sdp_jax.tracing.static import is_static, separate
+from sdp_jax.tracing.trace import Body
 from sdp_jax.tree import PyTree, leaf_dtype, leaf_table
+
+KNOWN = 8  # So many traces a small function remembers.
+# Arguments that are no arrays, and whose value never changes.
+_PLAIN = (bool, int, float, complex, str, bytes)
 
 
 def narrow(fn: Callable[..., Any], cut: Cut) -> Callable[..., Any]:
@@ -34,9 +40,10 @@ def narrow(fn: Callable[..., Any], cut: Cut) -> Callable[..., Any]:
 
     Returns:
       A function of the same signature that takes ``cut.take(params)``; a recurrent
-      state or a cache goes in and out small (:meth:`Cut.take_inputs`). It traces at
-      each call, so put ``jax.jit`` around it; ``grad``, ``vmap``, ``checkpoint`` and
-      ``jax.export`` work on it as on any other function.
+      state or a cache goes in and out small (:meth:`Cut.take_inputs`). It runs
+      operation by operation, so put ``jax.jit`` around it; ``grad``, ``vmap``,
+      ``checkpoint`` and ``jax.export`` work on it as on any other function. As under
+      ``jax.jit``, ``fn`` itself is called once for arguments of the same shapes.
 
     Raises:
       TypeError: if ``cut`` is no :class:`Cut`.
@@ -61,6 +68,8 @@ def narrow(fn: Callable[..., Any], cut: Cut) -> Callable[..., Any]:
             f"{type(cut).__name__}"
         )
 
+    known: dict[Any, tuple[Analysis, np.ndarray]] = {}
+
     @functools.wraps(fn)
     def small_fn(params: PyTree, /, *args: Any, **kwargs: Any) -> Any:
         cut.check_small(params)
@@ -83,6 +92,9 @@ def narrow(fn: Callable[..., Any], cut: Cut) -> Callable[..., Any]:
                 for path, leaf in zip(paths, moving, strict=True)
             ]
         )
+        key = _key(params, (args, kwargs), small)
+        if key in known:
+            return run(*known[key], small, paths, moving, table)
         carries = {p.path for p in cut.dense.ports if p.role == "carry"}
         found = None
         try:
@@ -93,6 +105,20 @@ def narrow(fn: Callable[..., Any], cut: Cut) -> Callable[..., Any]:
             if carries or (moving and found is None):
                 error.add_note(_about_inputs(paths, moving, forms, carries))
             raise
+        if key is not None and not _holds_tracers(found.body):
+            if len(known) == KNOWN:
+                known.pop(next(iter(known)))
+            known[key] = found, keep
+        return run(found, keep, small, paths, moving, table)
+
+    def run(
+        found: Analysis,
+        keep: np.ndarray,
+        small: Collection[str],
+        paths: Sequence[str],
+        moving: Sequence[Any],
+        table: Mapping[str, Any],
+    ) -> Any:
         evaluator = Evaluator(found.solution, keep, RULES)
         values = found.body.ins[len(table) :]
         moving = [
@@ -129,6 +155,33 @@ def _about_inputs(
         "the groups of the cut were found on a function that hands on its inputs "
         f"{sorted(carries)}, which the small one takes small, as cut.take_inputs makes "
         f"them; here {'; '.join(given) or 'none of them by position'}"
+    )
+
+
+def _key(params: PyTree, rest: Any, small: Collection[str]) -> Any:
+    """What a trace depends on, or ``None`` where that cannot be compared."""
+    leaves, treedef = jax.tree.flatten(rest)
+    parts = []
+    for leaf in leaves:
+        if not is_static(leaf):
+            parts.append(jax.typeof(leaf))
+        elif isinstance(leaf, _PLAIN):
+            # 1, 1.0 and True are equal, and so are 0.0 and -0.0.
+            parts.append((type(leaf), repr(leaf)))
+        else:
+            return None
+    names = ("enable_x64", "default_matmul_precision", "numpy_dtype_promotion")
+    settings = [getattr(jax.config, f"jax_{name}") for name in names]
+    settings = (*settings, jax.sharding.get_abstract_mesh())
+    shapes = tuple(map(jax.typeof, jax.tree.leaves(params)))
+    structure = jax.tree.structure(params), treedef
+    return structure, shapes, tuple(parts), frozenset(small), settings
+
+
+def _holds_tracers(body: Body) -> bool:
+    """Whether a trace holds values of a surrounding one, which end with it."""
+    return any(isinstance(c, jax.core.Tracer) for c in body.consts) or any(
+        _holds_tracers(inner) for record in body.records for inner in record.bodies
     )
 
 

@@ -4,7 +4,7 @@ import dataclasses
 import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.core
@@ -213,7 +213,7 @@ def prune(
     activations: Any = None,
     ranking: Ranking = "global",
     min_channels: int = 1,
-    round_to: int = 1,
+    round_to: int | Literal["mesh"] = 1,
     limits: Mapping[str, float] | None = None,
     check: bool = True,
 ) -> Pruned:
@@ -247,7 +247,8 @@ def prune(
       ranking: ``"global"``, ``"dimension"`` or ``"isomorphic"``; see
         :func:`sdp_jax.plan_cut`.
       min_channels: channels that stay in each dimension.
-      round_to: widths become multiples of this number where they can.
+      round_to: widths become multiples of this number where they can; ``"mesh"`` for
+        widths that the devices of sharded parameters share equally.
       limits: largest share that may go, by pattern of the name of a dimension, or of
         the path of a leaf that makes its channels.
       check: whether to compare small and dense function on the inputs.

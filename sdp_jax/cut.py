@@ -12,14 +12,16 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from sdp_jax.channels import PerChannel, scale_channels
 from sdp_jax.dimension import Dimension, Leaf, Member
 from sdp_jax.groups import Groups
 from sdp_jax.matching import Matcher, is_hidden
-from sdp_jax.mesh import sharding_of
+from sdp_jax.mesh import placed, sharding_of, shares
 from sdp_jax.ports import ports_after
 from sdp_jax.tracing.evaluate import pick_out
 from sdp_jax.tree import (
@@ -150,7 +152,8 @@ class Cut:
         the base optimizer alone (its state is the first of the chain's) avoids that.
 
         Args:
-          tree: arrays or ``jax.ShapeDtypeStruct``; NumPy arrays stay NumPy arrays.
+          tree: arrays or ``jax.ShapeDtypeStruct``; NumPy arrays stay NumPy arrays, and
+            what a mesh shards stays sharded so.
           like: what the result has to look like, for example
             ``jax.eval_shape(small_tx.init, small_params)``.
 
@@ -159,8 +162,9 @@ class Cut:
 
         Raises:
           ValueError: if nothing in the tree belongs to the groups, only a part of a
-            subtree does, a leaf has a form that cannot be cut (as the factored state
-            of Adafactor, or SM3), or the result does not look like ``like``.
+            subtree does, the devices of a mesh cannot share what stays of a leaf, a
+            leaf has a form that cannot be cut (as the factored state of Adafactor, or
+            SM3), or the result does not look like ``like``.
 
         Example:
           >>> import jax.numpy as jnp, sdp_jax
@@ -230,10 +234,12 @@ class Cut:
                 for axis, length in enumerate(shape)
             )
             leaf = jnp.asarray(leaf)
-            if sharding := sharding_of(jax.typeof(leaf)):
-                leaf = jax.sharding.reshard(leaf, sharding.update(spec=()))
+            sharding, typed = placed(leaf), sharding_of(jax.typeof(leaf))
+            if typed:
+                leaf = jax.sharding.reshard(leaf, typed.update(spec=()))
             leaf = jnp.zeros(shape, leaf.dtype).at[np.ix_(*where)].set(leaf)
-            leaves.append(jax.sharding.reshard(leaf, sharding) if sharding else leaf)
+            leaf = jax.sharding.reshard(leaf, typed) if typed else leaf
+            leaves.append(_put(leaf, sharding))
         return jax.tree.unflatten(jax.tree.structure(tree), leaves)
 
     def zero(self, params: PyTree) -> PyTree:
@@ -356,7 +362,8 @@ class Cut:
         shape = list(np.shape(leaf))
         for axis, port in self._inputs[path].items():
             shape[axis] = port.length
-        return jax.ShapeDtypeStruct(tuple(shape), leaf.dtype)
+        sharding = sharding_of(jax.typeof(leaf))
+        return jax.ShapeDtypeStruct(tuple(shape), leaf.dtype, sharding=sharding)
 
     def take_output(self, path: str, output: Any) -> Any:
         """An output of the dense function as the small one gives it.
@@ -545,9 +552,30 @@ class Cut:
             return leaf  # the placeholder of an optimizer that does not use this leaf
         else:
             raise ValueError(self._matcher.no_form(path, shape, owner))
+        sharding = placed(leaf)
+        small = list(shape)
+        for axis, index in indices.items():
+            small[axis + lead] = len(index)
+        self._check_shares(path, sharding, shape, small)
         for axis, index in indices.items():
             leaf = _take(leaf, index, axis + lead)
-        return leaf
+        return _put(leaf, sharding)
+
+    def _check_shares(
+        self, path: str, sharding: Any, before: Sequence[int], after: Sequence[int]
+    ) -> None:
+        """Refuses widths that the devices cannot share."""
+        for axis, count in enumerate(shares(sharding, len(after))):
+            width = after[axis]
+            if width % count and before[axis] % count == 0:
+                good = [width // count * count, -(-width // count) * count]
+                raise ValueError(
+                    f"leaf {path!r} is split over {count} devices along axis {axis}, "
+                    f"and {count} does not divide the {width} positions that stay "
+                    f"there; {' or '.join(str(n) for n in good if n)} would do. Choose "
+                    'the widths with plan_cut(..., round_to="mesh"), or place the '
+                    "leaf whole before it is cut"
+                )
 
     def _take_channels(self, path: str, leaf: Any) -> Any:
         shape = tuple(np.shape(leaf))
@@ -622,10 +650,19 @@ def _take(leaf: Any, index: np.ndarray, axis: int) -> Any:
     if isinstance(leaf, jax.ShapeDtypeStruct):
         shape = list(leaf.shape)
         shape[axis] = len(index)
-        return jax.ShapeDtypeStruct(tuple(shape), leaf.dtype)
+        return jax.ShapeDtypeStruct(tuple(shape), leaf.dtype, sharding=leaf.sharding)
     if isinstance(leaf, np.ndarray):
         return np.take(leaf, index, axis=axis)
     return pick_out(leaf, index, axis)
+
+
+def _put(leaf: Any, sharding: NamedSharding | None) -> Any:
+    """An array on the devices of the one that it was taken from."""
+    if sharding is None or not isinstance(leaf, jax.Array):
+        return leaf
+    if isinstance(leaf, jax.core.Tracer):
+        return leaf  # Its type says where it is, or the compiler decides.
+    return jax.device_put(leaf, sharding)
 
 
 def before_and_after(head: str, rows: Sequence[tuple[str, float, float]]) -> list[str]:

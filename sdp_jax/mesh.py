@@ -6,11 +6,14 @@ automatic axes the compiler decides.
 """
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 
@@ -49,6 +52,7 @@ def sum_lines(
 
     Example:
       >>> import jax.numpy as jnp
+    import numpy as np
       >>> sum_lines([Line(jnp.square, (jnp.ones((3, 2)),), 1)], lambda sums: sums)[0]
       Array([3., 3.], dtype=float32)
     """
@@ -123,6 +127,15 @@ def sharded_like(array: jax.Array, leaf: jax.Array) -> jax.Array:
     return jax.sharding.reshard(array, NamedSharding(sharding.mesh, spec))
 
 
+def placed(leaf: Any) -> NamedSharding | None:
+    """How a mesh shards an array, or a shape that says so; ``None`` if it does not."""
+    sharding = getattr(leaf, "sharding", None)
+    if sharding is None or isinstance(leaf, jax.core.Tracer):
+        sharding = getattr(jax.typeof(leaf), "sharding", None)
+    named = isinstance(sharding, NamedSharding) and any(sharding.spec)
+    return sharding if named else None
+
+
 def sharding_of(aval: Any) -> NamedSharding | None:
     """The sharding of a type that says over which devices axes are split, or None."""
     sharding = getattr(aval, "sharding", None)
@@ -134,6 +147,28 @@ def names_along(spec: Any, rank: int) -> list[tuple[str, ...]]:
     nothing = (None, PartitionSpec.UNCONSTRAINED)
     names = [() if n in nothing else n if isinstance(n, tuple) else (n,) for n in spec]
     return names + [()] * (rank - len(names))
+
+
+def split_over(mesh: Any, spec: Any, rank: int) -> list[int]:
+    """Over how many devices each axis of an array is split."""
+    return [math.prod(mesh.shape[n] for n in part) for part in names_along(spec, rank)]
+
+
+def shares(sharding: NamedSharding | None, rank: int) -> list[int]:
+    """The same of an array that may have no sharding."""
+    if sharding is None:
+        return [1] * rank
+    return split_over(sharding.mesh, sharding.spec, rank)
+
+
+def fetch(array: Any) -> np.ndarray:
+    """The whole array as NumPy's, also where other processes hold parts of it."""
+    if not getattr(array, "is_fully_addressable", True):
+        array = jax.jit(
+            lambda x: x,
+            out_shardings=NamedSharding(array.sharding.mesh, PartitionSpec()),
+        )(array)
+    return np.asarray(array)
 
 
 def _share(

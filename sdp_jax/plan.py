@@ -17,6 +17,7 @@ from sdp_jax.checks import check_number, check_share
 from sdp_jax.cut import Cut
 from sdp_jax.groups import Groups, Ranking, check_ranking, need_groups
 from sdp_jax.measure import latency
+from sdp_jax.mesh import fetch, placed, shares
 from sdp_jax.remains import zeros_that_stay
 from sdp_jax.tree import PyTree, leaf_table, missing_path_message
 
@@ -35,7 +36,7 @@ def plan_cut(
     inputs: Sequence[Any] = (),
     ranking: Ranking = "global",
     min_channels: int = 1,
-    round_to: int = 1,
+    round_to: int | Literal["mesh"] = 1,
     limits: Mapping[str, float] | None = None,
 ) -> Cut:
     """Decides which channels go.
@@ -64,7 +65,8 @@ def plan_cut(
         layer of width 0 cannot be built; zero channels that are kept do not change the
         function.
       round_to: keep the next-best channels up to a multiple of this number, or up to
-        the size of the dimension.
+        the size of the dimension; ``"mesh"`` up to a width that the devices over which
+        ``params`` are sharded share equally.
       limits: largest share that may go, by pattern (as in :mod:`fnmatch`) of the name
         of a dimension, or of the path of a leaf that makes its channels.
 
@@ -105,6 +107,7 @@ def plan_cut(
             f"inputs=(x,); got {type(inputs).__name__}"
         )
     _check_tree(groups, params)
+    steps_of = _steps(groups, params, round_to)
     if (scores is None) != (sparsity is None):
         raise ValueError(
             "scores and sparsity belong together: give both, for example "
@@ -118,7 +121,7 @@ def plan_cut(
                 "without scores what is exactly zero goes. Give scores and sparsity, "
                 "or leave them out"
             )
-        return _cut_zeros(groups, params, min_channels, round_to)
+        return _cut_zeros(groups, params, min_channels, steps_of)
     assert sparsity is not None
     check_share("sparsity", sparsity)
     if (target == "latency") != (fn is not None):
@@ -148,7 +151,7 @@ def plan_cut(
         for order, count in zip(orders, counts, strict=True):
             stay[order[:count]] = False
         stays, ranked = groups.split(stay), groups.split(values)
-        kept = (_rounded(stays[n], ranked[n], round_to) for n in groups.sizes)
+        kept = (_rounded(stays[n], ranked[n], steps_of[n]) for n in groups.sizes)
         return Cut(groups, tuple(kept))
 
     if target == "channels" and round_to == 1:
@@ -193,7 +196,10 @@ def plan_cut(
 
 
 def _check_counts(min_channels: Any, round_to: Any) -> None:
-    for name, value in (("min_channels", min_channels), ("round_to", round_to)):
+    if isinstance(round_to, str) and round_to != "mesh":
+        raise ValueError(f"round_to is a number or 'mesh'; got {round_to!r}")
+    known = 1 if round_to == "mesh" else round_to
+    for name, value in (("min_channels", min_channels), ("round_to", known)):
         good = isinstance(value, int | np.integer) and not isinstance(value, bool)
         if not good or value < 1:
             raise ValueError(
@@ -267,9 +273,32 @@ def _protected(
     return np.concatenate([np.zeros(0, bool), *protected])
 
 
-def _rounded(stay: np.ndarray, values: np.ndarray, round_to: int) -> tuple[int, ...]:
-    """Indices that stay, with the best of the others up to a multiple."""
-    wanted = min(-(-int(stay.sum()) // round_to) * round_to, len(stay))
+def _steps(
+    groups: Groups, params: PyTree, round_to: int | Literal["mesh"]
+) -> dict[str, tuple[int, int]]:
+    """For each dimension a step and a rest: widths are ``rest + k · step``."""
+    if round_to != "mesh":
+        return dict.fromkeys(groups.sizes, (round_to, 0))
+    table = leaf_table(params)
+    found = {}
+    for d in groups:
+        step = 1
+        for m in d.members:
+            leaf = table[m.path]
+            count = shares(placed(leaf), np.ndim(leaf))[m.axis]
+            step = math.lcm(step, count // math.gcd(count, m.outer * m.inner))
+        # As many must go as the devices share, wherever else the axis is made of.
+        found[d.name] = (step, d.size % step)
+    return found
+
+
+def _rounded(
+    stay: np.ndarray, values: np.ndarray, widths: tuple[int, int]
+) -> tuple[int, ...]:
+    """Indices that stay, with the best of the others up to the next width."""
+    step, rest = widths
+    wanted = max(-(-(int(stay.sum()) - rest) // step) * step, 0) + rest
+    wanted = min(wanted, len(stay))
     best = np.argsort(np.where(stay, -np.inf, -values), kind="stable")[:wanted]
     return tuple(sorted(best.tolist()))
 
@@ -311,7 +340,12 @@ def _measure(
     return lambda cut: counts.at(list(cut.widths.values())) / total
 
 
-def _cut_zeros(groups: Groups, params: PyTree, min_channels: int, round_to: int) -> Cut:
+def _cut_zeros(
+    groups: Groups,
+    params: PyTree,
+    min_channels: int,
+    steps: Mapping[str, tuple[int, int]],
+) -> Cut:
     table = leaf_table(params)
     for path, leaf in table.items():
         if isinstance(leaf, jax.core.Tracer | jax.ShapeDtypeStruct):
@@ -327,11 +361,11 @@ def _cut_zeros(groups: Groups, params: PyTree, min_channels: int, round_to: int)
                     "cannot be cut"
                 )
     kept = []
-    every = groups.split(np.asarray(channels_alive(groups, params)))
+    every = groups.split(fetch(channels_alive(groups, params)))
     for name, alive in every.items():
         stay = alive.copy()
         missing = min(min_channels, groups.sizes[name]) - int(stay.sum())
         if missing > 0:
             stay[np.flatnonzero(~stay)[:missing]] = True
-        kept.append(_rounded(stay, np.zeros(len(stay)), round_to))
+        kept.append(_rounded(stay, np.zeros(len(stay)), steps[name]))
     return Cut(groups, tuple(kept), zeros_that_stay(groups, table, kept))

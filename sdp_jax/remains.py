@@ -9,6 +9,7 @@ import numpy as np
 
 from sdp_jax.dimension import Dimension
 from sdp_jax.groups import Groups
+from sdp_jax.mesh import fetch
 from sdp_jax.tree import leaf_dtype
 
 # A vector of zeros is a dead channel if one of them is a scale, by its name.
@@ -52,7 +53,7 @@ def _zero_along(leaf: Any, axis: int) -> np.ndarray:
     """Where along an axis all entries are zero."""
     on = np if getattr(leaf, "is_fully_addressable", True) else jnp
     rest = tuple(d for d in range(np.ndim(leaf)) if d != axis)
-    return np.asarray(on.all(on.asarray(leaf) == 0, axis=rest))
+    return fetch(on.all(on.asarray(leaf) == 0, axis=rest))
 
 
 def _in_part(

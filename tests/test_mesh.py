@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 import sdp_jax
 from sdp_jax import mesh as meshes
 from sdp_jax.channels import Term, channel_maxima, channel_sums, square
+from sdp_jax.tree import leaf_table
 from tests import toy
 
 LAYOUTS = {
@@ -79,6 +80,49 @@ def test_a_step_sends_a_few_bytes_a_channel(
     assert len(sent) == len(every) == collectives
     # The last four bytes tell whether zeros came back.
     assert 4 * sum(map(int, sent)) == per_channel * groups.num_channels + 4
+
+
+@kinds
+@pytest.mark.parametrize("layout", ["fsdp", "tensor", "both"])
+def test_cuts_keep_shardings_and_choose_widths_that_divide(layout, kind):
+    params = toy.mlp_params(widths=WIDTHS)
+    groups = toy.mlp_groups(params)
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(kind, kind))
+    wide, scores = placed(params, mesh, layout), np.arange(groups.num_channels)
+    cut = sdp_jax.plan_cut(
+        groups, wide, scores=scores, sparsity=0.2, ranking="dimension", round_to="mesh"
+    )
+    devices = {"fsdp": (4, 4), "tensor": (2, 1), "both": (8, 4)}[layout]
+    widths = list(cut.widths.values())
+    assert all(n % count == 0 for n, count in zip(widths, devices, strict=True))
+    assert 0 < sum(widths) <= 0.8 * groups.num_channels
+    small = cut.take(wide)
+    for tree, whole in ((small, cut.take(params)), (cut.fill(small), cut.zero(params))):
+        for (path, leaf), other in zip(
+            leaf_table(tree).items(), jax.tree.leaves(whole), strict=True
+        ):
+            want = NamedSharding(mesh, LAYOUTS[layout].get(path, P()))
+            assert leaf.sharding.is_equivalent_to(want, leaf.ndim)
+            if tree is small:
+                np.testing.assert_array_equal(leaf, other)
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), wide
+    )
+    for leaf, other in zip(
+        jax.tree.leaves(cut.take(shapes)), jax.tree.leaves(small), strict=True
+    ):
+        assert leaf.shape == other.shape
+        assert leaf.sharding.is_equivalent_to(other.sharding, leaf.ndim)
+
+
+@kinds
+def test_widths_that_do_not_divide_say_which_would(kind):
+    params = toy.mlp_params(widths=WIDTHS)
+    groups = toy.mlp_groups(params)
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(kind, kind))
+    cut = sdp_jax.Cut(groups, (tuple(range(13)), tuple(range(7))))
+    with pytest.raises(ValueError, match=r"4 does not divide the 7 .* 4 or 8 would do"):
+        cut.take(placed(params, mesh, "fsdp"))
 
 
 def test_meshes_do_not_mix():

@@ -157,3 +157,70 @@ def test_bad_input_is_refused(case, x64):
     act, error, message = BAD[case]
     with pytest.raises(error, match=message):
         act()
+
+
+def small_tanh():
+    calls = []
+
+    def fn(p, x, scale=1.0):
+        calls.append(scale)
+        return jnp.tanh(x @ p["a"] * scale) @ p["b"]
+
+    params = {
+        k: jnp.asarray(np.random.default_rng(3).normal(size=s)) for k, s in MLP.items()
+    }
+    groups = sdp_jax.find_groups(fn, params, X)
+    cut = promise.random_cut(groups, 0.5, 0)
+    calls.clear()
+    return fn, cut, cut.take(params), cut.zero(params), sdp_jax.narrow(fn, cut), calls
+
+
+def test_a_function_is_traced_once_for_its_shapes(x64):
+    fn, _, params, dense, small, calls = small_tanh()
+    with jax.checking_leaks():
+        jax.jit(small)(params, X)
+        jax.vmap(small, (None, 0))(params, X)
+        jax.grad(lambda p: small(p, X[0]).sum())(params)
+        jax.vmap(jax.grad(lambda p, x: small(p, x).sum()), (None, 0))(params, X)
+    assert len(calls) == 2  # A batch of matrices, and one of them.
+    promise.close(small(params, X), fn(dense, X), 1e-12)
+    promise.close(small(params, X, 0.0), fn(dense, X, 0.0), 1e-12)
+    promise.close(small(params, X, -1.0), fn(dense, X, -1.0), 1e-12)
+    # Another batch size, another dtype, numbers that are equal but not alike.
+    before = len(calls)
+    for x, scale in ((X[:2], 1.0), (X.astype(np.float32), 1.0), (X, 1), (X, True)):
+        small(params, x, scale)
+        small(params, x, scale)
+    assert len(calls) == before + 4
+
+
+def test_what_is_closed_over_stays_in_its_trace(x64):
+    _, cut, params, dense, *_ = small_tanh()
+    seen = {}
+
+    def fn(p, x):
+        return jnp.tanh(x @ p["a"] * seen["scale"]) @ p["b"]
+
+    small = sdp_jax.narrow(fn, cut)
+
+    def scaled(function, p, scale):
+        seen["scale"] = scale
+        return function(p, X)
+
+    for scale in (2.0, 3.0):  # A new trace each time, of which nothing may stay.
+        found = jax.jit(lambda p, s: scaled(small, p, s))(params, scale)
+        promise.close(found, scaled(fn, dense, scale), 1e-12)
+
+
+def test_arguments_that_may_change_are_looked_at_each_time(x64):
+    _, cut, params, dense, *_ = small_tanh()
+
+    class Scale:
+        value = 1.0
+
+    def fn(p, x, scale):
+        return jnp.tanh(x @ p["a"] * scale.value) @ p["b"]
+
+    small, scale = sdp_jax.narrow(fn, cut), Scale()
+    for scale.value in (1.0, 2.0):
+        promise.close(small(params, X, scale), fn(dense, X, scale), 1e-12)

@@ -253,7 +253,7 @@ def test_shard_map_on_an_explicit_mesh(x64):
         assert groups.sizes == {"up": 2}
 
 
-def test_shares_that_differ_are_gathered():
+def test_widths_that_devices_cannot_share():
     """Groups that know of no mesh; the small arrays are whole on every device."""
     params = {k: jnp.ones(s) for k, s in SHAPES.items()}
     groups = sdp_jax.find_groups(mlp, params, X)
@@ -266,7 +266,9 @@ def test_shares_that_differ_are_gathered():
     with jax.set_mesh(make_mesh(4, 2, kind=AxisType.Explicit)):
         params = {name: jax.device_put(params[name], TENSOR[name]) for name in params}
         x = jax.device_put(jnp.asarray(X, jnp.float32), ROWS)
-        small = cut.take(params)
+        with pytest.raises(ValueError, match="does not divide the 5 positions"):
+            cut.take(params)
+        small = cut.take(whole(params))
         assert jax.typeof(small["up"]).sharding.spec == P(None, None)
         found = sdp_jax.narrow(mlp, cut)(small, x)
         np.testing.assert_allclose(found, mlp(cut.zero(whole(params)), x), rtol=1e-5)

@@ -1,6 +1,5 @@
 """Arrays on several devices: what their types say, and how to keep that."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,12 +8,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from sdp_jax.mesh import names_along
-
-
-def split_over(mesh: Any, spec: Any, rank: int) -> list[int]:
-    """Over how many devices each axis of an array is split."""
-    return [math.prod(mesh.shape[n] for n in part) for part in names_along(spec, rank)]
+from sdp_jax.mesh import split_over
 
 
 def divides(sharding: Any, shape: Sequence[Any]) -> bool:
