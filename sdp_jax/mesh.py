@@ -88,13 +88,15 @@ def sum_lines(
 
     arrays = [x for line in lines for x in line.arrays]
     whole = (PartitionSpec(),) * len(given)
-    return jax.shard_map(
+    everywhere = jax.shard_map(
         local,
         mesh=mesh,
         in_specs=whole + tuple(PartitionSpec(*spec) for _, spec in specs),
         out_specs=PartitionSpec(),
         axis_names=set(used),
-    )(*given, *arrays)
+    )
+    # Outside of jit each of its operations would be compiled alone.
+    return jax.jit(everywhere, inline=True)(*given, *arrays)
 
 
 def replicated(array: jax.Array) -> jax.Array:
