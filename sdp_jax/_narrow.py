@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from sdp_jax.cut import Cut
+from sdp_jax.mesh import sharding_of
 from sdp_jax.tracing.analyse import Analysis, analyse_with, input_paths
-from sdp_jax.tracing.devices import sharding_of
 from sdp_jax.tracing.evaluate import Evaluator
 from sdp_jax.tracing.rules import RULES
 from sdp_jax.tracing.static import is_static, separate
@@ -96,22 +96,14 @@ def narrow(fn: Callable[..., Any], cut: Cut) -> Callable[..., Any]:
         if key in known:
             return run(*known[key], small, paths, moving, table)
         carries = {p.path for p in cut.dense.ports if p.role == "carry"}
+        found = None
         try:
             found = analyse_with(cut.dense, fn, dense, *whole, carries=carries & small)
             _check_producers(found, cut)
             keep = _kept_classes(found, cut, small)
         except Exception as error:
-            given = [
-                f"{path!r} of shape {np.shape(leaf)}, taken as {form}"
-                for path, leaf, form in zip(paths, moving, forms, strict=True)
-                if path in carries
-            ]
-            if carries:
-                error.add_note(
-                    "the groups of the cut were found on a function that hands on its "
-                    f"inputs {sorted(carries)}, which the small one takes small, as "
-                    f"cut.take_inputs makes them; here {'; '.join(given) or 'none'}"
-                )
+            if carries or (moving and found is None):
+                error.add_note(_about_inputs(paths, moving, forms, carries))
             raise
         if key is not None and not _holds_tracers(found.body):
             if len(known) == KNOWN:
@@ -168,6 +160,28 @@ def _holds_tracers(body: Body) -> bool:
     """Whether a trace holds values of a surrounding one, which end with it."""
     return any(isinstance(c, jax.core.Tracer) for c in body.consts) or any(
         _holds_tracers(inner) for record in body.records for inner in record.bodies
+    )
+
+
+def _about_inputs(
+    paths: Sequence[str], leaves: Sequence[Any], forms: Sequence[str], carries: Any
+) -> str:
+    """How the inputs were taken, for who hands in a state of another size."""
+    if not carries:
+        return (
+            "the small function takes all inputs as the dense one does. That a state "
+            "goes in and out small is said when the groups are found, by prune_inputs= "
+            "and prune_outputs=; sdp_jax.Cut(groups, cut.kept) is then the same cut"
+        )
+    given = [
+        f"{path!r} of shape {np.shape(leaf)}, taken as {form}"
+        for path, leaf, form in zip(paths, leaves, forms, strict=True)
+        if path in carries
+    ]
+    return (
+        "the groups of the cut were found on a function that hands on its inputs "
+        f"{sorted(carries)}, which the small one takes small, as cut.take_inputs makes "
+        f"them; here {'; '.join(given) or 'none of them by position'}"
     )
 
 
@@ -254,6 +268,7 @@ def _kept_classes(found: Analysis, cut: Cut, small: Collection[str]) -> np.ndarr
             raise ValueError(
                 f"the cut removes positions of axis {d} of {path!r} that "
                 f"this function needs: {'; '.join(sorted(why))}. Find the groups on "
-                "this function, or cut less"
+                "this function, with prune_outputs= for outputs that may shrink, or "
+                "cut less"
             )
     return keep

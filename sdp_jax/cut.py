@@ -21,9 +21,8 @@ from sdp_jax.channels import PerChannel, scale_channels
 from sdp_jax.dimension import Dimension, Leaf, Member
 from sdp_jax.groups import Groups
 from sdp_jax.matching import Matcher, is_hidden
-from sdp_jax.mesh import placed, shares
+from sdp_jax.mesh import placed, sharding_of, shares
 from sdp_jax.ports import ports_after
-from sdp_jax.tracing.devices import sharding_of
 from sdp_jax.tracing.evaluate import pick_out
 from sdp_jax.tree import (
     PyTree,

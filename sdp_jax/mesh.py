@@ -56,8 +56,8 @@ def sum_lines(
       >>> sum_lines([Line(jnp.square, (jnp.ones((3, 2)),), 1)], lambda sums: sums)[0]
       Array([3., 3.], dtype=float32)
     """
-    specs = [explicit_spec(x) for line in lines for x in line.arrays]
-    meshes = {mesh for mesh, spec in specs if any(spec)}
+    found = (sharding_of(jax.typeof(x)) for line in lines for x in line.arrays)
+    meshes = {sharding.mesh for sharding in found if sharding}
     if not meshes:
         found = finish([_along(line) for line in lines], *given)
         return [replicated(x) for x in found]
@@ -68,30 +68,33 @@ def sum_lines(
         )
     (mesh,) = meshes
     lines = [line._replace(arrays=_alike(line.arrays)) for line in lines]
-    specs = [explicit_spec(x) for line in lines for x in line.arrays]
-    # In an order that is the same in all processes, as sums depend on it.
-    used = sorted({n for _, spec in specs for part in spec for n in _names(part)})
+    arrays = [x for line in lines for x in line.arrays]
+    shardings = [sharding_of(jax.typeof(x)) for x in arrays]
+    specs = [PartitionSpec() if s is None else s.spec for s in shardings]
+    pairs = zip(specs, arrays, strict=True)
+    names = [names_along(spec, jnp.ndim(x)) for spec, x in pairs]
+    # One order for all processes: sums depend on it.
+    used = sorted({name for parts in names for part in parts for name in part})
 
-    def local(*arrays: jax.Array) -> list[jax.Array]:
-        left = iter(zip(arrays[len(given) :], specs, strict=True))
+    def local(*local_arrays: jax.Array) -> list[jax.Array]:
+        left = iter(zip(local_arrays[len(given) :], names, strict=True))
         sums = []
         for line in lines:
             pairs = list(itertools.islice(left, len(line.arrays)))
-            mine, spec = tuple(x for x, _ in pairs), pairs[0][1][1]
+            mine, parts = tuple(x for x, _ in pairs), pairs[0][1]
             length = line.arrays[0].shape[line.axis]
-            sums.append(_share(line._replace(arrays=mine), spec, used, length))
-        found = finish(sums, *arrays[: len(given)])
+            sums.append(_share(line._replace(arrays=mine), parts, used, length))
+        found = finish(sums, *local_arrays[: len(given)])
         sizes = [x.size for x in found]
         whole = jax.lax.psum(jnp.concatenate(found), tuple(used))
         parts = jnp.split(whole, list(itertools.accumulate(sizes))[:-1])
         return [part.astype(x.dtype) for part, x in zip(parts, found, strict=True)]
 
-    arrays = [x for line in lines for x in line.arrays]
     whole = (PartitionSpec(),) * len(given)
     everywhere = jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=whole + tuple(PartitionSpec(*spec) for _, spec in specs),
+        in_specs=(*whole, *specs),
         out_specs=PartitionSpec(),
         axis_names=set(used),
     )
@@ -112,20 +115,21 @@ def replicated(array: jax.Array) -> jax.Array:
 
 def replicated_sharding(*arrays: jax.Array) -> NamedSharding | None:
     """The ``out_sharding`` of a product that all devices shall have."""
-    for mesh, spec in map(explicit_spec, arrays):
-        if any(spec):
-            return NamedSharding(mesh, PartitionSpec())
+    for sharding in (sharding_of(jax.typeof(x)) for x in arrays):
+        if sharding is not None:
+            return NamedSharding(sharding.mesh, PartitionSpec())
     return None
 
 
 def sharded_like(array: jax.Array, leaf: jax.Array) -> jax.Array:
     """An array that all devices have, cut up as a leaf that it broadcasts to."""
-    mesh, spec = explicit_spec(leaf)
-    if not any(spec):
+    sharding = sharding_of(jax.typeof(leaf))
+    if sharding is None:
         return array
-    sizes = zip(jnp.shape(array), jnp.shape(leaf), spec, strict=True)
-    parts = [part if n == m else None for n, m, part in sizes]
-    return jax.sharding.reshard(array, NamedSharding(mesh, PartitionSpec(*parts)))
+    names = names_along(sharding.spec, jnp.ndim(leaf))
+    sizes = zip(jnp.shape(array), jnp.shape(leaf), names, strict=True)
+    spec = PartitionSpec(*(part if n == m and part else None for n, m, part in sizes))
+    return jax.sharding.reshard(array, NamedSharding(sharding.mesh, spec))
 
 
 def placed(leaf: Any) -> NamedSharding | None:
@@ -139,13 +143,14 @@ def placed(leaf: Any) -> NamedSharding | None:
 
 def shares(sharding: NamedSharding | None, rank: int) -> list[int]:
     """Over how many devices each axis of an array is split."""
-    parts = () if sharding is None else tuple(sharding.spec)
-    found = [
-        math.prod(sharding.mesh.shape[name] for name in _names(part))
-        for part in parts
-        if sharding is not None
-    ]
-    return found + [1] * (rank - len(found))
+    if sharding is None:
+        return [1] * rank
+    return split_over(sharding.mesh, sharding.spec, rank)
+
+
+def split_over(mesh: Any, spec: Any, rank: int) -> list[int]:
+    """Over how many devices of a mesh a specification splits each axis."""
+    return [math.prod(mesh.shape[n] for n in part) for part in names_along(spec, rank)]
 
 
 def fetch(array: Any) -> np.ndarray:
@@ -158,38 +163,37 @@ def fetch(array: Any) -> np.ndarray:
     return np.asarray(array)
 
 
-def explicit_spec(array: Any) -> tuple[Any, tuple[Any, ...]]:
-    """The mesh, and along each axis the explicit mesh axes that shard it."""
-    sharding = getattr(jax.typeof(array), "sharding", None)
-    spec = () if sharding is None else tuple(sharding.spec)
-    mesh = None if sharding is None else sharding.mesh
-    return mesh, spec + (None,) * (jnp.ndim(array) - len(spec))
+def sharding_of(aval: Any) -> NamedSharding | None:
+    """The sharding of a type that says over which devices axes are split, or None."""
+    sharding = getattr(aval, "sharding", None)
+    return sharding if any(getattr(sharding, "spec", ())) else None
+
+
+def names_along(spec: Any, rank: int) -> list[tuple[str, ...]]:
+    """The axes of the mesh over which each axis of an array is split."""
+    nothing = (None, PartitionSpec.UNCONSTRAINED)
+    names = [() if n in nothing else n if isinstance(n, tuple) else (n,) for n in spec]
+    return names + [()] * (rank - len(names))
 
 
 def _alike(arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
     """All of them split as the first is that is split at all."""
-    split = [x for x in arrays if any(explicit_spec(x)[1])]
+    split = [x for x in arrays if sharding_of(jax.typeof(x))]
     return tuple(sharded_like(x, split[0]) for x in arrays) if split else arrays
 
 
-def _names(part: Any) -> tuple[str, ...]:
-    if part is None or part is PartitionSpec.UNCONSTRAINED:
-        return ()
-    return part if isinstance(part, tuple) else (part,)
-
-
 def _share(
-    line: Line, spec: tuple[Any, ...], used: Sequence[str], length: int
+    line: Line, names: Sequence[tuple[str, ...]], used: Sequence[str], length: int
 ) -> jax.Array:
     """What this device adds to the whole line."""
     found = _along(line)
-    along = _names(spec[line.axis])
+    along = names[line.axis]
     if along:
         start = jax.lax.axis_index(along) * found.shape[0]
         whole = jnp.zeros((length,), found.dtype)
         found = jax.lax.dynamic_update_slice(whole, found, (start,))
     # Devices that hold the same entries: one of them counts.
-    alike = tuple(n for n in used if n not in {m for s in spec for m in _names(s)})
+    alike = tuple(n for n in used if not any(n in part for part in names))
     if alike:
         found = jnp.where(jax.lax.axis_index(alike) == 0, found, 0)
     return found

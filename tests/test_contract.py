@@ -287,7 +287,7 @@ def test_explicit_axes_in_two_dimensions(name):
         }
 
     tx, params = made(name), place(params_of())
-    state, step = tx.init(params), jax.jit(toy.make_step(tx))
+    state, step = jax.jit(tx.init)(params), jax.jit(toy.make_step(tx))
     for n in range(4):
         params, state = step(params, state, place(grads_of(n)))
     for path, leaf in leaf_table(params).items():

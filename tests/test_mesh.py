@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import sdp_jax
 from sdp_jax import mesh as meshes
+from sdp_jax import methods
 from sdp_jax.channels import Term, channel_maxima, channel_sums, square
 from sdp_jax.tree import leaf_table
 from tests import toy
@@ -123,6 +124,24 @@ def test_widths_that_do_not_divide_say_which_would(kind):
     cut = sdp_jax.Cut(groups, (tuple(range(13)), tuple(range(7))))
     with pytest.raises(ValueError, match=r"4 does not divide the 7 .* 4 or 8 would do"):
         cut.take(placed(params, mesh, "fsdp"))
+
+
+@pytest.mark.parametrize("layout", ["tensor", "both"])
+def test_scores_are_those_of_one_device(layout):
+    params = toy.mlp_params(widths=WIDTHS)
+    groups, grads = toy.mlp_groups(params), jax.tree.map(jnp.cos, params)
+    mesh = jax.make_mesh((4, 2), ("a", "b"))
+    wide, slopes = (placed(tree, mesh, layout) for tree in (params, grads))
+    scores = [methods.l1_norm(), methods.taylor(), methods.group_importance()]
+
+    def rate(params, grads):
+        found = [score(groups, params, grads) for score in scores]
+        return [*found, methods.pq_index(params, groups=groups, scope="channel")]
+
+    with jax.set_mesh(mesh):
+        found = jax.jit(rate)(wide, slopes)
+    for ours, alone in zip(found, jax.jit(rate)(params, grads), strict=True):
+        np.testing.assert_allclose(ours, alone, rtol=1e-5, atol=1e-6)
 
 
 def test_arrays_of_one_line_may_be_split_in_other_ways():

@@ -11,7 +11,7 @@ from flax import nnx
 
 import sdp_jax
 from sdp_jax.modules import split_module, take_apart
-from tests import toy
+from tests import promise, toy
 
 X = jnp.ones((2, 4))
 
@@ -47,6 +47,65 @@ def test_groups_of_a_module_are_those_of_its_function():
         found = sdp_jax.find_groups(model, x)
         assert found == sdp_jax.find_groups(fn, params, x)
         assert list(found.sizes.values()) == [8]
+
+
+class Normed(eqx.Module):
+    first: eqx.nn.Linear
+    norm: eqx.nn.BatchNorm
+    last: eqx.nn.Linear
+
+    def __call__(self, x, state):
+        x, state = self.norm(self.first(x), state)
+        return self.last(jnp.tanh(x)), state
+
+
+def test_state_of_equinox_is_cut_with_the_parameters(x64):
+    def make():
+        keys = jax.random.split(jax.random.key(0))
+        return Normed(
+            eqx.nn.Linear(4, 6, key=keys[0]),
+            eqx.nn.BatchNorm(6, "batch", mode="batch", dtype=float),
+            eqx.nn.Linear(6, 2, key=keys[1]),
+        )
+
+    model, state = eqx.nn.make_with_state(make)()
+    arrays, rest = eqx.partition(model, eqx.is_inexact_array)
+
+    def fn(p, x):
+        model = eqx.combine(p["model"], rest)
+        each = jax.vmap(model, axis_name="batch", in_axes=(0, None), out_axes=(0, None))
+        out, state = each(x, p["state"])
+        return out, {"state": state}
+
+    params = promise.randomise({"model": arrays, "state": state})
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(3, 4)))
+    groups = promise.check(
+        fn, params, (x,), join=lambda p, new: p | new, state=("state/*",)
+    )
+    (found,) = groups
+    assert found.size == 6
+    assert {m.path for m in found.members if m.role == "state"} == {
+        "state/1/0",
+        "state/1/1",
+    }
+
+
+def test_vectors_of_spectral_normalisation_are_state_in_haiku(x64):
+    def net(x):
+        w = hk.get_parameter("w", [4, 6], init=jnp.ones)
+        return hk.Linear(2)(jnp.tanh(x @ hk.SpectralNorm()(w)))
+
+    pure = hk.without_apply_rng(hk.transform_with_state(net))
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(3, 4)))
+    params, state = jax.eval_shape(lambda: pure.init(jax.random.key(0), x))
+
+    def fn(v, x):
+        out, new = pure.apply(v["params"], v["state"], x)
+        return out, {"state": new}
+
+    variables = promise.randomise({"params": params, "state": state})
+    groups = promise.check(fn, variables, (x,), join=lambda v, new: v | new)
+    assert list(groups.sizes.values()) == [6]
 
 
 def test_a_wrapped_function_is_a_function():

@@ -118,6 +118,15 @@ def test_a_state_that_does_not_stay_zero_is_whole():
     assert "output: is handed on, and does not stay zero" in str(groups)
 
 
+def test_a_small_state_that_nobody_has_named_is_told_how(x64):
+    params, xs = draw(SHAPES), jnp.asarray(RNG.normal(size=(3, 2, 5)))
+    cut = promise.random_cut(sdp_jax.find_groups(sequence, params, xs), 0.5, 0)
+    state = jnp.zeros((2, 4)), jnp.zeros((2, 2))
+    with pytest.raises(TypeError, match="contracting") as caught:
+        sdp_jax.narrow(stream, cut)(cut.take(params), state, xs[0])
+    assert "prune_inputs= and prune_outputs=" in caught.value.__notes__[-1]
+
+
 def test_features_shrink_beside_logits_that_stay(x64):
     params = draw({"a": (5, 8), "b": (8, 10), "c": (10, 3)})
     x = jnp.asarray(RNG.normal(size=(2, 5)))

@@ -49,6 +49,14 @@ def test_an_unused_leaf_is_not_used():
     assert f"  unused[0, 1]: {unused}" in lines
 
 
+def test_what_only_empty_arrays_see_is_not_used():
+    def fn(p, x):
+        return jax.nn.relu(x @ p["w"]) @ p["v"]
+
+    why, _ = told(fn, {"w": (4, 8), "v": (8, 3)}, x=jnp.zeros((0, 4)))
+    assert set(why.values()) == {"is not used by the function at these input shapes"}
+
+
 def test_a_line_for_each_layer():
     params = {
         "conv": {"kernel": jnp.ones((3, 3, 3, 4)), "bias": jnp.ones(4)},

@@ -409,6 +409,17 @@ PROGRAMS = {
         {"a": (5, 16), "b": (16, 2)},
         {"a": 4, "a[1]": 4},
     ),
+    "heads, with gates of their own in one projection": (
+        lambda p, x: (
+            (
+                (x @ p["a"])[..., :6].reshape(3, 4, 2, 3)
+                * jax.nn.softplus((x @ p["a"])[..., 6:] + p["s"])[..., None]
+            ).reshape(3, 4, 6)
+            @ p["b"]
+        ),
+        {"a": (5, 8), "s": (2,), "b": (6, 2)},
+        {"a": 3, "a[1]": 2},
+    ),
     "a look inside": (looked_at, MLP, {"a": 8}),
     "running sum": (lambda p, x: jnp.cumsum(x @ p["a"], -1) @ p["b"], MLP, {"a": 8}),
 }

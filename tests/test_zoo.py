@@ -46,6 +46,8 @@ SIZES = {
     "custom_jvp": [8],
     "cached_decoder": [3, 3, 4, 4, 4, 4, 8, 12, 12],
     "factorised": [6, 8],
+    "neural_ode": [6, 8],
+    "adjoint_ode": [8, 12],
     "sharded": [2, 2, 4, 6, 8],
 }
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax import nnx
+from jax.experimental.ode import odeint
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from tests.zoo_linen import (
@@ -321,6 +322,30 @@ def quantised(p, x):
     return x.mean((1, 2)) @ weight("c")
 
 
+def neural_ode(p, x):
+    """Four steps of Runge and Kutta along a learned vector field."""
+
+    def field(h, t):
+        return jnp.tanh(h @ p["up"] + t * p["time"]) @ p["down"]
+
+    def step(h, t):
+        a = field(h, t)
+        b = field(h + a / 8, t + 1 / 8)
+        c = field(h + b / 8, t + 1 / 8)
+        d = field(h + c / 4, t + 1 / 4)
+        return h + (a + 2 * b + 2 * c + d) / 24, None
+
+    return jax.lax.scan(step, x @ p["in"], jnp.arange(4) / 4)[0] @ p["out"]
+
+
+def adjoint_ode(p, x):
+    """The steps of the adjoint depend on all slopes, so the state stays whole."""
+    x = jnp.tanh(x @ p["up"]) @ p["in"]
+    times = jnp.array([0.0, 1.0])
+    x = odeint(lambda h, t, w: jnp.tanh(h @ w), x, times, p["field"])[-1]
+    return jnp.tanh(x @ p["out"]) @ p["last"]
+
+
 ZOO: dict[str, Callable[[], Model]] = {
     "vgg": lambda: linen(Vgg(), IMAGE, share=0.97),
     "resnet18": lambda: linen(ResNet(), IMAGE, share=0.97),
@@ -383,6 +408,18 @@ ZOO: dict[str, Callable[[], Model]] = {
         lambda p, x: gate(x @ p["a"]) @ p["b"],
         {"a": (5, 8), "b": (8, 3)},
         TOKENS,
+        share=0.88,
+    ),
+    "neural_ode": lambda: plain(
+        neural_ode,
+        {"in": (5, 6), "up": (6, 8), "time": (8,), "down": (8, 6), "out": (6, 2)},
+        TOKENS,
+        share=0.93,
+    ),
+    "adjoint_ode": lambda: plain(
+        adjoint_ode,
+        {"up": (5, 12), "in": (12, 2), "field": (2, 2), "out": (2, 8), "last": (8, 2)},
+        TOKENS[:, 0],
         share=0.88,
     ),
     "sharded": from_sharded,

@@ -13,6 +13,7 @@ from sdp_jax.channels import channel_norms, channels_alive, producer_leaves
 from sdp_jax.checks import check_number
 from sdp_jax.dimension import Dimension
 from sdp_jax.groups import Groups
+from sdp_jax.mesh import replicated
 from sdp_jax.tree import PyTree, leaf_table
 
 Scope = Literal["global", "tensor", "row", "dimension", "channel"]
@@ -243,7 +244,8 @@ def _rows(x: jax.Array | None, axis: int) -> Any:
     if x.ndim == 0:
         return x.reshape(1, 1)
     length = x.shape[axis]
-    return jnp.moveaxis(x, axis, 0).reshape(length, x.size // max(length, 1))
+    rows = jnp.moveaxis(replicated(x), axis, 0)
+    return rows.reshape(length, x.size // max(length, 1))
 
 
 def _entries(
@@ -257,7 +259,7 @@ def _entries(
     def matrix(x: jax.Array | None, axis: int, index: np.ndarray) -> Any:
         if x is None:
             return None
-        lines = jnp.moveaxis(x, axis, 0)[index]
+        lines = jnp.moveaxis(replicated(x), axis, 0)[index]
         return lines.reshape(d.size, -1)
 
     parts = []

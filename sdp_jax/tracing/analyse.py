@@ -16,7 +16,7 @@ from sdp_jax.groups import Groups
 from sdp_jax.tracing.atoms import Reason, Solution
 from sdp_jax.tracing.rules import RULES
 from sdp_jax.tracing.static import is_static, separate
-from sdp_jax.tracing.trace import NO_RULE, Body, Trace
+from sdp_jax.tracing.trace import NO_RULE, Body, Trace, is_empty
 from sdp_jax.tracing.values import ZERO, Value
 from sdp_jax.tree import PyTree, leaf_dtype, leaf_keys, leaf_table, owner_of
 
@@ -269,6 +269,8 @@ def _used(body: Body, solution: Solution) -> np.ndarray:
 
     def walk(body: Body) -> None:
         for record in body.records:
+            if record.eqn.outvars and all(map(is_empty, record.eqn.outvars)):
+                continue  # It asks for nothing, and computes nothing.
             visit(record.outs)
             if not RULES.get(record.eqn.primitive.name, NO_RULE).picks:
                 visit(record.ins)

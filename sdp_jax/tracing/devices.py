@@ -1,6 +1,5 @@
 """Arrays on several devices: what their types say, and how to keep that."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,19 +8,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-
-def split_over(mesh: Any, spec: Any, rank: int) -> list[int]:
-    """Over how many devices each axis of an array is split."""
-    nothing = (None, PartitionSpec.UNCONSTRAINED)
-    names = [() if n in nothing else n if isinstance(n, tuple) else (n,) for n in spec]
-    names += [()] * (rank - len(names))
-    return [math.prod(mesh.shape[n] for n in line) for line in names]
-
-
-def sharding_of(aval: Any) -> Any:
-    """The sharding of a type that says over which devices axes are split, or None."""
-    sharding = getattr(aval, "sharding", None)
-    return sharding if any(getattr(sharding, "spec", ())) else None
+from sdp_jax.mesh import split_over
 
 
 def divides(sharding: Any, shape: Sequence[Any]) -> bool:

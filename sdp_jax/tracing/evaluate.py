@@ -19,8 +19,9 @@ import numpy as np
 from jax import lax
 from jax.extend.core import Literal
 
+from sdp_jax.mesh import sharding_of
 from sdp_jax.tracing.atoms import Solution
-from sdp_jax.tracing.devices import alike, pick_shares, sharding_of, vary, varying
+from sdp_jax.tracing.devices import alike, pick_shares, vary, varying
 from sdp_jax.tracing.rule import Rule
 from sdp_jax.tracing.trace import NO_RULE, Body, Record, is_empty
 from sdp_jax.tracing.values import Axis, Value, length

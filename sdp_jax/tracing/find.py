@@ -14,11 +14,14 @@ from sdp_jax.modules import take_apart
 from sdp_jax.tracing.analyse import Analysis, analyse, matches
 from sdp_jax.tracing.flops import flop_polynomial
 from sdp_jax.tracing.members import find_dimensions
-from sdp_jax.tracing.ports import find_ports
+from sdp_jax.tracing.ports import class_channels, find_ports
 from sdp_jax.tree import leaf_table
 
 # Running statistics by the names that Flax, Haiku and Equinox give them.
-STATE = "*batch_stats* *running_* *moving_* *_ema/* mean */mean var */var".split()
+STATE = (
+    "*batch_stats* *running_* *moving_* *_ema/* *spectral_norm*/u0 "
+    "mean */mean var */var"
+).split()
 
 _UNUSED = "is not used by the function at these input shapes"
 _UNEVEN = (
@@ -76,7 +79,9 @@ def find_groups(
         too.
       state: patterns of paths of running statistics: cut, but never thresholded. An
         output with the path and shape of one is its new value, and is cut with it; all
-        other outputs stay whole.
+        other outputs stay whole. State of a model that is not in its parameters
+        (``equinox.nn.State``) goes there, ``{"model": arrays, "state": state}`` with
+        ``state=("state/*",)``: as an input it stays whole, and all that meets it.
 
     Returns:
       The :class:`Groups`, with the FLOPs of the function. Cut out where all producers
@@ -171,19 +176,13 @@ def _warn_of_steep(found: Analysis, groups: Groups) -> None:
     if not found.trace.steep:
         return
     label, operands = found.solution.label, found.solution.operands
-    axes = {(axis.path, axis.axis): axis for axis in found.axes}
-    owner: dict[int, str] = {}
-    for name, m, size in groups.producers:
-        atoms = axes[m.path, m.axis].atoms[m.positions(size)]
-        owner.update((one, name) for one in np.unique(operands[label[atoms]]).tolist())
-    owner.pop(0, None)
+    channel = class_channels(found, groups)
     told: dict[str, dict[str, None]] = {}
     for reason, factor in found.trace.steep:
         if factor.fill is not None and factor.fill <= found.trace.producers:
-            classes = np.unique(operands[label[factor.atoms]]).tolist()
-            names = {owner[one]: None for one in classes if one in owner}
-            if names:
-                told.setdefault(str(reason), {}).update(names)
+            numbers = channel[np.unique(operands[label[factor.atoms]])]
+            for number in np.unique(groups.owner[numbers[numbers >= 0]]).tolist():
+                told.setdefault(str(reason), {})[groups.dimensions[number].name] = None
     for reason, names in told.items():
         some = [repr(name) for name in list(names)[:4]] + ["…"] * (len(names) > 4)
         warnings.warn(

@@ -71,9 +71,8 @@ class _Counter:
     def __init__(self, found: Analysis, groups: Groups) -> None:
         self._sizes = [d.size for d in groups]
         self._label = found.solution.label
-        dimension = np.repeat(np.arange(len(groups)), self._sizes)
         # The last is that of classes without a channel.
-        owner = np.append(dimension, -1)[class_channels(found, groups)]
+        owner = np.append(groups.owner, -1)[class_channels(found, groups)]
         self._kind, self._dims = _kinds(owner[found.solution.operands])
         # The arrays are kept alive, so that their identity stays theirs.
         self._lengths: dict[int, tuple[np.ndarray, Polynomial | int]] = {}

@@ -115,7 +115,9 @@ def _runs(places: list[_Place]) -> list[list[_Place]]:
     if sum(map(len, runs)) < size:
         # A permutation, a strided slice: each member says where its channels are.
         runs = _alike(places)
-    return [[_Place(p.axis, p.positions[run]) for p in places] for run in runs]
+    out = [[_Place(p.axis, p.positions[run]) for p in places] for run in runs]
+    rest = np.delete(np.arange(size), np.concatenate([[], *runs]).astype(int))
+    return out + _apart([_Place(p.axis, p.positions[rest]) for p in places])
 
 
 def _alike(places: list[_Place]) -> list[np.ndarray]:
@@ -131,6 +133,27 @@ def _alike(places: list[_Place]) -> list[np.ndarray]:
             len(np.unique(p.positions[run])) == p.positions[run].size for p in places
         )
     ]
+
+
+def _apart(places: list[_Place]) -> list[list[_Place]]:
+    """Runs of channels whose parts lie evenly, each with a step of its own.
+
+    A head of a fused projection, with its dimensions here and its gate there.
+    """
+    steps = np.diff(np.concatenate([p.positions for p in places], axis=1), axis=0)
+    out, start = [], 0
+    while start < len(steps):
+        differ = (steps[start:] != steps[start]).any(axis=1)
+        count = int(differ.argmax()) if differ.any() else len(differ)
+        run = [p.positions[start : start + count + 1] for p in places]
+        start += count + 1
+        if all(len(np.unique(line)) == line.size for line in run):
+            parts = []
+            for p, line in zip(places, run, strict=True):
+                step = line[1] - line[0]
+                parts += [_Place(p.axis, line[:, step == n]) for n in np.unique(step)]
+            out.append(parts)
+    return out
 
 
 def _inner(positions: np.ndarray) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from sdp_jax.tracing.devices import split_over
+from sdp_jax.mesh import split_over
 from sdp_jax.tracing.rule import Rule, moves, per_operand_entry
 from sdp_jax.tracing.trace import Nested, Record, Trace, freeze_all
 from sdp_jax.tracing.values import Axis, Value

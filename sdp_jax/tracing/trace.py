@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Literal
 
+from sdp_jax.mesh import sharding_of, split_over
 from sdp_jax.tracing.atoms import Reason
-from sdp_jax.tracing.devices import sharding_of, split_over
 from sdp_jax.tracing.numbers import evaluate
 from sdp_jax.tracing.rule import Rule
 from sdp_jax.tracing.sizes import Equation, Sizes, original

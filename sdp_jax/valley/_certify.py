@@ -346,8 +346,10 @@ def _others(
 
     def shaken(a: jax.Array, b: jax.Array) -> jax.Array:
         noise = jnp.asarray(rng.normal(size=np.shape(a)), wide(a).dtype)
-        length = jnp.linalg.norm((wide(b) - wide(a)).reshape(-1))
-        size = jnp.linalg.norm(noise.reshape(-1))
+        # Norms of all entries; a matrix has another one, and shards no flat form.
+        length, size = (
+            jnp.sqrt(jnp.sum(jnp.abs(x) ** 2)) for x in (wide(b) - wide(a), noise)
+        )
         return (wide(a) + noise * length / jnp.maximum(size, 1e-30)).astype(a.dtype)
 
     others = {"random": jax.tree.map(shaken, reference, params)}

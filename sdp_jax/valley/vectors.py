@@ -115,7 +115,7 @@ def orthonormal(basis: PyTree) -> PyTree:
 
     def largest(basis: PyTree) -> jax.Array:
         parts = [
-            jnp.max(jnp.abs(u).reshape(u.shape[0], -1), axis=1, initial=0)
+            jnp.max(jnp.abs(u), axis=tuple(range(1, u.ndim)), initial=0)
             for u in jax.tree.leaves(basis)
         ]
         return functools.reduce(jnp.maximum, parts)

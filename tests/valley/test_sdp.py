@@ -49,12 +49,12 @@ def test_exact_point_is_that_of_admm(rank, size, strength, x64):
 
 
 @hypothesis.given(
-    rank=st.sampled_from([1, 3, 8]),
+    rank=st.sampled_from([1, 8]),
     strength=st.floats(1e-3, 3.0),
     seed=st.integers(0, 1000),
     weights=st.sampled_from(["plain", "size", "cost"]),
 )
-@hypothesis.settings(max_examples=8)
+@hypothesis.settings(max_examples=5)
 def test_optimality_conditions_hold(rank, strength, seed, weights):
     # w* + Uᵀ y − w = λ k_g w_g / ‖w_g‖ where alive, at most that where dead, 0 outside.
     with jax.enable_x64(True):
