@@ -216,7 +216,7 @@ def run(config: Config) -> dict[str, Any]:
                 "accuracy": accuracy(apply, params, mesh, dataset.test),
             }
             if not small.exists():
-                pruned.save(small)  # All call it, one writes.
+                pruned.save(small)  # All call it, one writes; whole or not at all.
         record["widths"] = pruned.cut.widths
         record["small_hash"] = digest(pruned.params)
         found = accuracy(pruned.apply, pruned.params, mesh, dataset.test)

@@ -91,13 +91,15 @@ def sum_lines(
         return [part.astype(x.dtype) for part, x in zip(parts, found, strict=True)]
 
     whole = (PartitionSpec(),) * len(given)
-    return jax.shard_map(
+    everywhere = jax.shard_map(
         local,
         mesh=mesh,
         in_specs=(*whole, *specs),
         out_specs=PartitionSpec(),
         axis_names=set(used),
-    )(*given, *arrays)
+    )
+    # Outside of jit each of its operations would be compiled alone.
+    return jax.jit(everywhere, inline=True)(*given, *arrays)
 
 
 def replicated(array: jax.Array) -> jax.Array:
