@@ -5,20 +5,21 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test test-experiments study check benchmark clean
+.PHONY: demo test test-more study check benchmark clean
 
 demo: $(VENV)/experiments
 	$(RUN) -m experiments.demo
 
 test: $(VENV)/test
-	$(RUN) -m pytest -n 2 --dist load --ignore tests/experiments
+	$(RUN) -m pytest -n 2 --dist loadfile --ignore tests/experiments --ignore tests/valley
 
-test-experiments: $(VENV)/test
-	$(RUN) -m pytest -n 2 --dist load tests/experiments
+# The valley and the experiments.
+test-more: $(VENV)/test
+	$(RUN) -m pytest -n 2 --dist loadfile tests/valley tests/experiments
 
 # The long ones, for which nobody should wait.
 study: $(VENV)/test
-	$(RUN) -m pytest -n 2 --dist load -m study
+	$(RUN) -m pytest -n 2 --dist loadfile -m study
 
 # What continuous integration adds to the tests.
 check: $(VENV)/test

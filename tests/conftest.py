@@ -19,7 +19,7 @@ import jax
 import pytest
 
 hypothesis.settings.register_profile(
-    "sdp_jax", deadline=None, derandomize=True, max_examples=50
+    "sdp_jax", deadline=None, derandomize=True, max_examples=25
 )
 hypothesis.settings.load_profile("sdp_jax")
 FILES = itertools.count(1)

@@ -126,6 +126,11 @@ PRUNING = [
     and not name.endswith(("_regularizer", "_penalty"))
 ]
 final = pytest.mark.parametrize("name", FINAL)
+# One for each way to touch arrays; on a mesh the others are a study.
+SHARDED = "altsdp_target altsdp_radial projected keep_mask decay_pruning spp increg \
+group_norm_regularizer perspective_regularizer scale_penalty dhspg hesso \
+gate_decorator".split()
+STUDY = pytest.mark.study
 
 
 def params_of(seed=0, dtype=jnp.float32):
@@ -269,7 +274,9 @@ def test_an_ensemble_on_eight_devices(name):
         chex.assert_trees_all_close(one, alone, rtol=1e-4, atol=1e-5)
 
 
-@final
+@pytest.mark.parametrize(
+    "name", [n if n in SHARDED else pytest.param(n, marks=STUDY) for n in FINAL]
+)
 def test_explicit_axes_in_two_dimensions(name):
     mesh = jax.make_mesh((2, 4), ("data", "model"))
     specs = {"kernel": P("data", "model"), "bias": P("model"), "scale": P("data")}

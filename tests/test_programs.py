@@ -11,7 +11,7 @@ import pytest
 import sdp_jax
 from tests import programs, promise
 
-MANY = int(os.environ.get("SDP_JAX_PROGRAMS", "8"))
+MANY = int(os.environ.get("SDP_JAX_PROGRAMS", "6"))
 
 
 def loss(fn, steps):

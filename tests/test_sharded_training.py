@@ -61,9 +61,7 @@ MODELS = {
     ),
 }
 LAYOUTS = {
-    "data": (),
     "fsdp": ("data",),
-    "tensor": ("model",),
     "both": ("data", "model"),
 }
 

@@ -34,7 +34,7 @@ def toy_problem(rank, seed=0, dtype=jnp.float64):
 
 
 @pytest.mark.parametrize("strength", [0.5, 3.0])
-@pytest.mark.parametrize("rank,size", [(10, 5), (40, 5), (10, 1), (1, 20)])
+@pytest.mark.parametrize("rank,size", [(10, 5), (40, 1), (1, 20)])
 def test_exact_point_is_that_of_admm(rank, size, strength, x64):
     params, groups, directions, basis, minimizer = flat_problem(rank, size)
     found = sdp_jax.valley.sdp(params, groups, strength, directions, min_channels=0)
@@ -161,7 +161,7 @@ def test_loss_stays_where_it_was(x64):
 
 
 @pytest.mark.parametrize("method", ["exact", "first_order"])
-@pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.6])
+@pytest.mark.parametrize("sparsity", [0.0, 0.6])
 def test_hits_a_sparsity(method, sparsity, x64):
     params, groups, basis = toy_problem(3)
     found = sdp_jax.valley.sdp(
