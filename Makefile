@@ -4,6 +4,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 RUN := $(VENV)/bin/python
+MORE := tests/methods tests/valley tests/experiments
 
 .PHONY: demo test test-more study check benchmark clean
 
@@ -11,11 +12,11 @@ demo: $(VENV)/experiments
 	$(RUN) -m experiments.demo
 
 test: $(VENV)/test
-	$(RUN) -m pytest -n 2 --dist loadfile --ignore tests/experiments --ignore tests/valley
+	$(RUN) -m pytest -n 2 --dist loadfile $(addprefix --ignore ,$(MORE))
 
-# The valley and the experiments.
+# What stands around training and cutting.
 test-more: $(VENV)/test
-	$(RUN) -m pytest -n 2 --dist loadfile tests/valley tests/experiments
+	$(RUN) -m pytest -n 2 --dist loadfile $(MORE)
 
 # The long ones, for which nobody should wait.
 study: $(VENV)/test
