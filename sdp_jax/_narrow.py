@@ -15,13 +15,11 @@ from sdp_jax.mesh import sharding_of
 from sdp_jax.tracing.analyse import Analysis, analyse_with, input_paths
 from sdp_jax.tracing.evaluate import Evaluator
 from sdp_jax.tracing.rules import RULES
-from sdp_jax.tracing.static import is_static, separate
+from sdp_jax.tracing.static import is_static, separate, written
 from sdp_jax.tracing.trace import Body
 from sdp_jax.tree import PyTree, leaf_dtype, leaf_table
 
 KNOWN = 8  # So many traces a small function remembers.
-# Arguments that are no arrays, and whose value never changes.
-_PLAIN = (bool, int, float, complex, str, bytes)
 
 
 def narrow(fn: Callable[..., Any], cut: Cut) -> Callable[..., Any]:
@@ -69,63 +67,64 @@ def narrow(fn: Callable[..., Any], cut: Cut) -> Callable[..., Any]:
         )
 
     known: dict[Any, tuple[Analysis, np.ndarray]] = {}
+    carries = {p.path for p in cut.dense.ports if p.role == "carry"}
+
+    def analysed(
+        params: PyTree,
+        moving: Sequence[Any],
+        join: Callable[[Sequence[Any]], Any],
+        forms: Mapping[str, str],
+        small: Collection[str],
+    ) -> tuple[Analysis, np.ndarray]:
+        """A trace at the dense shapes, and for each of its classes whether it stays."""
+        dense = [
+            _dense(leaf, cut.dense.shapes[path])
+            for path, leaf in leaf_table(params).items()
+        ]
+        dense = jax.tree.unflatten(jax.tree.structure(params), dense)
+        args, kwargs = join(
+            [
+                cut.dense_input(path, leaf) if path in small else leaf
+                for path, leaf in zip(forms, moving, strict=True)
+            ]
+        )
+        found, back = None, carries & set(small)
+        try:
+            found = analyse_with(cut.dense, fn, dense, args, kwargs, carries=back)
+            _check_producers(found, cut)
+            return found, _kept_classes(found, cut, small)
+        except Exception as error:
+            if carries or (moving and found is None):
+                error.add_note(_about_inputs(moving, forms, carries))
+            raise
 
     @functools.wraps(fn)
     def small_fn(params: PyTree, /, *args: Any, **kwargs: Any) -> Any:
         cut.check_small(params)
-        table = leaf_table(params)
-        dense = jax.tree.unflatten(
-            jax.tree.structure(params),
-            [_dense(leaf, cut.dense.shapes[path]) for path, leaf in table.items()],
-        )
         args, kwargs = _positional(fn, params, args, kwargs)
         moving, join = separate((args, kwargs))
-        paths = input_paths(args, kwargs)
-        forms = [
-            cut.input_form(path, np.shape(leaf))
-            for path, leaf in zip(paths, moving, strict=True)
-        ]
-        small = {p for p, form in zip(paths, forms, strict=True) if form == "small"}
-        whole = join(
-            [
-                cut.dense_input(path, leaf) if path in small else leaf
-                for path, leaf in zip(paths, moving, strict=True)
-            ]
-        )
+        forms = {
+            path: cut.input_form(path, np.shape(leaf))
+            for path, leaf in zip(input_paths(args, kwargs), moving, strict=True)
+        }
+        small = {path for path, form in forms.items() if form == "small"}
         key = _key(params, (args, kwargs), small)
         if key in known:
-            return run(*known[key], small, paths, moving, table)
-        carries = {p.path for p in cut.dense.ports if p.role == "carry"}
-        found = None
-        try:
-            found = analyse_with(cut.dense, fn, dense, *whole, carries=carries & small)
-            _check_producers(found, cut)
-            keep = _kept_classes(found, cut, small)
-        except Exception as error:
-            if carries or (moving and found is None):
-                error.add_note(_about_inputs(paths, moving, forms, carries))
-            raise
-        if key is not None and not _holds_tracers(found.body):
-            if len(known) == KNOWN:
-                known.pop(next(iter(known)))
-            known[key] = found, keep
-        return run(found, keep, small, paths, moving, table)
-
-    def run(
-        found: Analysis,
-        keep: np.ndarray,
-        small: Collection[str],
-        paths: Sequence[str],
-        moving: Sequence[Any],
-        table: Mapping[str, Any],
-    ) -> Any:
+            found, keep = known[key]
+        else:
+            found, keep = analysed(params, moving, join, forms, small)
+            if key is not None and not _holds_tracers(found.body):
+                if len(known) == KNOWN:
+                    known.pop(next(iter(known)))
+                known[key] = found, keep
         evaluator = Evaluator(found.solution, keep, RULES)
-        values = found.body.ins[len(table) :]
+        leaves = jax.tree.leaves(params)
+        values = found.body.ins[len(leaves) :]
         moving = [
             leaf if path in small else evaluator.take(leaf, value)
-            for path, leaf, value in zip(paths, moving, values, strict=True)
+            for path, leaf, value in zip(forms, moving, values, strict=True)
         ]
-        outs = evaluator.run(found.body, [*table.values(), *moving])
+        outs = evaluator.run(found.body, [*leaves, *moving])
         # Constants are numbers and arrays of NumPy; a tangent of integers stays one.
         outs = [
             x if getattr(x, "dtype", None) == jax.dtypes.float0 else jnp.asarray(x)
@@ -139,21 +138,15 @@ def narrow(fn: Callable[..., Any], cut: Cut) -> Callable[..., Any]:
 def _key(params: PyTree, rest: Any, small: Collection[str]) -> Any:
     """What a trace depends on, or ``None`` where that cannot be compared."""
     leaves, treedef = jax.tree.flatten(rest)
-    parts = []
-    for leaf in leaves:
-        if not is_static(leaf):
-            parts.append(jax.typeof(leaf))
-        elif isinstance(leaf, _PLAIN):
-            # 1, 1.0 and True are equal, and so are 0.0 and -0.0.
-            parts.append((type(leaf), repr(leaf)))
-        else:
-            return None
+    parts = tuple(written(x) if is_static(x) else jax.typeof(x) for x in leaves)
+    if None in parts:
+        return None
     names = ("enable_x64", "default_matmul_precision", "numpy_dtype_promotion")
     settings = [getattr(jax.config, f"jax_{name}") for name in names]
     settings = (*settings, jax.sharding.get_abstract_mesh())
     shapes = tuple(map(jax.typeof, jax.tree.leaves(params)))
     structure = jax.tree.structure(params), treedef
-    return structure, shapes, tuple(parts), frozenset(small), settings
+    return structure, shapes, parts, frozenset(small), settings
 
 
 def _holds_tracers(body: Body) -> bool:
@@ -164,7 +157,7 @@ def _holds_tracers(body: Body) -> bool:
 
 
 def _about_inputs(
-    paths: Sequence[str], leaves: Sequence[Any], forms: Sequence[str], carries: Any
+    leaves: Sequence[Any], forms: Mapping[str, str], carries: Collection[str]
 ) -> str:
     """How the inputs were taken, for who hands in a state of another size."""
     if not carries:
@@ -175,7 +168,7 @@ def _about_inputs(
         )
     given = [
         f"{path!r} of shape {np.shape(leaf)}, taken as {form}"
-        for path, leaf, form in zip(paths, leaves, forms, strict=True)
+        for (path, form), leaf in zip(forms.items(), leaves, strict=True)
         if path in carries
     ]
     return (

@@ -22,7 +22,7 @@ from sdp_jax.modules import split_module, take_apart
 from sdp_jax.plan import Scores, Target, plan_cut
 from sdp_jax.report import Report, make_report, need_values
 from sdp_jax.tracing.find import find_groups
-from sdp_jax.tracing.static import is_static
+from sdp_jax.tracing.static import is_static, written
 from sdp_jax.tree import PyTree, leaf_table
 
 
@@ -66,10 +66,8 @@ class Pruned:
         """
         leaves, treedef = jax.tree.flatten((inputs, keywords))
         moving = [None if is_static(leaf) else leaf for leaf in leaves]
-        fixed = tuple(
-            _Fixed(x, (type(x), repr(x))) if is_static(x) else None for x in leaves
-        )
-        if not all(f is None or isinstance(f.value, _PLAIN) for f in fixed):
+        fixed = tuple(_Fixed(x, written(x)) if is_static(x) else None for x in leaves)
+        if any(f is not None and f.key is None for f in fixed):
             # An object may change between two calls.
             return self.apply(self.params, *inputs, **keywords)
         fn = _Same(self.fn)
@@ -394,15 +392,12 @@ def load(
     return pruned
 
 
-_PLAIN = (bool, int, float, complex, str, bytes, type(None))
-
-
 @dataclasses.dataclass(frozen=True)
 class _Fixed:
-    """A value by how it is written: 1, 1.0 and True are equal, and 0.0 and -0.0."""
+    """A value by how it is written."""
 
     value: Any = dataclasses.field(compare=False)
-    key: tuple[type, str]
+    key: tuple[type, str] | None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -498,9 +498,9 @@ def _split(groups: Groups, vector: jax.Array) -> dict[str, jax.Array]:
     number, and hundreds of equal layers would all be compiled: here the places are
     data. They are told from constants by an index that XLA does not know to be 0.
     """
-    parts = groups.split(vector)
-    if len(parts) < 2:
-        return parts
+    if len(groups) < 2:
+        return groups.split(vector)
+    groups.check_vector(vector)
     unknown = (vector[0] < 0).astype(jnp.int32)
     out, start = {}, 0
     for name, size in groups.sizes.items():

@@ -264,9 +264,8 @@ class Cut:
           [[0. 3.]
            [0. 4.]]
         """
-        factors = np.zeros(self.dense.num_channels)
-        factors[self._channels] = 1
-        return scale_channels(self.dense, params, jnp.asarray(factors))
+        factors = jnp.asarray(self._alive.astype(float))
+        return scale_channels(self.dense, params, factors)
 
     def take_inputs(self, *inputs: Any) -> tuple[Any, ...]:
         """The arguments behind the parameters as the small function takes them.
@@ -556,26 +555,10 @@ class Cut:
         small = list(shape)
         for axis, index in indices.items():
             small[axis + lead] = len(index)
-        self._check_shares(path, sharding, shape, small)
+        _check_shares(path, sharding, shape, small)
         for axis, index in indices.items():
             leaf = _take(leaf, index, axis + lead)
         return _put(leaf, sharding)
-
-    def _check_shares(
-        self, path: str, sharding: Any, before: Sequence[int], after: Sequence[int]
-    ) -> None:
-        """Refuses widths that the devices cannot share."""
-        for axis, count in enumerate(shares(sharding, len(after))):
-            width = after[axis]
-            if width % count and before[axis] % count == 0:
-                good = [width // count * count, -(-width // count) * count]
-                raise ValueError(
-                    f"leaf {path!r} is split over {count} devices along axis {axis}, "
-                    f"and {count} does not divide the {width} positions that stay "
-                    f"there; {' or '.join(str(n) for n in good if n)} would do. Choose "
-                    'the widths with plan_cut(..., round_to="mesh"), or place the '
-                    "leaf whole before it is cut"
-                )
 
     def _take_channels(self, path: str, leaf: Any) -> Any:
         shape = tuple(np.shape(leaf))
@@ -644,6 +627,23 @@ def _members_after(
         )
         runs = runs[outer:]
     return members
+
+
+def _check_shares(
+    path: str, sharding: Any, before: Sequence[int], after: Sequence[int]
+) -> None:
+    """Refuses widths that the devices cannot share."""
+    for axis, count in enumerate(shares(sharding, len(after))):
+        width = after[axis]
+        if width % count and before[axis] % count == 0:
+            good = [width // count * count, -(-width // count) * count]
+            raise ValueError(
+                f"leaf {path!r} is split over {count} devices along axis {axis}, "
+                f"and {count} does not divide the {width} positions that stay "
+                f"there; {' or '.join(str(n) for n in good if n)} would do. Choose "
+                'the widths with plan_cut(..., round_to="mesh"), or place the '
+                "leaf whole before it is cut"
+            )
 
 
 def _take(leaf: Any, index: np.ndarray, axis: int) -> Any:

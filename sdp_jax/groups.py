@@ -173,16 +173,20 @@ class Groups:
         Raises:
           ValueError: if the last axis has another length.
         """
-        if np.shape(vector)[-1:] != (self.num_channels,):
-            raise ValueError(
-                f"expected one number for each of {self.num_channels} channels on the "
-                f"last axis; got an array of shape {np.shape(vector)}"
-            )
+        self.check_vector(vector)
         parts, start = {}, 0
         for name, size in self.sizes.items():
             parts[name] = vector[..., start : start + size]
             start += size
         return parts
+
+    def check_vector(self, vector: Any) -> None:
+        """Refuses what has not one number for each channel on its last axis."""
+        if np.shape(vector)[-1:] != (self.num_channels,):
+            raise ValueError(
+                f"expected one number for each of {self.num_channels} channels on the "
+                f"last axis; got an array of shape {np.shape(vector)}"
+            )
 
     def join(self, parts: Mapping[str, Any]) -> jax.Array:
         """Puts one vector of all channels together, the inverse of :meth:`split`.

@@ -14,6 +14,7 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 
@@ -134,11 +135,7 @@ def sharded_like(array: jax.Array, leaf: jax.Array) -> jax.Array:
 
 def placed(leaf: Any) -> NamedSharding | None:
     """How a mesh shards an array, or a shape that says so; ``None`` if it does not."""
-    sharding = getattr(leaf, "sharding", None)
-    if sharding is None or isinstance(leaf, jax.core.Tracer):
-        sharding = getattr(jax.typeof(leaf), "sharding", None)
-    named = isinstance(sharding, NamedSharding) and any(sharding.spec)
-    return sharding if named else None
+    return sharding_of(jax.typeof(leaf) if isinstance(leaf, jax.core.Tracer) else leaf)
 
 
 def shares(sharding: NamedSharding | None, rank: int) -> list[int]:
@@ -156,16 +153,13 @@ def split_over(mesh: Any, spec: Any, rank: int) -> list[int]:
 def fetch(array: Any) -> np.ndarray:
     """The whole array as NumPy's, also where other processes hold parts of it."""
     if not getattr(array, "is_fully_addressable", True):
-        array = jax.jit(
-            lambda x: x,
-            out_shardings=NamedSharding(array.sharding.mesh, PartitionSpec()),
-        )(array)
+        array = multihost_utils.process_allgather(array, tiled=True)
     return np.asarray(array)
 
 
-def sharding_of(aval: Any) -> NamedSharding | None:
-    """The sharding of a type that says over which devices axes are split, or None."""
-    sharding = getattr(aval, "sharding", None)
+def sharding_of(found: Any) -> NamedSharding | None:
+    """The sharding of a type or an array that is split over devices, or None."""
+    sharding = getattr(found, "sharding", None)
     return sharding if any(getattr(sharding, "spec", ())) else None
 
 

@@ -14,6 +14,24 @@ import jax.numpy as jnp
 import numpy as np
 
 
+def sum_each(values: jax.Array, block: np.ndarray) -> jax.Array:
+    """The sum over each block.
+
+    Args:
+      values: a vector ``(n,)``; Booleans are counted.
+      block: number of the block of each entry, integers ``(n,)``, not empty.
+
+    Returns:
+      A vector ``(blocks,)``.
+
+    Example:
+      >>> import jax.numpy as jnp, numpy as np
+      >>> print(sum_each(jnp.array([1, 2, 4]), np.array([0, 0, 1])))
+      [3 4]
+    """
+    return _each(jax.ops.segment_sum, _counted(values), block)
+
+
 def sum_over(values: jax.Array, block: np.ndarray) -> jax.Array:
     """The sum over each block, for each entry of it.
 
@@ -29,9 +47,7 @@ def sum_over(values: jax.Array, block: np.ndarray) -> jax.Array:
       >>> print(sum_over(jnp.array([1, 2, 4]), np.array([0, 0, 1])))
       [3 3 4]
     """
-    if values.dtype == bool:
-        values = values.astype(jnp.int32)
-    return _over(jax.ops.segment_sum, values, block)
+    return _over(jax.ops.segment_sum, _counted(values), block)
 
 
 def max_over(values: jax.Array, block: np.ndarray) -> jax.Array:
@@ -139,8 +155,14 @@ def starts(block: np.ndarray) -> np.ndarray:
     return np.cumsum(sizes) - sizes
 
 
-def _over(reduce: Callable, values: jax.Array, block: np.ndarray) -> jax.Array:
-    count = int(block.max()) + 1 if len(block) else 0
+def _counted(values: jax.Array) -> jax.Array:
+    return values.astype(jnp.int32) if values.dtype == bool else values
+
+
+def _each(reduce: Callable, values: jax.Array, block: np.ndarray) -> jax.Array:
     ordered = bool(np.all(np.diff(block) >= 0))
-    found = reduce(values, block, count, indices_are_sorted=ordered)
-    return found[block] if count else values
+    return reduce(values, block, int(block.max()) + 1, indices_are_sorted=ordered)
+
+
+def _over(reduce: Callable, values: jax.Array, block: np.ndarray) -> jax.Array:
+    return _each(reduce, values, block)[block] if len(block) else values

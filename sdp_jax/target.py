@@ -215,9 +215,7 @@ def _wanted(
 
     def gone(number: jax.Array, owner: np.ndarray) -> jax.Array:
         """Channels of each owner among the first ``number``."""
-        count = int(owner.max()) + 1
-        fewer = (place < number).astype(jnp.int32)
-        return jax.ops.segment_sum(fewer, jnp.asarray(owner), count)
+        return segments.sum_each(place < number, owner)
 
     def left(number: jax.Array) -> jax.Array:
         return share_left((sizes - gone(number, groups.owner)).astype(norms.dtype))

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from sdp_jax.base import check_kind
-from sdp_jax.channels import Term, channel_maxima, channel_sums, magnitude
+from sdp_jax.channels import Term, channel_maxima, channel_sums, square
 from sdp_jax.checks import check_number
 from sdp_jax.groups import Groups
 from sdp_jax.methods.penalty import penalty_in_front
@@ -73,14 +73,14 @@ def perspective(
     whole = jnp.maximum(low, free) >= 1
     inside = low <= free
     safe = jnp.where(whole | inside, 1, low)
-    square = jnp.square(n2)
+    squared = jnp.square(n2)
     return jnp.where(
         whole,
-        alpha * square + (1 - alpha),
+        alpha * squared + (1 - alpha),
         jnp.where(
             inside,
             2 * jnp.sqrt(alpha * (1 - alpha)) * n2,
-            alpha * square / safe + (1 - alpha) * low,
+            alpha * squared / safe + (1 - alpha) * low,
         ),
     )
 
@@ -127,13 +127,11 @@ def perspective_penalty(
       0.25
     """
     bounds, factors = _check_penalty(groups, alpha, bound, weights)
-    (square,) = channel_sums(
-        groups, Term(lambda leaf: jnp.square(magnitude(leaf)), (params,))
-    )
+    (squares,) = channel_sums(groups, Term(square, (params,)))
     top = channel_maxima(groups, params)
     # The square root has no slope at zero.
-    positive = square > 0
-    norm = jnp.where(positive, jnp.sqrt(jnp.where(positive, square, 1)), 0)
+    positive = squares > 0
+    norm = jnp.where(positive, jnp.sqrt(jnp.where(positive, squares, 1)), 0)
     limits = groups.join({d.name: jnp.full(d.size, bounds[d.name]) for d in groups})
     prices = groups.split(perspective(norm, top, alpha, limits))
     total: Any = 0

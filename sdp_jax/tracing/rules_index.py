@@ -11,10 +11,10 @@ from jax import lax
 from sdp_jax.tracing import numbers
 from sdp_jax.tracing.evaluate import pick_out
 from sdp_jax.tracing.rule import Rule, moves
-from sdp_jax.tracing.rules_shape import pick, take_positions, together, union
+from sdp_jax.tracing.rules_shape import pick, take_positions, together
 from sdp_jax.tracing.sizes import Equation
 from sdp_jax.tracing.trace import Record, Trace, need_zero
-from sdp_jax.tracing.values import ZERO, Axis, Factor, Value, length, refill
+from sdp_jax.tracing.values import ZERO, Axis, Factor, Value, length, refill, union
 
 
 def _starts(eqn: Any, ins: Sequence[Value]) -> list[np.ndarray | None]:
