@@ -23,6 +23,7 @@ from jax.sharding import PartitionSpec as P
 
 import sdp_jax
 from experiments.benchmarks.tracing import decoder, decoder_shapes
+from experiments.benchmarks.update_cost import make_step
 
 # Axes over which a leaf of the decoder is split, on a mesh of data and model.
 SPECS = {
@@ -106,16 +107,6 @@ def optimizers(groups: sdp_jax.Groups) -> dict[str, Any]:
     return made
 
 
-def make_step(tx: optax.GradientTransformation) -> Any:
-    """``step(params, state, grads)``."""
-
-    def step(params: Any, state: Any, grads: Any) -> Any:
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
-
-    return step
-
-
 def compile_seconds(tx: optax.GradientTransformation, params: Any) -> float:
     """Processor seconds of tracing and compiling a step that donates its buffers."""
     state = jax.eval_shape(tx.init, params)
@@ -157,23 +148,16 @@ def lower_decoder(layers: int, sizes: tuple[int, int]) -> dict[str, Any]:
     text = exported.mlir_module()
     pattern = rf"stablehlo\.({'|'.join(COLLECTIVES.split())})\b.*?-> tensor<(\d+)xf32>"
     sent = re.findall(pattern, text, flags=re.DOTALL)
-    # What is placed like a parameter; the rest is vectors of channels.
-    moments = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16, sharding=x.sharding),
-        params,
-    )
-    dual = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=x.sharding),
-        params,
-    )
+    # AdamW keeps two moments like the parameters, in their dtype; the dual is float32.
+    size = bytes_per_device(params)
     return {
         "find_groups": middle - start,
         "lower": time.perf_counter() - middle,
         "channels": groups.num_channels,
         "collectives": [(name, 4 * int(count)) for name, count in sent],
-        "parameters": bytes_per_device(params),
-        "moments": 2 * bytes_per_device(moments),
-        "dual": bytes_per_device(dual),
+        "parameters": size,
+        "moments": 2 * size,
+        "dual": 2 * size,
         "devices": exported.nr_devices,
     }
 

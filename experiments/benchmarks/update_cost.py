@@ -106,6 +106,16 @@ def optimizers(groups: sdp_jax.Groups, sparsity: float) -> dict[str, Any]:
     }
 
 
+def make_step(tx: optax.GradientTransformation) -> Any:
+    """``step(params, state, grads)``, which gives parameters and state."""
+
+    def step(params: Any, state: Any, grads: Any) -> Any:
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return step
+
+
 def main(config: Config) -> dict[str, float]:
     """Times all optimizers and prints their ratios.
 
@@ -120,15 +130,10 @@ def main(config: Config) -> dict[str, float]:
     size = sum(x.nbytes for x in jax.tree.leaves(gradients))
     steps, states, memory = {}, {}, {}
     for name, tx in optimizers(groups, config.sparsity).items():
-
-        def step(params: Any, state: Any, grads: Any, tx: Any = tx) -> Any:
-            updates, state = tx.update(grads, state, params)
-            return optax.apply_updates(params, updates), state
-
         params = random_params(0, config.dtype, config.narrower)
         state = tx.init(params)
         compiled = (
-            jax.jit(step, donate_argnums=(0, 1))
+            jax.jit(make_step(tx), donate_argnums=(0, 1))
             .lower(params, state, gradients)
             .compile()
         )

@@ -85,13 +85,9 @@ def sketch_cost(config: Config) -> dict[str, tuple[float, ...]]:
         if config.only and name not in ("altsdp", *config.only):
             continue
 
-        def step(params: Any, state: Any, grads: Any, tx: Any = tx) -> Any:
-            updates, state = tx.update(grads, state, params)
-            return optax.apply_updates(params, updates), state
-
         params = update_cost.random_params(0, "float32", config.narrower)
         compiled = (
-            jax.jit(step, donate_argnums=(0, 1))
+            jax.jit(update_cost.make_step(tx), donate_argnums=(0, 1))
             .lower(params, tx.init(params), gradients)
             .compile()
         )
