@@ -192,6 +192,21 @@ def largest_of_all(f):
     return lambda a: jax.vmap(lambda row: g(row, "rows"), axis_name="rows")(a)
 
 
+def slope_of_small(fn):
+    """The gradient of a small function of eight channels, and its parameters.
+
+    The function itself has been checked.
+    """
+    params = promise.randomise(
+        {k: jax.ShapeDtypeStruct(s, jnp.float64) for k, s in SHAPES.items()}
+    )
+    groups = promise.check(fn, params, (X,), grads=False)
+    assert groups.sizes == {"a": 8}
+    cut = promise.random_cut(groups, 0.5, 0)
+    small = sdp_jax.narrow(fn, cut)
+    return jax.grad(lambda p: small(p, X).sum()), cut.take(params)
+
+
 def closes_over(own):
     def make(f):
         return lambda a: jax.vmap(lambda row: own(lambda r: f(r) * row.sum())(row))(a)
@@ -216,15 +231,9 @@ def test_without_a_derivative_the_function_is_cut_all_the_same(own, error, x64):
     def fn(p, x):
         return own(jnp.tanh)(x @ p["a"]) @ p["b"]
 
-    params = promise.randomise(
-        {k: jax.ShapeDtypeStruct(s, jnp.float64) for k, s in SHAPES.items()}
-    )
-    groups = promise.check(fn, params, (X,), grads=False)
-    assert groups.sizes == {"a": 8}
-    cut = promise.random_cut(groups, 0.5, 0)
-    small = sdp_jax.narrow(fn, cut)
+    slope, params = slope_of_small(fn)
     with pytest.raises(error):
-        jax.grad(lambda p: small(p, X).sum())(cut.take(params))
+        slope(params)
 
 
 @pytest.mark.parametrize("own", [own_vjp, own_jvp])
@@ -235,15 +244,9 @@ def test_rules_that_close_over_values(own, x64):
         shift = jnp.tanh(x[:, :1])
         return own(lambda a: a * shift)(x @ p["a"]) @ p["b"]
 
-    params = promise.randomise(
-        {k: jax.ShapeDtypeStruct(s, jnp.float64) for k, s in SHAPES.items()}
-    )
-    groups = promise.check(fn, params, (X,), grads=False)
-    assert groups.sizes == {"a": 8}
-    cut = promise.random_cut(groups, 0.5, 0)
-    small = sdp_jax.narrow(fn, cut)
+    slope, params = slope_of_small(fn)
     with pytest.raises(ValueError, match="hand them over as arguments"):
-        jax.grad(lambda p: small(p, X).sum())(cut.take(params))
+        slope(params)
 
 
 def rows(a, i):

@@ -1,23 +1,18 @@
 """Two processes prune, save and load as one."""
 
-import os
-import pathlib
-import socket
-import subprocess
 import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 import sdp_jax
 from sdp_jax import plan
 from sdp_jax.measure import Timing
+from tests import processes
 
 KEPT = (0, 2, 3, 5)
 SMALL = np.arange(24, dtype=np.float32).reshape(4, 6)[:, list(KEPT)]
-CANNOT = 77
 # Gloo prints lines of its own.
 WORDS = ("FileExistsError", "RuntimeError", "loaded")
 
@@ -41,12 +36,12 @@ def model(w):
 
 def run(number, port, folder):
     """What each of the two processes does."""
-    try:
+
+    def initialize():
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(f"127.0.0.1:{port}", 2, number)
-    except Exception as error:
-        print(error)
-        sys.exit(CANNOT)
+
+    processes.joined(initialize)
     mesh = jax.sharding.Mesh(np.asarray(jax.devices()), ("d",))
     where = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("d"))
     w = jax.make_array_from_callback(SMALL.shape, where, lambda i: SMALL[i])
@@ -100,33 +95,12 @@ def prune_together(where):
 
 
 def test_two_processes_save_once_and_any_number_loads(tmp_path):
-    try:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-    except OSError as error:
-        pytest.skip(f"no loopback: {error}")
+    port = str(processes.free_port())
     model(jnp.asarray(SMALL)).save(tmp_path / "alone")
-    root = pathlib.Path(sdp_jax.__file__).parents[1]
-    env = os.environ | {"PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu"}
-    env["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(number), str(port), str(tmp_path)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=env,
-        )
-        for number in (0, 1)
-    ]
-    try:
-        told = [p.communicate(timeout=120) for p in processes]
-    finally:
-        for p in processes:
-            p.kill()
-    if CANNOT in (codes := [p.returncode for p in processes]):
-        pytest.skip(f"two processes cannot be joined here: {told}")
+    with processes.two(
+        __file__, lambda number: [str(number), port, str(tmp_path)], devices=2
+    ) as both:
+        told, codes = processes.said(both)
     assert codes == [0, 0], told
     lines = [[s for s in out.split() if s in WORDS] for out, _ in told]
     assert lines == [

@@ -1,11 +1,9 @@
 """Two processes on loopback train, die, go on, cut and save; others load."""
 
+import functools
 import json
 import os
-import pathlib
 import signal
-import socket
-import subprocess
 import sys
 
 import jax
@@ -15,8 +13,8 @@ import tyro
 
 import sdp_jax
 from experiments import multihost
+from tests import processes
 
-CANNOT = 77
 TINY = ("--steps", "20", "--every", "5", "--width", "16", "--batch", "16")
 
 
@@ -45,16 +43,9 @@ def child(kill):
             return together(*args)
 
         multihost.together = counted
-    initialize = jax.distributed.initialize
-
-    def checked(*args):
-        try:
-            initialize(*args)
-        except Exception as error:
-            print(error)
-            sys.exit(CANNOT)
-
-    jax.distributed.initialize = checked
+    jax.distributed.initialize = functools.partial(
+        processes.joined, jax.distributed.initialize
+    )
     multihost.main(config)
 
 
@@ -63,39 +54,20 @@ def two(directory, kill="", wait=0):
 
     ``wait`` is the number of the process that is killed.
     """
-    try:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-    except OSError as error:
-        pytest.skip(f"no loopback: {error}")
-    root = pathlib.Path(multihost.__file__).parents[1]
-    env = os.environ | {"PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu", "KILL": kill}
-    kept = [f for f in env.get("XLA_FLAGS", "").split() if "device_count" not in f]
-    env["XLA_FLAGS"] = " ".join([*kept, "--xla_force_host_platform_device_count=4"])
-    common = [str(directory), *TINY, "--coordinator", f"127.0.0.1:{port}"]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, *common]
-            + ["--processes", "2", "--process", str(number)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=env,
-        )
-        for number in (0, 1)
-    ]
-    try:
+    address = f"127.0.0.1:{processes.free_port()}"
+    common = [str(directory), *TINY, "--coordinator", address, "--processes", "2"]
+    given = os.environ.get("XLA_FLAGS", "").split()
+    with processes.two(
+        __file__,
+        lambda number: [*common, "--process", str(number)],
+        devices=4,
+        flags=[flag for flag in given if "device_count" not in flag],
+        KILL=kill,
+    ) as both:
         if kill:
-            processes[wait].wait(timeout=120)
-            processes[1 - wait].kill()
-        told = [p.communicate(timeout=120) for p in processes]
-    finally:
-        for p in processes:
-            p.kill()
-    codes = [p.returncode for p in processes]
-    if CANNOT in codes:
-        pytest.skip(f"two processes cannot be joined here: {told}")
+            both[wait].wait(timeout=120)
+            both[1 - wait].kill()
+        told, codes = processes.said(both)
     if kill:
         assert codes[wait] == -signal.SIGKILL, told
         return told[0][1]
