@@ -28,7 +28,7 @@ from sdp_jax.export import export_stablehlo
 from sdp_jax.groups import Groups
 from sdp_jax.measure import cost, latency
 from sdp_jax.plan import plan_cut
-from sdp_jax.strength import Strength, adaptive_strength, ramp_strength, valley_strength
+from sdp_jax.strength import Strength, ramp_strength, valley_strength
 from sdp_jax.target import target_sparsity
 from sdp_jax.tracing.find import find_groups
 from sdp_jax.tracing.flops import count_flops
@@ -36,7 +36,6 @@ from sdp_jax.transforms import (
     check_zeros,
     dual_averaging,
     group_soft_threshold,
-    radial_dual_averaging,
     soft_threshold,
 )
 
@@ -49,7 +48,6 @@ __all__ = [
     "Member",
     "Pruned",
     "Strength",
-    "adaptive_strength",
     "altsdp",
     "base",
     "channel_norms",
@@ -74,7 +72,6 @@ __all__ = [
     "prox",
     "prox_sgd",
     "prune",
-    "radial_dual_averaging",
     "ramp_strength",
     "scale_channels",
     "soft_threshold",

@@ -1,7 +1,7 @@
 """AltSDP, the solver of Structured Directional Pruning, and its special cases."""
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import chex
 import jax
@@ -16,7 +16,6 @@ from sdp_jax.transforms import (
     entry_threshold,
     group_soft_threshold,
     group_threshold,
-    radial_averaging,
 )
 
 
@@ -27,7 +26,6 @@ def altsdp(
     strength: StrengthLike,
     min_channels: int | jax.Array | Mapping[str, int] = 1,
     weights: Weighting | Mapping[str, float] = "plain",
-    dual: Literal["full", "radial"] = "full",
     momentum: chex.Numeric | None = None,
     nesterov: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
@@ -48,12 +46,16 @@ def altsdp(
 
         optax.chain(
             base,                                     # or optax.sgd(base, momentum)
-            dual_averaging(),                         # or radial_dual_averaging
+            dual_averaging(),
             group_soft_threshold(groups, strength),
         )
 
     With :func:`sdp_jax.valley.project_onto_valley` between the last two, a chain made
     by hand keeps the shrinkage within an estimate of the valley.
+
+    By a target (:func:`sdp_jax.target_sparsity`) the threshold of a channel is 0 or
+    infinite. What stays takes the steps of ``base``, bit for bit; there ``v`` and ``w``
+    are one, and the dual variable is not kept.
 
     Nothing may follow it that rescales or adds to its updates; put gradient clipping
     and weight decay in front, or into ``base``. :func:`sdp_jax.check_zeros` finds
@@ -69,9 +71,6 @@ def altsdp(
         name.
       weights: weighting of the channel norms: ``"plain"``, ``"size"``, ``"cost"`` or a
         number for each dimension; see :func:`sdp_jax.channel_weights`.
-      dual: ``"full"`` for plain dual averaging; ``"radial"`` for
-        :func:`sdp_jax.radial_dual_averaging`, with which shrunk channels turn at the
-        full rate of ``base``. With a target it ends at a lower training loss.
       momentum: momentum of the SGD, if ``base`` is a learning rate.
       nesterov: Nesterov momentum, likewise.
 
@@ -104,14 +103,16 @@ def altsdp(
        [3.75 0.  ]]
     """
     optimizer, rule = _base_and_strength(base, strength, momentum, nesterov)
-    if dual not in ("full", "radial"):
-        raise ValueError(f"dual must be 'full' or 'radial'; got {dual!r}")
-    if dual == "radial":
-        dual_piece = radial_averaging(groups, candidates=True)
-    else:
-        dual_piece = averaging(candidates=True)
-    threshold = group_threshold(groups, rule, min_channels, weights, candidates=True)
-    return optax.chain(optimizer, dual_piece, threshold)
+    if as_strength(rule).score is not None:
+        return optax.chain(
+            optimizer,
+            group_threshold(groups, rule, min_channels, weights, candidates=False),
+        )
+    return optax.chain(
+        optimizer,
+        averaging(candidates=True),
+        group_threshold(groups, rule, min_channels, weights, candidates=True),
+    )
 
 
 def prox_sgd(

@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sdp_jax.dimension import Member, Role
+from sdp_jax.dimension import Dimension, Member, Role
 from sdp_jax.groups import Groups
 from sdp_jax.mesh import Line, replicated, sum_lines
-from sdp_jax.tree import PyTree, leaf_table, missing_path_message
+from sdp_jax.tree import PyTree, leaf_table, missing_path_message, replace_leaves
 
 Weighting = Literal["plain", "size", "cost"]
 
@@ -189,26 +189,64 @@ def member_sums(
     Raises:
       ValueError: if a member is missing or has another shape.
     """
-    table = producer_leaves(groups, tree)
-    counted = [(d, m) for d in groups for m in d.members if m.role in roles]
-    for d, m in counted:
-        if m.path not in table or np.shape(table[m.path]) != groups.shapes[m.path]:
-            raise ValueError(
-                f"dimension {d.name!r}: the tree has no leaf {m.path!r} of shape "
-                f"{groups.shapes[m.path]}, a {m.role} that is counted here; give "
-                "groups and parameters of the same model (and hide no member)"
-            )
-    places = list(dict.fromkeys((m.path, m.axis) for _, m in counted))
-
-    def finish(sums: list[jax.Array]) -> list[jax.Array]:
-        line = dict(zip(places, sums, strict=True))
-        return [_per_channel(line[m.path, m.axis], m, d.size) for d, m in counted]
-
-    lines = [Line(entry, (jnp.asarray(table[p]),), axis) for p, axis in places]
+    counted, lines = _member_lines(groups, tree, entry, roles)
     out: dict[str, list[tuple[Member, jax.Array]]] = {name: [] for name in groups.sizes}
-    for (d, m), value in zip(counted, sum_lines(lines, finish), strict=True):
+    values = sum_lines(lines, lambda sums: _member_values(counted, sums))
+    for (d, m), value in zip(counted, values, strict=True):
         out[d.name].append((m, value))
     return out
+
+
+def weighted_sums(
+    groups: Groups,
+    tree: PyTree,
+    entry: Callable[[jax.Array], jax.Array],
+    *weights: Callable[[Dimension, Member], float],
+    roles: Sequence[Role] = ("producer",),
+) -> list[jax.Array]:
+    """Sums of ``entry(leaf)`` over each channel, members weighted, one pass for all.
+
+    On a mesh with explicit axes the members are joined before the one all-reduce.
+
+    Args:
+      groups: the channel dimensions.
+      tree: a tree that has the members of these roles as leaves.
+      entry: a function of one leaf, in the leaf's shape and at least float32.
+      *weights: for each result how much a member counts, 0 for not at all.
+      roles: which members are read.
+
+    Returns:
+      For each of ``weights`` a vector ``(num_channels,)``.
+
+    Raises:
+      ValueError: if a member is missing or has another shape.
+
+    Example:
+      >>> import jax.numpy as jnp, sdp_jax
+      >>> params = {"w": jnp.array([[3., 0.]]), "b": jnp.array([1., 2.])}
+      >>> groups = sdp_jax.groups_from_axes(
+      ...     params, {"unit": [sdp_jax.Member("w", 1), sdp_jax.Member("b", 0)]})
+      >>> vectors = lambda d, m: float(m.path == "b")
+      >>> print(*weighted_sums(groups, params, magnitude, lambda d, m: 1., vectors))
+      [4. 2.] [1. 2.]
+    """
+    counted, lines = _member_lines(groups, tree, entry, roles)
+
+    def finish(sums: list[jax.Array]) -> list[jax.Array]:
+        values = _member_values(counted, sums)
+        out = []
+        for weight in weights:
+            parts = {
+                d.name: jnp.zeros((d.size,), jnp.result_type(*sums)) for d in groups
+            }
+            for (d, m), value in zip(counted, values, strict=True):
+                share = weight(d, m)
+                if share:
+                    parts[d.name] = parts[d.name] + share * value
+            out.append(groups.join(parts))
+        return out
+
+    return sum_lines(lines, finish)
 
 
 def channels_alive(groups: Groups, tree: PyTree) -> jax.Array:
@@ -261,6 +299,52 @@ def scale_channels(groups: Groups, tree: PyTree, factors: jax.Array) -> PyTree:
        [1. 0.]]
     """
     table = producer_leaves(groups, tree)
+    scales = _leaf_scales(groups, table, factors)
+    leaves = [
+        leaf * scales[path] if path in scales else leaf for path, leaf in table.items()
+    ]
+    return jax.tree.unflatten(jax.tree.structure(tree), leaves)
+
+
+def remove_channels(
+    groups: Groups, updates: PyTree, params: PyTree, keep: jax.Array
+) -> PyTree:
+    """Updates that set channels to zero, and otherwise stay as they are.
+
+    Args:
+      groups: the channel dimensions.
+      updates: a step from the parameters.
+      params: the parameters.
+      keep: a vector ``(num_channels,)``, 0 for the channels that go and 1 for others.
+
+    Returns:
+      Updates; where they set to zero they are exactly ``-params``, in a dtype that
+      holds both.
+
+    Raises:
+      ValueError: if a producer is missing or has another shape.
+
+    Example:
+      >>> import jax.numpy as jnp, sdp_jax
+      >>> params, steps = {"w": jnp.array([[3., 4.]])}, {"w": jnp.array([[.5, .5]])}
+      >>> groups = sdp_jax.groups_from_axes(params, {"unit": [sdp_jax.Member("w", 1)]})
+      >>> print(remove_channels(groups, steps, params, jnp.array([1., 0.]))["w"])
+      [[ 0.5 -4. ]]
+    """
+    table, steps = producer_leaves(groups, params), leaf_table(updates)
+    scales = _leaf_scales(groups, table, keep)
+    changed = {}
+    for path, scale in scales.items():
+        dtype = jnp.promote_types(table[path].dtype, steps[path].dtype)
+        p, u = table[path].astype(dtype), steps[path].astype(dtype)
+        changed[path] = jnp.where(scale == 0, -p, u)
+    return replace_leaves(updates, changed)
+
+
+def _leaf_scales(
+    groups: Groups, table: Mapping[str, Any], factors: jax.Array
+) -> dict[str, jax.Array]:
+    """By path what each producer is multiplied by, broadcasting to the leaf."""
     parts = _split(groups, factors)
     scales: dict[str, jax.Array] = {}
     for name, member, size in groups.producers:
@@ -271,10 +355,7 @@ def scale_channels(groups: Groups, tree: PyTree, factors: jax.Array) -> PyTree:
         spread = _spread(factor, member, size, length).reshape(shape)
         old = scales.get(member.path)
         scales[member.path] = spread if old is None else old * spread
-    leaves = [
-        leaf * scales[path] if path in scales else leaf for path, leaf in table.items()
-    ]
-    return jax.tree.unflatten(jax.tree.structure(tree), leaves)
+    return scales
 
 
 def producer_leaves(groups: Groups, tree: PyTree) -> dict[str, Any]:
@@ -459,6 +540,36 @@ def magnitude(leaf: jax.Array) -> jax.Array:
     """
     value = jnp.abs(leaf)
     return value.astype(jnp.promote_types(value.dtype, jnp.float32))
+
+
+def _member_lines(
+    groups: Groups,
+    tree: PyTree,
+    entry: Callable[[jax.Array], jax.Array],
+    roles: Sequence[Role],
+) -> tuple[list[tuple[Dimension, Member]], list[Line]]:
+    """The members of these roles, and one line for each axis that they lie along."""
+    table = producer_leaves(groups, tree)
+    counted = [(d, m) for d in groups for m in d.members if m.role in roles]
+    for d, m in counted:
+        if m.path not in table or np.shape(table[m.path]) != groups.shapes[m.path]:
+            raise ValueError(
+                f"dimension {d.name!r}: the tree has no leaf {m.path!r} of shape "
+                f"{groups.shapes[m.path]}, a {m.role} that is counted here; give "
+                "groups and parameters of the same model (and hide no member)"
+            )
+    places = dict.fromkeys((m.path, m.axis) for _, m in counted)
+    lines = [Line(entry, (jnp.asarray(table[p]),), axis) for p, axis in places]
+    return counted, lines
+
+
+def _member_values(
+    counted: list[tuple[Dimension, Member]], sums: list[jax.Array]
+) -> list[jax.Array]:
+    """For each member its sums over the channels, from those along its axis."""
+    places = dict.fromkeys((m.path, m.axis) for _, m in counted)
+    line = dict(zip(places, sums, strict=True))
+    return [_per_channel(line[m.path, m.axis], m, d.size) for d, m in counted]
 
 
 def _small(groups: Groups) -> list[tuple[str, Member, int]]:

@@ -22,8 +22,6 @@ Floors: TypeAlias = Sequence[int | jax.Array]
 # A channel that only its dimension's floor keeps stays at this share of its dual
 # variable: enough for the layer to go on working, and for the dual to grow if it must.
 FLOOR_FACTOR = 0.1
-# A channel that belongs to a fixed set of survivors keeps at least this share.
-MIN_FACTOR = 1e-3
 
 
 def soft_threshold_factor(norms: jax.Array, thresholds: jax.Array) -> jax.Array:
@@ -93,22 +91,24 @@ def hold_floors(
         ends = np.cumsum([*groups.sizes.values()])
         level = ascending[ends - jnp.maximum(counts, 1)][owner]
     level = jnp.where(jnp.asarray(counts)[owner] > 0, level, jnp.inf)
-    held = keep_alive(norms, thresholds, FLOOR_FACTOR)
+    held = jnp.minimum(thresholds, (1 - FLOOR_FACTOR) * norms)
     return jnp.where(norms >= level, held, thresholds)
 
 
-def largest_each(groups: Groups, values: jax.Array, floors: Floors) -> jax.Array:
+def largest_each(
+    groups: Groups, values: jax.Array, counts: jax.Array | np.ndarray | Sequence[int]
+) -> jax.Array:
     """Marks the largest values of each dimension; the earlier wins a tie.
 
     Args:
       groups: the channel dimensions.
       values: a vector ``(num_channels,)``.
-      floors: how many, for each dimension.
+      counts: how many, for each dimension, integers ``(dimensions,)``.
 
     Returns:
       A Boolean vector ``(num_channels,)`` with exactly so many true entries.
     """
-    return segments.lowest(-values, floor_counts(floors), groups.owner).mask
+    return segments.lowest(-values, counts, groups.owner).mask
 
 
 def floor_counts(floors: Floors) -> np.ndarray | jax.Array:
@@ -126,22 +126,6 @@ def floor_counts(floors: Floors) -> np.ndarray | jax.Array:
     if all(floor is first for floor in floors):
         return jnp.broadcast_to(first, (len(floors),))
     return jnp.stack([jnp.asarray(floor, jnp.int32) for floor in floors])
-
-
-def keep_alive(
-    norms: jax.Array, thresholds: jax.Array, share: float = MIN_FACTOR
-) -> jax.Array:
-    """Thresholds just low enough that every channel keeps a share of itself.
-
-    Args:
-      norms: weighted norms.
-      thresholds: thresholds, broadcastable to ``norms``, in the same units.
-      share: what the factor of a channel does not fall below.
-
-    Returns:
-      Thresholds in the shape of ``norms``.
-    """
-    return jnp.minimum(thresholds, (1 - share) * norms)
 
 
 def resolve_floors(

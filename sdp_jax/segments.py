@@ -6,7 +6,7 @@ entry the number of its block, from 0. However many blocks there are, the number
 operations stays the same.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -117,7 +117,9 @@ class Lowest(NamedTuple):
 
 
 def lowest(
-    values: jax.Array, counts: jax.Array | np.ndarray, block: np.ndarray
+    values: jax.Array,
+    counts: jax.Array | np.ndarray | Sequence[int],
+    block: np.ndarray,
 ) -> Lowest:
     """Marks the lowest of each block; the earlier wins a tie.
 

@@ -31,11 +31,17 @@ class Strength(NamedTuple):
       bind: for a rule that wants the learning rate and momentum of the base optimizer:
         ``bind(learning_rate, momentum) -> Strength``, which keeps those that the rule
         was given; otherwise ``None``.
+      score: for a rule that removes channels and does not shrink the others, whose
+        thresholds are 0 or infinite: ``score(state, groups, params)``, what it gets
+        instead of norms where no host brings scores of its own; otherwise ``None``.
+      is_due: with ``score``: ``is_due(state)``, whether the next update looks at it.
     """
 
     init: Callable[[Groups, prox.Floors], Any]
     update: Callable[[Any, jax.Array, Groups, prox.Floors], tuple[jax.Array, Any]]
     bind: Callable[[Any, Any], "Strength"] | None = None
+    score: Callable[[Any, Groups, Any], jax.Array] | None = None
+    is_due: Callable[[Any], jax.Array] | None = None
 
 
 StrengthLike: TypeAlias = Strength | float | jax.Array | optax.Schedule
@@ -212,70 +218,6 @@ def valley_strength(
 
     complete = learning_rate is not None and momentum is not None
     return Strength(init, update, None if complete else bind)
-
-
-def adaptive_strength(strength: StrengthLike, power: float = 4.0) -> Strength:
-    """Spares large channels: the same channels go, but those that stay shrink less.
-
-    The threshold ``t`` of ``strength`` becomes ``t (t / ‖v_c‖)^(power − 1)`` for each
-    channel, so that the group soft-threshold multiplies it by ::
-
-        max(0, 1 − (t / ‖v_c‖)^power)
-
-    With ``power=1`` nothing changes. With 2 it is the non-negative garrote, or one step
-    of the adaptive group lasso; the larger it is, the nearer to a hard threshold. The
-    factor is 0 at ``‖v_c‖ = t`` and rises from there without a jump, whatever the
-    power.
-
-    Args:
-      strength: a :class:`Strength`, a number or a schedule.
-      power: exponent, at least 1.
-
-    Returns:
-      A :class:`Strength`.
-
-    Raises:
-      ValueError: if ``power`` is below 1.
-      TypeError: if an argument is of another kind.
-
-    References:
-      Breiman, "Better Subset Regression Using the Nonnegative Garrote", Technometrics
-      1995; Zou, "The Adaptive Lasso and Its Oracle Properties", JASA 2006.
-
-    Example:
-      >>> import jax.numpy as jnp, sdp_jax
-      >>> params = {"w": jnp.ones((2, 3))}
-      >>> groups = sdp_jax.groups_from_axes(params, {"unit": [sdp_jax.Member("w", 1)]})
-      >>> strength = sdp_jax.adaptive_strength(1.0, power=2.0)
-      >>> state, norms = strength.init(groups, [1]), jnp.array([0.5, 2., 4.])
-      >>> thresholds, _ = strength.update(state, norms, groups, [1])
-      >>> print(thresholds)
-      [1.   0.5  0.25]
-    """
-    inner = as_strength(strength)
-    check_number("power", power, low=1, rule="a number of at least 1")
-
-    def bind(rate: Any, momentum: Any) -> Strength:
-        assert inner.bind is not None
-        return adaptive_strength(inner.bind(rate, momentum), power)
-
-    def update(
-        state: Any, norms: jax.Array, groups: Groups, floors: prox.Floors
-    ) -> tuple[jax.Array, Any]:
-        thresholds, state = inner.update(state, norms, groups, floors)
-        return _spare(norms, thresholds, power), state
-
-    return Strength(inner.init, update, None if inner.bind is None else bind)
-
-
-def _spare(norms: jax.Array, thresholds: jax.Array, power: float) -> jax.Array:
-    """``t (t / norm)^(power − 1)``, and ``t`` where that would be undefined."""
-    usual = jnp.isfinite(thresholds) & (norms > 0)
-    ratio = jnp.where(usual, thresholds, 0) / jnp.where(usual, norms, 1)
-    # Below the threshold the channel is zero anyway; the power must not overflow.
-    return jnp.where(
-        usual, thresholds * jnp.minimum(ratio, 1) ** (power - 1), thresholds
-    )
 
 
 def _follow(schedule: optax.Schedule) -> Strength:

@@ -17,7 +17,6 @@ from sdp_jax import prox
 from sdp_jax.base import (
     add_step,
     check_inexact,
-    check_kind,
     check_params,
     check_rule,
     step_to,
@@ -30,7 +29,7 @@ from sdp_jax.channels import (
     Weighting,
     channel_sums,
     nonzero,
-    product,
+    remove_channels,
     scale_channels,
     square,
     weighted_norms,
@@ -106,98 +105,6 @@ def averaging(*, candidates: bool) -> optax.GradientTransformationExtraArgs:
     return transformation("dual_averaging", init, update)
 
 
-def radial_dual_averaging(groups: Groups) -> optax.GradientTransformationExtraArgs:
-    """Dual averaging that remembers of a living channel only how much it shrank.
-
-    In :func:`dual_averaging` a channel that the threshold has shrunk to the share ``s``
-    of its dual variable also *turns* at only ``s`` times the rate of the base
-    optimizer, because its direction is that of the larger ``v``. Here the step acts on
-    the channel itself, and what the threshold took off is added to its norm::
-
-        y = w + step,   v' = y + (‖v‖ − ‖w‖) (κ y/‖y‖ + (1 − κ) v/‖v‖)
-
-    with ``κ = max(0, cos(y, v))``: the shrinkage follows the channel as it turns, and
-    stays behind when a step reverses it, so that channels still get stuck at zero.
-    Zero channels and parameters outside the groups are averaged as usual. Groups of one
-    entry, and a threshold of zero, give :func:`dual_averaging` itself.
-
-    Args:
-      groups: the channel dimensions.
-
-    Returns:
-      A transformation; its ``update`` needs ``params``. Its state is that of
-      :func:`dual_averaging`.
-
-    Raises:
-      ValueError: if the parameters do not fit the groups, or ``params`` is missing in
-        ``update``.
-      TypeError: in ``init``, if a leaf is not floating-point or complex.
-
-    References:
-      Our own variant of dual averaging.
-
-    Example:
-      >>> import jax.numpy as jnp, optax, sdp_jax
-      >>> params = {"w": jnp.array([[3., 0.3], [4., 0.4]])}
-      >>> groups = sdp_jax.groups_from_axes(params, {"unit": [sdp_jax.Member("w", 1)]})
-      >>> tx = optax.chain(optax.sgd(0.1), sdp_jax.radial_dual_averaging(groups))
-      >>> updates, _ = tx.update({"w": jnp.ones((2, 2))}, tx.init(params), params)
-      >>> print(optax.apply_updates(params, updates)["w"].round(3))
-      [[2.9 0.2]
-       [3.9 0.3]]
-    """
-    return radial_averaging(groups, candidates=False)
-
-
-def radial_averaging(
-    groups: Groups, *, candidates: bool
-) -> optax.GradientTransformationExtraArgs:
-    """:func:`radial_dual_averaging`, which may emit ``v'`` itself."""
-    check_kind(groups)
-
-    def init(params: optax.Params) -> DualAveragingState:
-        check_inexact(params)
-        check_params(groups, params)
-        return DualAveragingState(jax.tree.map(wide_copy, params))
-
-    def update(updates: Any, state: Any, params: Any, **_: Any) -> tuple[Any, Any]:
-        old = state.dual
-
-        def scaled(tree: optax.Params, factor: jax.Array) -> optax.Params:
-            return scale_channels(groups, tree, factor)
-
-        steps = jax.tree.map(lambda v, u: u.astype(v.dtype), old, updates)
-        sums = channel_sums(
-            groups,
-            Term(square, (old,)),
-            Term(square, (params,)),
-            Term(square, (steps,)),
-            # With the step y = share · v + step: its product with v, not yet formed.
-            Term(product, (steps, old)),
-        )
-        before, now, size = map(jnp.sqrt, sums[:3])
-        now, across = now.astype(before.dtype), sums[3]
-        alive = (now > 0) & (before > 0)
-        share = jnp.where(alive, now / jnp.where(alive, before, 1), 1)
-        shrunk = jnp.where(alive, before - now, 0)
-        along = now * before + across
-        length2 = now**2 + 2 * share * across + size**2
-        # A step that all but undoes the channel leaves no direction to follow.
-        turns = alive & (along > 0) & (length2 > 1e-4 * now**2)
-        length = jnp.sqrt(jnp.where(turns, length2, 1))
-        cosine = jnp.where(turns, along / jnp.where(turns, length * before, 1), 0)
-        cosine = jnp.minimum(cosine, 1)
-        stretch = 1 + cosine * shrunk / length
-        behind = (1 - cosine) * shrunk / jnp.where(alive, before, 1)
-        # v' = stretch · y + behind · v, in one pass.
-        dual = jax.tree.map(
-            jnp.add, scaled(old, stretch * share + behind), scaled(steps, stretch)
-        )
-        return emit(dual, params, candidates), DualAveragingState(dual)
-
-    return transformation("radial_dual_averaging", init, update)
-
-
 def group_soft_threshold(
     groups: Groups,
     strength: StrengthLike,
@@ -210,7 +117,9 @@ def group_soft_threshold(
     Each channel ``v_c`` becomes ``max(0, 1 - t k_c / ‖v_c‖) v_c``, with the threshold
     ``t`` of ``strength`` and the weight ``k_c`` of ``weights``; parameters outside the
     groups stay at the candidate. A channel that falls below is exactly zero after
-    ``optax.apply_updates``. At least ``min_channels`` of each dimension survive.
+    ``optax.apply_updates``. At least ``min_channels`` of each dimension survive. By a
+    target ``t`` is 0 or infinite: channels go, and the others take the step that
+    arrived, bit for bit.
 
     It must be the last piece of a chain: anything behind it that rescales or adds to
     its updates (a learning rate, weight decay, clipping, ``optax.lookahead``) destroys
@@ -270,16 +179,20 @@ def group_threshold(
         )
 
     def update(updates: Any, state: Any, params: Any, **_: Any) -> tuple[Any, Any]:
-        candidate = updates if candidates else add_step(params, updates)
         dead = (~state.alive.per_channel).astype(jnp.int32)
         probing = Term(nonzero, (params,), small=True, over=dead)
-        point, factor, strength_state, revived = proximal_point(
-            groups, rule, floors, weights, candidate, state.strength, probing
+        removes = rule.score is not None and not candidates
+        candidate = updates if removes or candidates else add_step(params, updates)
+        factor, strength_state, revived = channel_factors(
+            groups, rule, floors, weights, candidate, state.strength, params, probing
         )
         intact = state.intact & (revived == 0)
         alive = PerChannel(factor != 0)
         new_state = GroupSoftThresholdState(strength_state, alive, intact)
-        return step_to(point, params), new_state
+        if removes:
+            # The others take the very step that arrived.
+            return remove_channels(groups, updates, params, factor), new_state
+        return step_to(scale_channels(groups, candidate, factor), params), new_state
 
     return transformation("group_soft_threshold", init, update)
 
@@ -373,25 +286,36 @@ def check_zeros(opt_state: PyTree) -> None:
         )
 
 
-def proximal_point(
+def channel_factors(
     groups: Groups,
     rule: Strength,
     floors: prox.Floors,
     weights: Weighting | Mapping[str, float],
     candidate: optax.Params,
     state: Any,
+    params: optax.Params,
     *others: Term,
 ) -> tuple[Any, ...]:
-    """The group soft-threshold of a candidate: point, factor of each channel, state.
+    """The factor of each channel by which a strength leads on, and its next state.
 
-    After them come the sums of other terms, joined with those of the norms.
+    After them come the sums of other terms, joined with those of the norms. A rule that
+    scores does so on the parameters, and only when it has to.
     """
-    terms = (Term(square, (candidate,)), *others)
-    squares, *sums = channel_sums(groups, *terms)
-    norms = weighted_norms(groups, squares, weights)
-    thresholds, state = rule.update(state, norms, groups, floors)
-    factor = prox.soft_threshold_factor(norms, thresholds)
-    return scale_channels(groups, candidate, factor), factor, state, *sums
+    if rule.score is None:
+        squares, *sums = channel_sums(groups, Term(square, (candidate,)), *others)
+        norms = weighted_norms(groups, squares, weights)
+        thresholds, state = rule.update(state, norms, groups, floors)
+        return prox.soft_threshold_factor(norms, thresholds), state, *sums
+    score, sums = rule.score, channel_sums(groups, *others)
+    due = True if rule.is_due is None else rule.is_due(state)
+    dtype = jnp.result_type(float)
+    scores = jax.lax.cond(
+        due,
+        lambda: score(state, groups, params).astype(dtype),
+        lambda: jnp.zeros((groups.num_channels,), dtype),
+    )
+    thresholds, state = rule.update(state, scores, groups, floors)
+    return jnp.where(thresholds > 0, 0.0, 1.0).astype(dtype), state, *sums
 
 
 def emit(point: optax.Params, params: optax.Params, candidates: bool) -> optax.Updates:

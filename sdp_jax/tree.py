@@ -76,3 +76,19 @@ def owner_of(
             if tail and keys[-len(tail) :] == tail and tuple(old) == tuple(shape):
                 found.setdefault(len(tail), path)
     return found[max(found)]
+
+
+def replace_leaves(tree: PyTree, leaves: Mapping[str, Any]) -> PyTree:
+    """The tree with other leaves at some paths.
+
+    Args:
+      tree: any pytree.
+      leaves: leaves by path; a path that the tree has not is ignored.
+
+    Returns:
+      A tree of the same structure.
+    """
+    table = leaf_table(tree)
+    return jax.tree.unflatten(
+        jax.tree.structure(tree), [leaves.get(p, x) for p, x in table.items()]
+    )

@@ -17,7 +17,8 @@ ROOT = PACKAGE.parent
 COMMON = ["tree", "checks", "segments", "polynomial", "ports", "dimension", "groups"]
 COMMON += ["axes", "mesh", "channels"]
 # Each goes on from there, and neither imports the other.
-TRAINING = ["prox", "strength", "target", "base", "transforms", "_altsdp"]
+TRAINING = ["entries", "importance", "prox", "strength", "target", "base"]
+TRAINING += ["transforms", "_altsdp"]
 CUTTING = ["modules", "tracing", "matching", "cut", "_narrow", "measure", "compare"]
 CUTTING += ["remains", "plan", "files", "export", "report", "_prune"]
 # Behind doors of their own; both train.
@@ -31,7 +32,7 @@ FOLDERS = {
     "valley": ["vectors", "sketch", "project", "curvature", "_sdp", "statistics"]
     + ["path", "figure", "certificate", "_certify"],
     # No method but the common ground is imported by another one.
-    "methods": ["score", "scales", "entries", "penalty", "ranking", "pqi"]
+    "methods": ["score", "scales", "penalty", "ranking", "pqi"]
     + ["_hosted"]
     + ["filter_norm", "_taylor", "_random_score", "depgraph", "network_slimming"]
     + ["_gate_decorator", "discriminant", "remove", "dpm", "half_space", "_hspg"]

@@ -319,7 +319,6 @@ CASES = {
         ValueError,
         "positive",
     ),
-    "unknown dual": (lambda: altsdp(dual="half"), ValueError, "'half'"),
     "a transformation for prox_sgd": (
         lambda: sdp_jax.prox_sgd(optax.adam(0.1), GROUPS, strength=0.1),
         TypeError,

@@ -77,12 +77,6 @@ FINAL = {
         optax.adamw(0.1, eps=1e-4), g, strength=TARGET
     ),
     "altsdp_lion": lambda g: sdp_jax.altsdp(optax.lion(0.01), g, strength=VALLEY),
-    "altsdp_radial": lambda g: sdp_jax.altsdp(0.1, g, strength=VALLEY, dual="radial"),
-    "radial": lambda g: optax.chain(
-        optax.sgd(0.1),
-        sdp_jax.radial_dual_averaging(g),
-        sdp_jax.group_soft_threshold(g, VALLEY),
-    ),
     "projected": lambda g: optax.chain(
         optax.sgd(0.1),
         sdp_jax.dual_averaging(),
@@ -127,7 +121,7 @@ PRUNING = [
 ]
 final = pytest.mark.parametrize("name", FINAL)
 # One for each way to touch arrays; on a mesh the others are a study.
-SHARDED = "altsdp_target altsdp_radial projected keep_mask decay_pruning spp increg \
+SHARDED = "altsdp_target altsdp projected keep_mask decay_pruning spp increg \
 group_norm_regularizer perspective_regularizer scale_penalty dhspg hesso \
 gate_decorator".split()
 STUDY = pytest.mark.study

@@ -179,7 +179,6 @@ def test_concatenation_and_a_cut_of_a_cut(x64):
 OPTIMIZERS = {
     "sgd": lambda g, s: sdp_jax.altsdp(0.05, g, strength=s),
     "momentum": lambda g, s: sdp_jax.altsdp(0.02, g, strength=s, momentum=0.9),
-    "radial": lambda g, s: sdp_jax.altsdp(0.02, g, strength=s, dual="radial"),
     "adamw": lambda g, s: sdp_jax.altsdp(optax.adamw(0.01), g, strength=s),
     "prox_sgd": lambda g, s: sdp_jax.prox_sgd(0.05, g, strength=s, momentum=0.9),
     "wrapped": lambda g, s: optax.apply_if_finite(

@@ -62,16 +62,18 @@ def test_sums_are_those_of_one_device(layout, kind):
 
 @pytest.mark.parametrize("layout", ["fsdp", "tensor", "both"])
 @pytest.mark.parametrize(
-    ("dual", "target", "collectives", "per_channel"),
-    [("full", "channels", 1, 4), ("full", "params", 1, 4), ("radial", "params", 2, 20)],
+    ("strength", "collectives", "per_channel"),
+    [
+        (sdp_jax.valley_strength(0.1, 0.6, 0.1), 1, 4),
+        # One for what must be zero, one for the importances during the ramp.
+        (sdp_jax.target_sparsity(0.5, 0, 5), 2, 8),
+        (sdp_jax.target_sparsity(0.5, 0, 5, target="params"), 2, 8),
+    ],
 )
-def test_a_step_sends_a_few_bytes_a_channel(
-    layout, dual, target, collectives, per_channel
-):
+def test_a_step_sends_a_few_bytes_a_channel(layout, strength, collectives, per_channel):
     params = toy.mlp_params(widths=WIDTHS)
     groups = toy.mlp_groups(params)
-    strength = sdp_jax.target_sparsity(0.5, 0, 5, target=target)
-    tx = sdp_jax.altsdp(optax.adamw(0.1), groups, strength=strength, dual=dual)
+    tx = sdp_jax.altsdp(optax.adamw(0.1), groups, strength=strength)
     mesh = jax.make_mesh((4, 2), ("a", "b"))
     params = placed(params, mesh, layout)
     step = jax.jit(toy.make_step(tx)).lower(params, tx.init(params), params)

@@ -107,37 +107,3 @@ def test_momentum_counts_also_beside_a_given_rate():
         totals.append(float(state[-1].strength.total))
     # g(1, 1) = c at the effective rate 0.1 / (1 - 0.9).
     np.testing.assert_allclose(totals, 0.1, rtol=1e-5)
-
-
-@pytest.mark.parametrize("power", [1.0, 2.0, 4.0, 8.0])
-def test_adaptive_factors_in_closed_form(power):
-    norms = {"a": jnp.array([0.0, 0.5, 1.0, 1.5, 40.0]), "b": jnp.array([3.0, 1e-3])}
-    strength = sdp_jax.adaptive_strength(1.0, power)
-    (thresholds,), _ = toy.run_strength(strength, 1, norms)
-    for name, values in norms.items():
-        found = prox.soft_threshold_factor(values, thresholds[name])
-        v = np.asarray(values, np.float64)
-        with np.errstate(divide="ignore"):
-            expected = np.maximum(0, 1 - np.where(v > 0, 1 / v, np.inf) ** power)
-        np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
-        np.testing.assert_array_equal(np.asarray(found) == 0, v <= 1)
-
-
-def test_adaptive_keeps_targets_floors_and_bindings():
-    inner = sdp_jax.target_sparsity(0.5, 0, 2)
-    strength = sdp_jax.adaptive_strength(inner, 8.0)
-    norms = {"a": jnp.array([1e-30, 2.0, 3.0, 4.0]), "b": jnp.array([0.1, 0.2, 5, 6])}
-    floors = {"a": 1, "b": 1}
-    found, _ = toy.run_strength(strength, 3, norms, floors)
-    plain, _ = toy.run_strength(inner, 3, norms, floors)
-    for name in norms:
-        thresholds, expected = found[-1][name], plain[-1][name]
-        np.testing.assert_array_equal(np.isinf(thresholds), np.isinf(expected))
-        assert (thresholds <= expected).all()
-    valley = sdp_jax.adaptive_strength(sdp_jax.valley_strength(1.0, 0.6), 2.0)
-    bound = valley.bind(0.1, None)
-    (thresholds,), _ = toy.run_strength(bound, 1, {"a": norms["a"]})
-    g = 0.1**1.1
-    np.testing.assert_allclose(thresholds["a"][1:], g**2 / norms["a"][1:], rtol=1e-5)
-    with pytest.raises(ValueError, match=r"power must be a number of at least 1"):
-        sdp_jax.adaptive_strength(1.0, 0.5)

@@ -30,61 +30,6 @@ def test_dual_averaging_alone_changes_nothing():
     chex.assert_trees_all_close(a, b, rtol=1e-6, atol=1e-7)
 
 
-def numpy_radial(v, w, u):
-    """The docstring's formula for one living channel, as a vector."""
-    y = w + u
-    follow = max(0.0, y @ v / (np.linalg.norm(y) * np.linalg.norm(v)))
-    direction = follow * y / np.linalg.norm(y) + (1 - follow) * v / np.linalg.norm(v)
-    return y + (np.linalg.norm(v) - np.linalg.norm(w)) * direction
-
-
-def test_radial_dual_averaging_follows_its_formula(x64):
-    rng = np.random.default_rng(0)
-    v = rng.normal(size=(3, 4))
-    factor = np.array([0.3, 1.0, 0.0, 0.7])
-    w = v * factor
-    # The last step reverses its channel, the first three do not.
-    u = np.stack([*(0.1 * rng.normal(size=(3, 3))), -1.2 * w[:, 3]], axis=1)
-    params = {"w": jnp.asarray(w), "free": jnp.ones(2)}
-    groups = sdp_jax.groups_from_axes(params, {"d": [sdp_jax.Member("w", 1)]})
-    tx = sdp_jax.radial_dual_averaging(groups)
-    state = DualAveragingState({"w": jnp.asarray(v), "free": jnp.ones(2)})
-    steps = {"w": jnp.asarray(u), "free": jnp.array([0.5, -0.5])}
-    updates, state = tx.update(steps, state, params)
-    expected = np.stack(
-        [
-            numpy_radial(v[:, 0], w[:, 0], u[:, 0]),
-            v[:, 1] + u[:, 1],
-            v[:, 2] + u[:, 2],  # a zero channel: plain dual averaging
-            # Reversed: the shrinkage stays where it was.
-            w[:, 3] + u[:, 3] + v[:, 3] - w[:, 3],
-        ],
-        axis=1,
-    )
-    np.testing.assert_allclose(state.dual["w"], expected, rtol=1e-12)
-    np.testing.assert_allclose(updates["w"], expected - w, rtol=1e-12)
-    np.testing.assert_array_equal(state.dual["free"], [1.5, 0.5])
-
-
-def test_radial_channels_turn_at_the_full_rate(x64):
-    # A channel shrunk to 3 of 10, and a step of 0.01 across it.
-    params = {"w": jnp.array([[3.0], [0.0]])}
-    groups = sdp_jax.groups_from_axes(params, {"d": [sdp_jax.Member("w", 1)]})
-    step = {"w": jnp.array([[0.0], [0.01]])}
-    angles = {}
-    for dual in ("full", "radial"):
-        tx = sdp_jax.altsdp(optax.identity(), groups, strength=7.0, dual=dual)
-        state = tx.init(params)
-        state = (state[0], state[1]._replace(dual={"w": jnp.array([[10.0], [0.0]])}))
-        state = (*state, tx.init(params)[2])
-        updates, _ = tx.update(step, state, params)
-        w = optax.apply_updates(params, updates)["w"][:, 0]
-        np.testing.assert_allclose(jnp.linalg.norm(w), 3.0, rtol=1e-4)
-        angles[dual] = np.arctan2(w[1], w[0])
-    np.testing.assert_allclose(angles["full"], 0.01 / 10, rtol=1e-3)
-    np.testing.assert_allclose(angles["radial"], 0.01 / 3, rtol=1e-3)
-
-
 def test_altsdp_is_the_chain_of_its_pieces(x64):
     params = toy.mlp_params(dtype=jnp.float64)
     groups = toy.mlp_groups(params)
@@ -190,7 +135,11 @@ def test_channels_whose_squares_underflow_are_no_violation():
 
 def test_a_strength_of_single_entries_looks_at_each(x64):
     params = {"w": jnp.array([[4.0, -2.0, 0.5]]), "b": jnp.array([1.5])}
-    tx = sdp_jax.soft_threshold(sdp_jax.adaptive_strength(1.0, power=2.0))
+    garrote = sdp_jax.Strength(
+        lambda groups, floors: jnp.zeros((), jnp.int32),
+        lambda state, norms, groups, floors: (1 / norms, state + 1),
+    )
+    tx = sdp_jax.soft_threshold(garrote)
     state = tx.init(params)
     for _ in range(2):
         updates, state = tx.update(jax.tree.map(jnp.zeros_like, params), state, params)
@@ -199,4 +148,4 @@ def test_a_strength_of_single_entries_looks_at_each(x64):
         v = np.asarray(value)
         expected = v * np.maximum(0, 1 - 1 / v**2)  # the non-negative garrote
         np.testing.assert_allclose(new[name], expected, rtol=1e-12)
-    assert int(state.strength.count) == 2
+    assert int(state.strength) == 2

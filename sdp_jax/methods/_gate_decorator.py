@@ -22,12 +22,11 @@ from sdp_jax.methods.scales import (
     check_scales,
     find_gates,
     put_entries,
-    replace_leaves,
     take_entries,
 )
 from sdp_jax.methods.score import Score, of_gradients
 from sdp_jax.strength import StrengthLike
-from sdp_jax.tree import PyTree, leaf_table
+from sdp_jax.tree import PyTree, leaf_table, replace_leaves
 
 Gates = dict[str, tuple[jax.Array, ...]]
 

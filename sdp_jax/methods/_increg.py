@@ -20,8 +20,8 @@ from sdp_jax.base import (
 from sdp_jax.channels import PerChannel, Term, channel_sums, magnitude
 from sdp_jax.checks import check_number, check_whole
 from sdp_jax.dimension import Dimension, Member
+from sdp_jax.entries import add_decay, keep_channels
 from sdp_jax.groups import Groups
-from sdp_jax.methods.entries import add_decay, keep_channels
 from sdp_jax.methods.ranking import (
     check_increment,
     is_due,

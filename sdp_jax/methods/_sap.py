@@ -18,11 +18,10 @@ from sdp_jax import prox
 from sdp_jax.base import check_inexact, check_kind, check_params, transformation
 from sdp_jax.channels import Weighting, channel_norms, channel_weights, channels_alive
 from sdp_jax.checks import check_number
+from sdp_jax.entries import keep_channels
 from sdp_jax.groups import Groups
-from sdp_jax.methods.entries import keep_channels
 from sdp_jax.methods.pqi import check_alike, check_scope, pq_index, prune_count
-from sdp_jax.methods.scales import replace_leaves
-from sdp_jax.tree import PyTree, leaf_table
+from sdp_jax.tree import PyTree, leaf_table, replace_leaves
 
 # ``train(params, mask) -> params``
 Train: TypeAlias = Callable[[PyTree, PyTree], PyTree]
@@ -485,7 +484,7 @@ class _Channels:
         """The norms and which channels are alive; those that have to stay come last."""
         norms, alive = self.norms(tree), channels_alive(self.groups, mask)
         ranked = jnp.where(alive, norms, -jnp.inf)
-        held = prox.largest_each(self.groups, ranked, self.floors)
+        held = prox.largest_each(self.groups, ranked, prox.floor_counts(self.floors))
         values, living = np.where(held, np.inf, norms), np.asarray(alive)
         if self.scope == "global":
             return {"": (values[None], living[None])}

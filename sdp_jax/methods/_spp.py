@@ -21,8 +21,8 @@ from sdp_jax.base import (
 )
 from sdp_jax.channels import PerChannel, Term, channel_sums, magnitude
 from sdp_jax.checks import check_whole
+from sdp_jax.entries import keep_channels
 from sdp_jax.groups import Groups
-from sdp_jax.methods.entries import keep_channels
 from sdp_jax.methods.ranking import (
     check_increment,
     is_due,

@@ -156,7 +156,16 @@ def until_compressed(
         )
         return used, new_state
 
-    return Strength(init, update, None if inner.bind is None else bind)
+    def score(state: UntilCompressedState, groups: Groups, params: Any) -> jax.Array:
+        assert inner.score is not None
+        return inner.score(state.inner, groups, params)
+
+    return Strength(
+        init,
+        update,
+        None if inner.bind is None else bind,
+        None if inner.score is None else score,
+    )
 
 
 def _left_index(

@@ -4,9 +4,7 @@ The other scores look at the producers of a channel. Here its consumers count as
 what is cut together is judged together.
 """
 
-import math
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -22,20 +20,20 @@ from sdp_jax.channels import (
     member_sums,
 )
 from sdp_jax.checks import check_number, check_whole
-from sdp_jax.dimension import Dimension, Member, Role
+from sdp_jax.dimension import Dimension, Member
+from sdp_jax.entries import add_decay
 from sdp_jax.groups import Groups
-from sdp_jax.methods.entries import add_decay, keep_channels
+from sdp_jax.importance import (
+    ROLES,
+    Normalizer,
+    Reduce,
+    channel_importance,
+    check_importance,
+    counted_members,
+)
 from sdp_jax.methods.score import Score, of_params
 from sdp_jax.segments import max_over, min_over, sum_over
 from sdp_jax.tree import PyTree
-
-Normalizer = Literal["mean", "max", "sum"]
-Reduce = Literal["mean", "sum", "max"]
-
-ROLES: tuple[Role, ...] = ("producer", "consumer")
-# Last keys of biases in the common libraries, and those of scales.
-BIASES = ("bias", "beta", "offset", "shift", "b")
-SCALES = ("scale", "gamma", "weight")
 
 
 class GroupNormRegularizerState(NamedTuple):
@@ -105,29 +103,12 @@ def group_importance(
       >>> print(score(groups, params))  # (9 + 1) / 2, (1 + 9) / 2
       [5. 5.]
     """
-    check_number("p", p, low=1e-6, rule="a positive number")
-    if normalizer is not None and normalizer not in get_args(Normalizer):
-        raise ValueError(
-            f"normalizer is {normalizer!r}; use one of {get_args(Normalizer)} or None"
-        )
-    if reduce not in get_args(Reduce):
-        raise ValueError(f"reduce is {reduce!r}; use one of {get_args(Reduce)}")
+    check_importance(p, normalizer, reduce)
 
     def score(groups: Groups, params: PyTree) -> jax.Array:
-        alive = channels_alive(groups, params)
-        # What would read a channel that is gone does not count.
-        whole = keep_channels(groups, params, alive, "consumer")
-        sums = member_sums(groups, whole, _power(p), roles=ROLES)
-        raw = {}
-        for d in groups:
-            counted = _counted(groups, d, bias)
-            places: dict[tuple[str, int, Role], jax.Array] = {}
-            for m, value in sums[d.name]:
-                if m in counted:
-                    place = (m.path, m.axis, m.role)
-                    places[place] = places[place] + value if place in places else value
-            raw[d.name] = _reduced(list(places.values()), reduce)
-        return _normalised(groups.join(raw), alive, groups.owner, normalizer)
+        return channel_importance(
+            groups, params, p=p, bias=bias, normalizer=normalizer, reduce=reduce
+        )
 
     return of_params(score)
 
@@ -211,7 +192,7 @@ def group_norm_regularizer(
         alpha = 4.0 if growing is None else 0.0
     check_number("alpha", alpha, low=0, rule="a non-negative number or None")
     importance = group_importance(bias=bias)
-    counted = {d.name: _counted(groups, d, bias) for d in groups}
+    counted = {d.name: counted_members(groups, d, bias) for d in groups}
 
     def decays(dimension: Dimension, member: Member) -> bool:
         return member in counted[dimension.name]
@@ -244,67 +225,6 @@ def group_norm_regularizer(
         return out, GroupNormRegularizerState(count, PerChannel(strengths))
 
     return transformation("group_norm_regularizer", init, update)
-
-
-def is_bias(groups: Groups, dimension: Dimension, member: Member) -> bool:
-    """Whether a member is a bias, see :func:`group_importance`."""
-    if member.role != "producer":
-        return False
-    module, _, key = member.path.rpartition("/")
-    if key == BIASES[0]:
-        return True
-    if key in SCALES:
-        return False
-    shape = groups.shapes[member.path]
-    # A vector, or one that broadcasts, (1, 1, C).
-    if key in BIASES and math.prod(shape) == shape[-1]:
-        return True
-    return len(shape) == 1 and any(
-        m.path.rpartition("/")[0] == module and len(groups.shapes[m.path]) > 1
-        for m in dimension.producers
-    )
-
-
-def _counted(groups: Groups, dimension: Dimension, bias: bool) -> list[Member]:
-    """The members that count: producers and consumers, and biases if asked."""
-    members = [m for m in dimension.members if m.role in ROLES]
-    rest = [m for m in members if bias or not is_bias(groups, dimension, m)]
-    return rest or members
-
-
-def _power(p: float) -> Callable[[jax.Array], jax.Array]:
-    """``|w|^p`` entry by entry, at least float32."""
-
-    def entry(leaf: jax.Array) -> jax.Array:
-        size = magnitude(leaf)
-        if p == 1:
-            return size
-        return jnp.square(size) if p == 2 else size**p
-
-    return entry
-
-
-def _reduced(values: list[jax.Array], reduce: Reduce) -> jax.Array:
-    stack = jnp.stack(values)
-    if reduce == "max":
-        return jnp.max(stack, axis=0)
-    return jnp.sum(stack, axis=0) / (len(values) if reduce == "mean" else 1)
-
-
-def _normalised(
-    values: jax.Array,
-    alive: jax.Array,
-    owner: np.ndarray,
-    normalizer: Normalizer | None,
-) -> jax.Array:
-    """Importances over those of the living channels; the others are 0."""
-    values = jnp.where(alive, values, 0)
-    if normalizer is None:
-        return values
-    level = (max_over if normalizer == "max" else sum_over)(values, owner)
-    if normalizer == "mean":
-        level = level / jnp.maximum(sum_over(alive, owner), 1)
-    return values / jnp.where(level == 0, 1, level)
 
 
 def _weakness(values: jax.Array, alive: jax.Array, owner: np.ndarray) -> jax.Array:

@@ -22,12 +22,11 @@ from sdp_jax.channels import (
     scale_channels,
 )
 from sdp_jax.checks import check_number, check_whole
+from sdp_jax.entries import entry_sums
 from sdp_jax.groups import Groups
 from sdp_jax.mesh import sharded_like
-from sdp_jax.methods.entries import entry_sums
-from sdp_jax.methods.scales import replace_leaves
 from sdp_jax.segments import sum_over
-from sdp_jax.tree import leaf_table
+from sdp_jax.tree import leaf_table, replace_leaves
 
 
 class DecayPruningState(NamedTuple):

@@ -89,7 +89,7 @@ def project(
     leaving &= alive & where
     # First those that stay anyhow, then the leaving ones by norm, last the dead.
     key = jnp.where(leaving, norms, jnp.where(alive, jnp.inf, -jnp.inf))
-    held = prox.largest_each(groups, key, floors)
+    held = prox.largest_each(groups, key, prox.floor_counts(floors))
     gone = (leaving & ~held) | ((norms == 0) & where)
     return jnp.where(gone, 0, 1).astype(norms.dtype)
 

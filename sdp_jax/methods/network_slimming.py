@@ -16,11 +16,10 @@ from sdp_jax.methods.scales import (
     check_scales,
     find_scales,
     put_entries,
-    replace_leaves,
     take_entries,
 )
 from sdp_jax.methods.score import Score, of_params
-from sdp_jax.tree import PyTree
+from sdp_jax.tree import PyTree, replace_leaves
 
 
 def scale_score(

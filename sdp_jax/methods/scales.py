@@ -9,7 +9,7 @@ the same module, of the same shape and at the same positions, is its bias.
 
 import fnmatch
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +18,6 @@ import jax.numpy as jnp
 from sdp_jax.dimension import Member
 from sdp_jax.groups import Groups
 from sdp_jax.mesh import replicated, sharded_like
-from sdp_jax.tree import PyTree, leaf_table
 
 # Flax and Haiku; gamma of Keras; weight of PyTorch and Equinox.
 DEFAULT_SCALES = ("scale", "gamma", "weight")
@@ -97,14 +96,6 @@ def put_entries(
     values = jnp.broadcast_to(values, where.shape).astype(leaf.dtype)
     whole = replicated(leaf).reshape(-1).at[where].set(values).reshape(leaf.shape)
     return sharded_like(whole, leaf)
-
-
-def replace_leaves(tree: PyTree, leaves: Mapping[str, Any]) -> PyTree:
-    """The tree with other leaves at some paths."""
-    table = leaf_table(tree)
-    return jax.tree.unflatten(
-        jax.tree.structure(tree), [leaves.get(p, x) for p, x in table.items()]
-    )
 
 
 def _matches(path: str, patterns: Sequence[str]) -> bool:

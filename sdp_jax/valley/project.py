@@ -17,11 +17,11 @@ from sdp_jax.base import (
     need_params,
     wide_copy,
 )
-from sdp_jax.channels import Weighting
+from sdp_jax.channels import Weighting, scale_channels
 from sdp_jax.checks import check_number
 from sdp_jax.groups import Groups
 from sdp_jax.strength import StrengthLike
-from sdp_jax.transforms import emit, proximal_point
+from sdp_jax.transforms import channel_factors, emit
 from sdp_jax.tree import PyTree
 from sdp_jax.valley.sketch import ESTIMATORS, Estimator, track
 from sdp_jax.valley.vectors import fit_basis, inner, orthonormal, sharp_part
@@ -168,9 +168,14 @@ def project_onto_valley(
             return leaf
         return leaf.astype(storage_dtype)
 
-    def shrinkage(point: optax.Params, state: Any) -> tuple[optax.Params, Any]:
+    def shrinkage(
+        point: optax.Params, state: Any, params: optax.Params
+    ) -> tuple[optax.Params, Any]:
         """What the threshold takes off ``point``, and the next state of the rule."""
-        kept, _, state = proximal_point(groups, rule, floors, weights, point, state)
+        factor, state = channel_factors(
+            groups, rule, floors, weights, point, state, params
+        )
+        kept = scale_channels(groups, point, factor)
         return jax.tree.map(jnp.subtract, point, kept), state
 
     def init_fn(params: optax.Params) -> ProjectOntoValleyState:
@@ -229,13 +234,13 @@ def project_onto_valley(
                     lambda: (state.basis, state.energy, gram),
                 )
         point = jax.tree.map(jnp.add, dual, state.correction)
-        shrunk, _ = shrinkage(point, state.strength)
+        shrunk, _ = shrinkage(point, state.strength, params)
         growth = jax.tree.map(jnp.subtract, shrunk, state.shrunk)
         pull = sharp_part(directions, gram, growth)
         pull = jax.tree.map(lambda p, v: p.astype(v.dtype), pull, point)
         point = jax.tree.map(jnp.add, point, pull)
         # The threshold sees the corrected point; so must its rule.
-        _, strength_state = shrinkage(point, state.strength)
+        _, strength_state = shrinkage(point, state.strength, params)
         new_state = ProjectOntoValleyState(
             strength_state,
             dual,

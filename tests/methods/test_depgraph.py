@@ -12,7 +12,6 @@ import pytest
 
 import sdp_jax
 from sdp_jax import methods
-from sdp_jax.methods import depgraph
 
 P = sdp_jax.Member
 C = functools.partial(sdp_jax.Member, role="consumer")
@@ -171,33 +170,6 @@ def test_what_is_zero_counts_as_cut(x64):
             mine = np.asarray(whole[name])[list(kept)]
             np.testing.assert_allclose(mine, small[name], rtol=1e-12)
             assert np.count_nonzero(whole[name]) == len(kept)
-
-
-@pytest.mark.parametrize(
-    "shapes, biases",
-    [
-        ({"l/kernel": (3, 4), "l/bias": (4,)}, ["l/bias"]),
-        ({"l/weight": (3, 4), "l/offs": (4,)}, ["l/offs"]),
-        ({"l/w": (3, 4), "l/b": (1, 4), "n/offset": (1, 1, 4)}, ["l/b", "n/offset"]),
-        ({"n/scale": (4,), "n/bias": (4,)}, ["n/bias"]),
-        ({"n/gamma": (4,), "n/beta": (4,)}, ["n/beta"]),
-        ({"n/weight": (4,), "a": (3, 4)}, []),
-        ({"w": (3, 4), "scale": (4,), "b": (3, 4)}, []),
-        ({"q/kernel": (3, 2, 4), "q/bias": (2, 4)}, ["q/bias"]),
-        ({"slope": (4,), "m/kernel": (3, 4)}, []),
-    ],
-)
-def test_which_producers_are_biases(shapes, biases):
-    params = {}
-    for path, shape in shapes.items():
-        *module, key = path.split("/")
-        at = params.setdefault(module[0], {}) if module else params
-        at[key] = jnp.ones(shape)
-    members = [P(path, -1) for path in shapes]
-    groups = sdp_jax.groups_from_axes(params, {"d": members})
-    (d,) = groups
-    found = [m.path for m in d.members if depgraph.is_bias(groups, d, m)]
-    assert found == biases
 
 
 def test_consumers_are_no_biases():

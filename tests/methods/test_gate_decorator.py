@@ -339,7 +339,7 @@ def test_strength_zero_and_no_phases_is_the_base():
 def test_target_is_met_at_the_end_of_a_tick():
     params = make_params()
     groups = make_groups(params)
-    strength = sdp_jax.target_sparsity(6 / 9, 3, 7, power=1.0)
+    strength = sdp_jax.target_sparsity(6 / 9, 4, 7)
     tx = whole(groups, strength, min_channels={"stream": 2})
     trace, state = train(tx, params, 12, size=0.1)  # Scores below 1.
     numbers = []
@@ -347,8 +347,8 @@ def test_target_is_met_at_the_end_of_a_tick():
         alive = groups.split(sdp_jax.channels_alive(groups, point))
         numbers.append(9 - sum(int(a.sum()) for a in alive.values()))
         assert alive["stream"].sum() >= 2 and alive["bare"].sum() >= 1
-    # Half of them at the end of the first tick, all at that of the second.
-    assert numbers == [0] * 4 + [3] * 2 + [6] * 6
+    # ⌈6 (1 − (2/3)³)⌉ at the end of the first tick, all at that of the second.
+    assert numbers == [0] * 4 + [5] * 2 + [6] * 6
     assert int(jnp.sum(state.host.inner.gone.per_channel)) == 6
 
 

@@ -89,7 +89,7 @@ def test_scores_are_averaged_over_the_steps_between_removals():
 def test_gradual_removal_follows_the_ramp_and_never_takes_back():
     params = toy.mlp_params(widths=(4, 30, 20, 3))
     groups = toy.mlp_groups(params)
-    rule = sdp_jax.target_sparsity(0.8, 2, 12, power=1.0)
+    rule = sdp_jax.target_sparsity(0.8, 2, 12)
     tx = methods.hosted(
         optax.sgd(0.1), methods.remove_lowest(groups, rule, methods.l2_norm(), every=2)
     )
@@ -102,8 +102,8 @@ def test_gradual_removal_follows_the_ramp_and_never_takes_back():
         np.testing.assert_array_equal(now, state.host.inner.gone.per_channel)
         before = now
         counts.append(now.sum())
-    # Nothing goes while a ramp rises, its first 30 %; then 4 a step, every second seen.
-    assert counts == [0, 0, 0, 0, 0, 16, 16, 24, 24, 32, 32, 40, 40, 40]
+    # The cubic ramp, seen every second step: ⌈40 (1 − 0.8³)⌉ and so on.
+    assert counts == [0, 0, 0, 20, 20, 32, 32, 38, 38, 40, 40, 40, 40, 40]
 
 
 def test_released_channels_are_forgotten():

@@ -9,8 +9,7 @@ import numpy as np
 from sdp_jax.channels import producer_leaves
 from sdp_jax.dimension import Dimension, Member, Role
 from sdp_jax.groups import Groups
-from sdp_jax.methods.scales import replace_leaves
-from sdp_jax.tree import PyTree, leaf_table
+from sdp_jax.tree import PyTree, leaf_table, replace_leaves
 
 
 def entry_sums(

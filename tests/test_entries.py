@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import sdp_jax
-from sdp_jax.methods.entries import add_decay, entry_sums, keep_channels
+from sdp_jax.entries import add_decay, entry_sums, keep_channels
 
 
 def case():

@@ -1,0 +1,75 @@
+"""The importance that targets rank by: which members count, and what is gone."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import sdp_jax
+from sdp_jax import importance
+
+P = sdp_jax.Member
+
+
+@pytest.mark.parametrize(
+    "shapes, biases",
+    [
+        ({"l/kernel": (3, 4), "l/bias": (4,)}, ["l/bias"]),
+        ({"l/weight": (3, 4), "l/offs": (4,)}, ["l/offs"]),
+        ({"l/w": (3, 4), "l/b": (1, 4), "n/offset": (1, 1, 4)}, ["l/b", "n/offset"]),
+        ({"n/scale": (4,), "n/bias": (4,)}, ["n/bias"]),
+        ({"n/gamma": (4,), "n/beta": (4,)}, ["n/beta"]),
+        ({"n/weight": (4,), "a": (3, 4)}, []),
+        ({"w": (3, 4), "scale": (4,), "b": (3, 4)}, []),
+        ({"q/kernel": (3, 2, 4), "q/bias": (2, 4)}, ["q/bias"]),
+        ({"slope": (4,), "m/kernel": (3, 4)}, []),
+    ],
+)
+def test_which_producers_are_biases(shapes, biases):
+    params = {}
+    for path, shape in shapes.items():
+        *module, key = path.split("/")
+        at = params.setdefault(module[0], {}) if module else params
+        at[key] = jnp.ones(shape)
+    members = [P(path, -1) for path in shapes]
+    groups = sdp_jax.groups_from_axes(params, {"d": members})
+    (d,) = groups
+    found = [m.path for m in d.members if importance.is_bias(groups, d, m)]
+    assert found == biases
+
+
+def test_importance_is_that_of_the_cut_network():
+    rng = np.random.default_rng(0)
+    params = {
+        "a": jnp.asarray(rng.normal(size=(5, 8)), jnp.float32),
+        "b": jnp.asarray(rng.normal(size=(8, 6)), jnp.float32),
+        "c": jnp.asarray(rng.normal(size=(6, 3)), jnp.float32),
+    }
+
+    def apply(p, x):
+        return jnp.tanh(jnp.tanh(x @ p["a"]) @ p["b"]) @ p["c"]
+
+    groups = sdp_jax.find_groups(apply, params, jnp.ones((2, 5)))
+    keep = jnp.asarray(rng.permutation([1.0] * 8 + [0.0] * 6))
+    zeroed = sdp_jax.scale_channels(groups, params, keep)
+    cut = sdp_jax.plan_cut(groups, zeroed)
+    small = importance.channel_importance(cut.groups, cut.take(zeroed))
+    found = np.asarray(importance.channel_importance(groups, zeroed))
+    np.testing.assert_allclose(found[np.asarray(keep) > 0], small, rtol=1e-6)
+    assert (found[np.asarray(keep) == 0] == 0).all()
+    # A mean over both sides, over the mean of the dimension.
+    table = {k: np.asarray(v, float) for k, v in params.items()}
+    raw = (np.sum(table["a"] ** 2, 0) + np.sum(table["b"] ** 2, 1)) / 2
+    whole = groups.split(importance.channel_importance(groups, params))
+    (name,) = [d.name for d in groups if d.size == 8]
+    np.testing.assert_allclose(whole[name], raw / raw.mean(), rtol=1e-5)
+
+
+def test_hidden_consumers_are_named():
+    params = {"w": jnp.ones((2, 3)), "v": jnp.ones((3, 1))}
+    axes = {"d": [P("w", 1), P("v", 0, "consumer")]}
+    groups = sdp_jax.groups_from_axes(params, axes)
+    with pytest.raises(ValueError, match="no leaf 'v' of shape .* hide no member"):
+        jax.eval_shape(
+            lambda w: importance.channel_importance(groups, {"w": w}), params["w"]
+        )
