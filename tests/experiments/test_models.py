@@ -143,7 +143,7 @@ FULL = {
     "airbench": Full(CIFAR, 10, 295_106, 19.887, 7, 0.999),
     # A feature that is zero does not stay zero behind dense layers over the patches.
     "mixer": Full(CIFAR, 10, 66_986, 4.1294, 6, 0.912, rest=0.07),
-    "decoder": Full((64,), 65, 240_288, 16.128, 9, 0.998, 5),
+    "decoder": Full((64,), 65, 240_288, 16.128, 9, 0.998, exact=3),
     "vit_s4": Full(CIFAR, 10, 21_341_578, 1_400, 49, 0.999, 13),
 }
 
@@ -214,9 +214,9 @@ TINY = {
         16,
     ),
     "wide": (models.WideResNet(widths=(4, 6, 8), depth=10, stem=4, **DOUBLE), 8),
-    "depthwise": (models.Depthwise(widths=(4, 6, 6, 8), **DOUBLE), 8),
-    "airbench": (models.Airbench(widths=(4, 6), stem=5, **DOUBLE), 8),
-    "mixer": (models.Mixer(widths=(6, 5, 8), depth=2, **DOUBLE), 8),
+    "depthwise": (models.Depthwise(widths=(8, 12, 12), **DOUBLE), 8),
+    "airbench": (models.Airbench(widths=(4, 6), stem=5, scale=1.0, **DOUBLE), 8),
+    "mixer": (models.Mixer(widths=(4, 12, 16), depth=2, **DOUBLE), 8),
     "decoder": (models.Decoder(widths=(12, 20), heads=3, **DOUBLE), 5),
     "vit": (models.Vit(widths=(12, 20), depth=1, heads=3, **DOUBLE), 8),
 }
@@ -232,7 +232,7 @@ def test_the_small_function_is_the_dense_one_with_zeros(name, x64):
     shapes = jax.eval_shape(model.init, jax.random.key(0), x)
     variables = promise.randomise(shapes)
     groups = promise.check(model.apply, variables, (x,), grads=False)
-    assert promise.prunable_share(groups) > 0.8
+    assert promise.prunable_share(groups) > (0.6 if name == "mixer" else 0.8)
     logits = jax.jit(model.apply)(variables, x)
     assert logits.dtype == np.dtype("float64")
     assert np.ptp(logits, axis=0).min() > 1e-3  # the output depends on the input
