@@ -78,7 +78,10 @@ INFO: dict[Name, Info] = {
     ),
     # Windows of text, as integers; the labels are the characters that follow.
     "shakespeare": Info(
-        *((64,), 65, 15_685, 1_742), mean=(), deviation=(), files=("tinyshakespeare.txt",)
+        *((64,), 65, 15_685, 1_742),
+        mean=(),
+        deviation=(),
+        files=("tinyshakespeare.txt",),
     ),
 }
 

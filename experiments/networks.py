@@ -140,7 +140,9 @@ def cells(
                 if r["sparsity"] in (target, None):
                     row.setdefault(r["name"], []).append(value(r))
             if set(row) - {DENSE}:
-                arrays = {name: np.asarray(row[name]) for name in METHODS if name in row}
+                arrays = {
+                    name: np.asarray(row[name]) for name in METHODS if name in row
+                }
                 found[network, target] = arrays
     return found
 
@@ -216,7 +218,9 @@ def table(records: list[dict[str, Any]], key: str, lower: bool = True) -> str:
             gain.append(sign * z)
             ends.append(_signed(sign * z))
         shown = [_cell(row.get(n), best=place.get(n) == 1) for n in names]
-        lines.append(" | ".join([f"| {network}", f"{target:.0%}", *shown, *ends]) + " |")
+        lines.append(
+            " | ".join([f"| {network}", f"{target:.0%}", *shown, *ends]) + " |"
+        )
     means = [f"{np.mean(places[n]):.2f}" if n in places else "" for n in names]
     ends = [_signed(_mean(gain)) for gain in gains]
     lines.append(" | ".join(["| mean place", "", *means, *ends]) + " |")
