@@ -108,8 +108,8 @@ class Split(NamedTuple):
     """Images and labels.
 
     Attributes:
-      images: float32 ``(n, height, width, channels)``; of a text, int32 ``(n, length)``,
-        numbers of characters.
+      images: float32 ``(n, height, width, channels)``; of a text, characters as int32
+        ``(n, length)``.
       labels: int32 ``(n,)``; of a text, the characters that follow, ``(n, length)``.
     """
 
@@ -205,7 +205,8 @@ def synthetic(
 
     Returns:
       Images of normal noise (of a text, characters drawn from all) and labels drawn
-      from all classes, with the shapes, the types and the number of classes that :func:`load` gives.
+      from all classes, with the shapes, the types and the number of classes that
+      :func:`load` gives.
 
     Raises:
       ValueError: if the name is unknown, ``count`` is no integer from 1 on, or

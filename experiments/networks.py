@@ -30,7 +30,7 @@ from experiments.files import write_whole
 
 _SHARED: dict[str, Any] = {
     **{"target": "flops", "schedule": "cosine", "begin": 0.1, "end": 0.5},
-    **{"batch_size": 64, "momentum": 0.9, "weight_decay": 5e-4, "loop": "scan"},
+    **{"batch_size": 64, "momentum": 0.9, "weight_decay": 5e-4, "loop": "step"},
 }
 _MNIST = _SHARED | {"dataset": "mnist", "epochs": 1}
 _CIFAR = _SHARED | {"dataset": "cifar10", "downscale": 2, "epochs": 1}
@@ -38,14 +38,16 @@ _CIFAR |= {"learning_rate": 0.05}
 # Budgets of 400 to 940 steps.
 NETWORKS: Mapping[str, dict[str, Any]] = {
     "dnn": _MNIST | {"model": "dnn", "learning_rate": 0.05},
-    "lenet": _MNIST | {"model": "lenet", "learning_rate": 0.02},
+    "lenet": _MNIST | {"model": "lenet", "learning_rate": 0.02, "examples": 20_000},
     "vgg_small": _CIFAR | {"model": "vgg_small"},
-    "resnet20": _CIFAR | {"model": "resnet20", "widths": (8, 16, 32)},
-    "preact": _CIFAR | {"model": "preact"},
-    "depthwise": _CIFAR | {"model": "depthwise"},
+    "resnet20": _CIFAR
+    | {"model": "resnet20", "widths": (8, 16, 32), "examples": 25_600},
+    "preact": _CIFAR | {"model": "preact", "examples": 32_000},
+    "depthwise": _CIFAR | {"model": "depthwise", "examples": 16_000, "batch_size": 32},
     "mixer": _CIFAR | {"model": "mixer"},
     "decoder": _SHARED
     | {"dataset": "shakespeare", "model": "decoder", "epochs": 1, "batch_size": 16}
+    | {"widths": (64, 176), "examples": 6_400}
     | {"base": "adamw", "learning_rate": 3e-3, "momentum": 0.0, "weight_decay": 0.1},
 }
 METHODS = (
@@ -304,7 +306,7 @@ def main(config: Networks) -> str:
             share = "" if run.sparsity is None else f" {run.sparsity:.0%}"
             print(
                 f"{network}, {name}{share}, seed {run.seed}: {found['accuracy']:.2%}, "
-                f"loss {found['test_loss']:.4f}, {found['flops_left']:.1%} of the FLOPs",
+                f"loss {found['test_loss']:.4f}, FLOPs {found['flops_left']:.1%}",
                 flush=True,
             )
             # Compiled functions of so many runs would fill the memory.

@@ -21,7 +21,7 @@ class Depthwise(nn.Module):
       dtype: what the layers compute in; parameters and statistics are float32.
     """
 
-    widths: tuple[int, ...] = (16, 32, 64, 64, 128)
+    widths: tuple[int, ...] = (16, 32, 64, 128)
     classes: int = 10
     dtype: Any = jnp.float32
 
