@@ -44,6 +44,7 @@ ENTRIES: Mapping[str, dict[str, Any]] = {
     "random": {"method": "random"},
     "L1": {"method": "l1"},
     "L2": {"method": "l2"},
+    "gradual magnitude": {"method": "gradual"},
     "Taylor": {"method": "taylor"},
     "discriminant": {"method": "discriminant"},
     "DepGraph": {"method": "depgraph"},
@@ -67,10 +68,14 @@ ENTRIES: Mapping[str, dict[str, Any]] = {
         "penalty": 1e-3,
         "decay_steps": 50,
     },
+    # The widths at which AltSDP ended, trained from the start.
+    "from scratch": {"method": "scratch"},
 }
 DPM = {"release_rate": 0.0, "release_length": 1.0}
 # Once for each seed, whatever the targets: they take none.
 WITHOUT_TARGET = {"SGD, dense", "HSPG", "gRDA"}
+# None of their channels has the scale of a normalisation.
+WITHOUT_SCALES = {"dnn", "lenet", "mixer"}
 OURS = (
     "AltSDP",
     "AltSDP, radial",
@@ -86,22 +91,25 @@ class Compare:
     Attributes:
       out: directory for runs, results, table and plot.
       methods: names of entries, or all; those that need a normalisation are left out
-        for the dnn, which has none.
+        for networks without one.
       targets: shares that go.
       target: what they are shares of.
       seeds: seeds of initialisation and data order.
-      dataset: digits (bundled), mnist or cifar10.
+      dataset: digits (bundled), mnist, cifar10, cifar100 or shakespeare.
       downscale: images become the means of squares of this side.
-      model: dnn or conv.
+      examples: training examples that there are; none for all.
+      model: name of the network.
       widths: hidden widths; default: the model's.
       epochs: passes over the training set.
       batch_size: examples in a batch.
       learning_rate: initial rate.
       schedule: constant, or cosine decay to zero.
+      base: sgd or adamw.
       momentum: momentum of SGD; 0 for none.
-      weight_decay: added to the gradient, times the parameters.
+      weight_decay: added to the gradient, times the parameters; decoupled with adamw.
       begin: share of the steps after which pruning begins.
       end: share of the steps after which it is done.
+      loop: scan, step or auto.
       data_dir: directory with mnist.npz or cifar10-jpeg.tar.xz; default:
         tensorflow-datasets.
     """
@@ -113,16 +121,19 @@ class Compare:
     seeds: tuple[int, ...] = (0,)
     dataset: data.Name = "digits"
     downscale: int = 1
+    examples: int | None = None
     model: models.Name = "dnn"
     widths: tuple[int, ...] = ()
     epochs: int = 10
     batch_size: int = 128
     learning_rate: float = 0.1
     schedule: Literal["constant", "cosine"] = "constant"
+    base: Literal["sgd", "adamw"] = "sgd"
     momentum: float = 0.0
     weight_decay: float = 0.0
     begin: float = 0.1
     end: float = 0.6
+    loop: Literal["auto", "step", "scan"] = "auto"
     data_dir: pathlib.Path | None = None
 
 
@@ -148,7 +159,7 @@ def runs(config: Compare) -> list[tuple[str, Config]]:
         if f.name not in ("out", "methods", "targets", "seeds")
     }
     shared["evaluate_every"] = config.epochs
-    if config.model == "dnn":  # It has no normalisation.
+    if config.model in WITHOUT_SCALES:
         names = [n for n in names if ENTRIES[n]["method"] not in NEED_SCALES]
     found = []
     for seed in config.seeds:
@@ -158,8 +169,7 @@ def runs(config: Compare) -> list[tuple[str, Config]]:
                 entry = dict(ENTRIES[name])
                 if "decay_steps" in entry:
                     entry |= DPM
-                label = "" if share is None else f"-{share:g}"
-                directory = config.out / f"{_slug(name)}{label}-seed{seed}"
+                directory = config.out / _directory(name, share, seed)
                 settings = shared | entry
                 settings |= {"sparsity": share, "seed": seed, "out": directory}
                 found.append((name, Config(**settings)))
@@ -176,10 +186,15 @@ def record(name: str, config: Config, dataset: data.Dataset) -> dict[str, Any]:
 
     Returns:
       What is known of it, also kept beside the run.
+
+    Raises:
+      ValueError: if it needs the widths of a run that is not finished.
     """
     path = config.directory() / "compared.json"
     if path.is_file():
         return json.loads(path.read_text())
+    if config.method == "scratch":
+        config = _with_widths(config)
     run = train.train(config, dataset=dataset)
     result, images = run.result, dataset.test.images[:200]
     variables = run.state.variables
@@ -190,6 +205,7 @@ def record(name: str, config: Config, dataset: data.Dataset) -> dict[str, Any]:
         "sparsity": config.sparsity,
         "seed": config.seed,
         "accuracy": result["small_test_accuracy"],
+        "test_loss": result["small_test_loss"],
         "train_loss": run.epochs[-1]["train_loss"],
         "flops_left": result["small_flops"] / result["flops"],
         "parameters_left": result["small_parameters"] / result["parameters"],
@@ -219,6 +235,7 @@ def rows(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"name": name, "sparsity": sparsity, "seeds": len(group)}
         for key in (
             "accuracy",
+            "test_loss",
             "train_loss",
             "flops_left",
             "parameters_left",
@@ -398,6 +415,24 @@ def main(config: Compare) -> list[dict[str, Any]]:
     table = summarise(config.out)
     print(markdown(table))
     return table
+
+
+def _with_widths(config: Config) -> Config:
+    """The run with the widths at which AltSDP ended."""
+    name = _directory("AltSDP", config.sparsity, config.seed)
+    path = config.directory().with_name(name) / "compared.json"
+    if not path.is_file():
+        raise ValueError(
+            f"{config.directory()} takes its widths from {path}, which is not there; "
+            "run the method 'AltSDP' with the same target and seed first"
+        )
+    widths = tuple(json.loads(path.read_text())["widths"])
+    return dataclasses.replace(config, widths_left=widths)
+
+
+def _directory(name: str, share: float | None, seed: int) -> str:
+    label = "" if share is None else f"-{share:g}"
+    return f"{_slug(name)}{label}-seed{seed}"
 
 
 def _slug(name: str) -> str:

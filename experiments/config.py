@@ -18,7 +18,7 @@ class Config:
     """One training run.
 
     Attributes:
-      dataset: digits (bundled), mnist, cifar10 or cifar100.
+      dataset: digits (bundled), mnist, cifar10, cifar100 or shakespeare.
       downscale: images become the means of squares of this side.
       augment: crop_flip moves every image by up to an eighth of its side, with zeros
         beyond the edge, and mirrors every second one.
@@ -33,8 +33,10 @@ class Config:
       schedule: constant, cosine decay to zero, or a tenth after a half and again after
         three quarters of the steps.
       warmup: epochs in which the rate rises from zero, before the schedule begins.
+      base: sgd, or adamw with gradients clipped to norm 1, on which a method builds.
       momentum: momentum of SGD; 0 for none.
-      weight_decay: added to the gradient, ``weight_decay`` times the parameters.
+      weight_decay: with sgd, ``weight_decay`` times the parameters is added to the
+        gradient; with adamw it is decoupled, and for matrices only.
       c: altsdp: scale of the threshold c √γ (nγ)^μ.
       mu: altsdp: its exponent.
       sparsity: share of the target that goes; with altsdp instead of c and mu.
@@ -59,6 +61,8 @@ class Config:
       valley_every: altsdp with valley: steps from one estimate to the next.
       weights: weighting of the channel norms.
       min_channels: channels that stay in each dimension.
+      widths_left: scratch: channels that stay in each dimension, in order.
+      examples: training examples that there are, always the same ones; none for all.
       validation: training examples held out and evaluated every epoch.
       evaluate_every: epochs from one evaluation on the whole training set to the next;
         the last epoch has one in any case.
@@ -86,6 +90,7 @@ class Config:
     learning_rate: float = 0.1
     schedule: Literal["constant", "cosine", "step"] = "constant"
     warmup: float = 0.0
+    base: Literal["sgd", "adamw"] = "sgd"
     momentum: float = 0.0
     weight_decay: float = 0.0
     c: float = 0.1
@@ -108,6 +113,8 @@ class Config:
     valley_every: int = 1
     weights: Literal["plain", "size", "cost"] = "plain"
     min_channels: int = 1
+    widths_left: tuple[int, ...] = ()
+    examples: int | None = None
     validation: int = 0
     evaluate_every: int = 1
     seed: int = 0
@@ -160,5 +167,5 @@ PRUNING = (
     *("c", "mu", "sparsity", "target", "ranking", "begin", "end", "power"),
     *("stop_rise", "penalty", "decay_steps", "release_rate", "release_length"),
     *("dual", "valley", "valley_rank", "valley_decay", "valley_every"),
-    *("weights", "min_channels"),
+    *("weights", "min_channels", "widths_left"),
 )

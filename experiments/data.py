@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
-Name: TypeAlias = Literal["digits", "mnist", "cifar10", "cifar100"]
+Name: TypeAlias = Literal["digits", "mnist", "cifar10", "cifar100", "shakespeare"]
 
 _CIFAR10_NAMES = tuple(
     "airplane automobile bird cat deer dog frog horse ship truck".split()
@@ -36,7 +36,7 @@ class Info(NamedTuple):
     """What a data set looks like.
 
     Attributes:
-      shape: height, width and channels of an image.
+      shape: height, width and channels of an image, or the length of a text.
       classes: number of classes.
       train: images in the training set.
       test: images in the test set.
@@ -47,7 +47,7 @@ class Info(NamedTuple):
         every class has equally many images.
     """
 
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
     classes: int
     train: int
     test: int
@@ -76,6 +76,13 @@ INFO: dict[Name, Info] = {
         files=("cifar100-jpeg.tar.xz", "cifar100-jpeg", "cifar-100-python.tar.gz"),
         names=_CIFAR100_NAMES,
     ),
+    # Windows of text, as integers; the labels are the characters that follow.
+    "shakespeare": Info(
+        *((64,), 65, 15_685, 1_742),
+        mean=(),
+        deviation=(),
+        files=("tinyshakespeare.txt",),
+    ),
 }
 
 # The labels, and the files of each part, in the archives that end in -python.tar.gz.
@@ -101,8 +108,9 @@ class Split(NamedTuple):
     """Images and labels.
 
     Attributes:
-      images: float32 ``(n, height, width, channels)``.
-      labels: int32 ``(n,)``.
+      images: float32 ``(n, height, width, channels)``; of a text, characters as int32
+        ``(n, length)``.
+      labels: int32 ``(n,)``; of a text, the characters that follow, ``(n, length)``.
     """
 
     images: np.ndarray
@@ -130,7 +138,9 @@ def load(
 
     Args:
       name: ``"digits"`` (1,797 images of 8×8 that come with scikit-learn), ``"mnist"``
-        (70,000 of 28×28), ``"cifar10"`` or ``"cifar100"`` (60,000 of 32×32 in colour).
+        (70,000 of 28×28), ``"cifar10"``, ``"cifar100"`` (60,000 of 32×32 in colour) or
+        ``"shakespeare"`` (17,427 windows of 64 characters; the last tenth of the text
+        is the test set).
       data_dir: directory with ``mnist.npz`` (arrays ``x_train``, ``y_train``,
         ``x_test``, ``y_test``), or with one of the following, of which the first that
         is there is read; ``cifar100`` is named likewise.
@@ -142,7 +152,8 @@ def load(
 
         JPEG files are ordered by class, then by name as text, however they are kept;
         the authors' archive keeps its own order. Without ``data_dir``
-        tensorflow-datasets downloads the original data set.
+        tensorflow-datasets downloads the original data set. ``"shakespeare"`` is read
+        from ``tinyshakespeare.txt``, and from nowhere else.
       downscale: images become the means of squares of this side.
 
     Returns:
@@ -158,6 +169,12 @@ def load(
     _check(name, downscale)
     if name == "digits":
         dataset = _digits()
+    elif name == "shakespeare":
+        if data_dir is None:
+            raise FileNotFoundError(
+                f"{name} is not downloaded: give --data-dir with {_alternatives(name)}"
+            )
+        dataset = _text(name, _path(name, pathlib.Path(data_dir)))
     elif data_dir is None:
         dataset = _dataset(name, "tensorflow-datasets", _tfds(name))
     else:
@@ -187,8 +204,9 @@ def synthetic(
       seed: of the noise and of the labels.
 
     Returns:
-      Images of normal noise and labels drawn from all classes, with the shapes, the
-      types and the number of classes that :func:`load` gives.
+      Images of normal noise (of a text, characters drawn from all) and labels drawn
+      from all classes, with the shapes, the types and the number of classes that
+      :func:`load` gives.
 
     Raises:
       ValueError: if the name is unknown, ``count`` is no integer from 1 on, or
@@ -198,17 +216,21 @@ def synthetic(
     if not isinstance(count, int) or count < 1:
         raise ValueError(f"count must be an integer of at least 1; got {count}")
     info = INFO[name]
-    height, width, channels = info.shape
-    shape = (count, height // downscale, width // downscale, channels)
     rng = np.random.default_rng(seed)
-    train, test = (
-        Split(
-            rng.standard_normal(shape, np.float32),
-            rng.integers(info.classes, size=count, dtype=np.int32),
-        )
-        for _ in range(2)
-    )
-    return Dataset(train, test, info.classes)
+
+    def numbers(*shape: int) -> np.ndarray:
+        return rng.integers(info.classes, size=shape, dtype=np.int32)
+
+    def images() -> Split:
+        height, width, channels = info.shape
+        shape = (count, height // downscale, width // downscale, channels)
+        return Split(rng.standard_normal(shape, np.float32), numbers(count))
+
+    def text() -> Split:
+        return Split(numbers(count, *info.shape), numbers(count, *info.shape))
+
+    make = text if len(info.shape) == 1 else images
+    return Dataset(make(), make(), info.classes)
 
 
 def hold_out(split: Split, count: int) -> tuple[Split, Split]:
@@ -292,7 +314,8 @@ def _check(name: Name, downscale: int) -> None:
     if name not in INFO:
         *names, last = map(repr, INFO)
         raise ValueError(f"data set must be {', '.join(names)} or {last}; got {name!r}")
-    side = INFO[name].shape[0]
+    # A text cannot be scaled.
+    side = INFO[name].shape[0] if len(INFO[name].shape) > 1 else 1
     if not isinstance(downscale, int) or downscale < 1 or side % downscale:
         raise ValueError(
             "downscale must be an integer that divides the side of the images, "
@@ -314,6 +337,32 @@ def _digits() -> Dataset:
         Split(images[test], labels[test]),
         info.classes,
     )
+
+
+def _text(name: Name, path: pathlib.Path) -> Dataset:
+    """Windows of a text, one behind the other, and the characters that follow."""
+    info, text = INFO[name], path.read_text(encoding="utf-8")
+    characters = sorted(set(text))
+    (length,), size = info.shape, len(text) * 9 // 10
+    parts = [
+        np.searchsorted(characters, list(part)).astype(np.int32)
+        for part in (text[:size], text[size:])
+    ]
+    counts = [max(len(part) - 1, 0) // length for part in parts]
+    if (len(characters), *counts) != (info.classes, info.train, info.test):
+        raise ValueError(
+            f"{path} has {len(characters)} characters, and windows of {length} for "
+            f"training and test {counts}; expected {info.classes} and "
+            f"{[info.train, info.test]}. Fetch the original file again"
+        )
+    train, test = (
+        Split(
+            part[: count * length].reshape(count, length),
+            part[1 : count * length + 1].reshape(count, length),
+        )
+        for part, count in zip(parts, counts, strict=True)
+    )
+    return Dataset(train, test, info.classes)
 
 
 def _path(name: Name, data_dir: pathlib.Path) -> pathlib.Path:

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 import sdp_jax
-from sdp_jax import methods
+from sdp_jax import methods, segments
 from sdp_jax.groups import Ranking
 
 if TYPE_CHECKING:
@@ -29,7 +30,9 @@ Method = Literal[
     "l2",
     "l2_last",
     "taylor",
+    "gradual",
     "random",
+    "scratch",
     "discriminant",
     "depgraph",
     "depgraph_steps",
@@ -51,6 +54,8 @@ FROM_OUTSIDE = {"discriminant"}
 THRESHOLD = {"altsdp", "prox_sgd"}
 # They work on the scales of a normalisation alone.
 NEED_SCALES = {"slimming"}
+# Their equations are those of SGD.
+NEED_SGD = {"prox_sgd", "grda", "increg"}
 # The hosts of the Decay Pruning Method.
 HOSTS = {"depgraph_steps", "dhspg", "gate_decorator"}
 
@@ -82,8 +87,19 @@ class Plan(NamedTuple):
 
     @property
     def base(self) -> optax.GradientTransformation:
-        """The SGD that all methods share."""
-        return optax.sgd(self.rate, self.config.momentum or None)
+        """The optimizer that all methods share."""
+        config = self.config
+        if config.base == "sgd":
+            return optax.sgd(self.rate, config.momentum or None)
+        return optax.chain(
+            optax.clip_by_global_norm(1.0),
+            optax.adamw(
+                self.rate,
+                b2=0.99,
+                weight_decay=config.weight_decay,
+                mask=lambda params: jax.tree.map(lambda x: x.ndim > 1, params),
+            ),
+        )
 
     def target(
         self, begin: int, end: int, ranking: Ranking = "global"
@@ -179,15 +195,22 @@ def make_optimizer(
       An Optax transformation.
 
     Raises:
-      ValueError: if the method needs a target and has none, or a value is out of range.
+      ValueError: if the method needs a target and has none, is for SGD alone and the
+        base another one, or a value is out of range.
     """
+    if config.base != "sgd" and (config.momentum or config.method in NEED_SGD):
+        raise ValueError(
+            f"momentum and the methods {sorted(NEED_SGD)} are for base='sgd'; got "
+            f"base={config.base!r} with momentum {config.momentum} and method "
+            f"{config.method!r}"
+        )
     begin, end = round(config.begin * steps), round(config.end * steps)
     tx = BUILDERS[config.method](Plan(config, steps, begin, end), groups)
     if config.decay_steps > 1 and config.method not in HOSTS:
         raise ValueError(
             f"decay_steps is for the methods {sorted(HOSTS)}; got {config.method!r}"
         )
-    if config.weight_decay:
+    if config.weight_decay and config.base == "sgd":
         tx = optax.chain(optax.add_decayed_weights(config.weight_decay), tx)
     return optax.with_extra_args_support(tx)
 
@@ -287,6 +310,44 @@ def _events(plan: Plan, count: int = 20) -> int:
 def _l2_last(plan: Plan, groups: sdp_jax.Groups) -> optax.GradientTransformation:
     host = _remove(plan, groups, methods.l2_norm(), at=plan.steps)
     return methods.hosted(plan.base, host)
+
+
+def _gradual(plan: Plan, groups: sdp_jax.Groups) -> optax.GradientTransformation:
+    """Magnitude pruning along a ramp, within layers."""
+    host = methods.remove_lowest(
+        groups,
+        plan.target(plan.begin, plan.end, "dimension"),
+        methods.l2_norm(),
+        every=_events(plan, 100),
+        min_channels=plan.config.min_channels,
+    )
+    return methods.hosted(plan.base, host)
+
+
+def _scratch(plan: Plan, groups: sdp_jax.Groups) -> optax.GradientTransformation:
+    """Random channels, of given number, from the first update on.
+
+    They are initialised in the dense network: where its initialiser scales by fan-in,
+    with smaller weights than in a network made with these widths.
+    """
+    left, sizes = plan.config.widths_left, groups.sizes
+    fits = len(left) == len(sizes)
+    if not fits or any(
+        not 0 < n <= size for n, size in zip(left, sizes.values(), strict=True)
+    ):
+        raise ValueError(
+            f"method scratch needs widths_left, channels for each of {sizes}; got "
+            f"{left}"
+        )
+    gone = np.repeat(np.asarray(list(sizes.values())) - left, list(sizes.values()))
+
+    def thresholds(state: Any, scores: jax.Array, *_: Any) -> tuple[jax.Array, Any]:
+        place = segments.ranks(scores, groups.owner)
+        return jnp.where(place < gone, jnp.inf, 0.0), state
+
+    score = methods.random_score(jax.random.key(plan.config.seed))
+    strength = sdp_jax.Strength(lambda groups, floors: (), thresholds)
+    return methods.hosted(plan.base, methods.remove_lowest(groups, strength, score))
 
 
 def _taylor(plan: Plan, groups: sdp_jax.Groups) -> optax.GradientTransformation:
@@ -445,6 +506,8 @@ BUILDERS: Mapping[Method, Builder] = {
     "l1": _by_score(lambda plan: methods.l1_norm(), "dimension"),
     "l2": _by_score(lambda plan: methods.l2_norm(), "dimension"),
     "l2_last": _l2_last,
+    "gradual": _gradual,
+    "scratch": _scratch,
     "taylor": _taylor,
     "random": _by_score(
         lambda plan: methods.random_score(jax.random.key(plan.config.seed)),

@@ -118,6 +118,7 @@ TITLES: Mapping[str, str] = {
     "wrn28_10-cifar10": "WRN-28-10, CIFAR-10",
     "wrn28_10-cifar100": "WRN-28-10, CIFAR-100",
     "lenet-mnist": "LeNet, MNIST",
+    "airbench-cifar10": "Airbench network, CIFAR-10 on a CPU",
     "vgg_small-cifar10": "Small VGG, CIFAR-10 at 16×16",
     "resnet20_narrow-cifar10": "ResNet-20 of widths 8, 16, 32, CIFAR-10 at 16×16",
 }

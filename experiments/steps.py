@@ -214,7 +214,7 @@ def on_devices(tree: Any, mesh: Mesh | None) -> Any:
 def make_evaluate(
     apply: Callable[..., Any],
 ) -> Callable[[dict[str, Any], data.Split], tuple[float, float]]:
-    """``variables, split -> mean loss, accuracy`` in inference mode."""
+    """``variables, split -> mean loss, accuracy`` of all labels, in inference mode."""
 
     @jax.jit
     def chunk(variables: Any, images: jax.Array, labels: jax.Array) -> Any:
@@ -227,7 +227,7 @@ def make_evaluate(
         for start in range(0, len(split.labels), size):
             part = (x[start : start + size] for x in split)
             totals += np.asarray([float(t) for t in chunk(variables, *part)])
-        loss, correct = totals / len(split.labels)
+        loss, correct = totals / split.labels.size
         return float(loss), float(correct)
 
     return evaluate

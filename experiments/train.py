@@ -96,7 +96,8 @@ def make_setup(config: Config, dataset: data.Dataset, steps: int) -> Setup:
     model = models.make_model(
         config.model, dataset.classes, config.widths, jnp.dtype(config.compute)
     )
-    example = jnp.zeros((1, *dataset.train.images.shape[1:]))
+    images = dataset.train.images
+    example = jnp.zeros((1, *images.shape[1:]), images.dtype)
     # Under jit, because a deep network has thousands of small arrays to draw.
     variables: Any = jax.jit(model.init)(jax.random.key(config.seed), example)
     groups = sdp_jax.find_groups(model.apply, variables, example)
@@ -142,7 +143,10 @@ def train(
     mesh = make_mesh(config.devices, config.batch_size)
     if dataset is None:
         dataset = data.load(config.dataset, config.data_dir, downscale=config.downscale)
-    training, validation = data.hold_out(dataset.train, config.validation)
+    training = dataset.train
+    if config.examples is not None:
+        _, training = data.hold_out(training, config.examples)
+    training, validation = data.hold_out(training, config.validation)
     per_epoch = data.steps_per_epoch(training, config.batch_size)
     steps = per_epoch * config.epochs
     model, groups, tx, state = make_setup(config, dataset, steps)

@@ -8,7 +8,13 @@ import jax.numpy as jnp
 
 
 def conv(
-    width: int, size: int, *, stride: int = 1, dtype: Any, name: str | None = None
+    width: int,
+    size: int,
+    *,
+    stride: int = 1,
+    groups: int = 1,
+    dtype: Any,
+    name: str | None = None,
 ) -> nn.Conv:
     """A convolution without bias, He normal, padded by half its size on each side."""
     return nn.Conv(
@@ -16,6 +22,7 @@ def conv(
         (size, size),
         strides=(stride, stride),
         padding=size // 2,
+        feature_group_count=groups,
         use_bias=False,
         dtype=dtype,
         kernel_init=nn.initializers.he_normal(),

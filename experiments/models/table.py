@@ -7,9 +7,13 @@ from typing import Any, Literal, Protocol, TypeAlias
 import jax
 import jax.numpy as jnp
 
+from experiments.models.airbench import Airbench
 from experiments.models.convnet import ConvNet
+from experiments.models.decoder import Decoder
+from experiments.models.depthwise import Depthwise
 from experiments.models.dnn import Dnn
 from experiments.models.lenet import LeNet
+from experiments.models.mixer import Mixer
 from experiments.models.resnet import ResNet
 from experiments.models.vgg import Vgg
 from experiments.models.vit import Vit
@@ -27,7 +31,12 @@ Name: TypeAlias = Literal[
     "resnet50",
     "resnet50_imagenet",
     "wrn28_10",
+    "preact",
+    "depthwise",
+    "airbench",
+    "mixer",
     "vit_s4",
+    "decoder",
 ]
 
 
@@ -63,7 +72,12 @@ MODELS: dict[Name, Callable[..., Model]] = {
     "resnet50": functools.partial(ResNet, **_wide),
     "resnet50_imagenet": functools.partial(ResNet, **_wide, imagenet=True),
     "wrn28_10": WideResNet,
+    "preact": functools.partial(WideResNet, widths=(12, 24, 48), depth=10, stem=12),
+    "depthwise": Depthwise,
+    "airbench": Airbench,
+    "mixer": Mixer,
     "vit_s4": Vit,
+    "decoder": Decoder,
 }
 # These have as many layers as widths.
 _ANY_DEPTH = ("dnn", "conv")

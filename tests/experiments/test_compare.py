@@ -43,7 +43,12 @@ def test_a_comparison_goes_on_where_it_was(tmp_path, capsys):
 
 
 def line(name, accuracy, flops, seed=0):
-    numbers = {"train_loss": 0.1, "parameters_left": flops, "latency_left": flops}
+    numbers = {
+        "test_loss": 0.2,
+        "train_loss": 0.1,
+        "parameters_left": flops,
+        "latency_left": flops,
+    }
     return {
         "name": name,
         "sparsity": 1 - flops,

@@ -16,6 +16,7 @@ CHANGED = Config(
         "epochs": 7,
     },
     **{"batch_size": 64, "learning_rate": 0.2, "schedule": "step", "warmup": 1.0},
+    **{"base": "adamw", "widths_left": (3, 4), "examples": 99},
     **{"momentum": 0.9, "weight_decay": 1e-4, "c": 0.3, "mu": 0.7, "sparsity": 0.5},
     **{"target": "flops", "ranking": "dimension", "begin": 0.2, "end": 0.7},
     **{"power": 8.0, "stop_rise": 0.1, "penalty": 1e-2, "decay_steps": 3},
@@ -36,6 +37,7 @@ FIELDS = [field.name for field in dataclasses.fields(Config)]
 KEPT = {
     *("dataset", "downscale", "augment", "model", "compute", "widths", "epochs"),
     *("batch_size", "learning_rate", "schedule", "warmup", "momentum", "weight_decay"),
+    *("base", "examples"),
     *("validation", "evaluate_every", "seed", "loop", "devices", "timed", "data_dir"),
 }
 

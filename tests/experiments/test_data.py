@@ -123,7 +123,9 @@ def test_wrong_mnist_file(tmp_path, small, changed, message):
 
 def test_unknown_data_set():
     for make in (data.load, data.synthetic):
-        with pytest.raises(ValueError, match="'cifar10' or 'cifar100'; got 'imagenet'"):
+        with pytest.raises(
+            ValueError, match="'cifar100' or 'shakespeare'; got 'imagenet'"
+        ):
             make("imagenet")
 
 
@@ -568,6 +570,42 @@ def test_synthetic_data_of_every_name(name, shape, classes):
     assert noise.classes == classes
     np.testing.assert_allclose(noise.train.images.mean(), 0, atol=0.02)
     np.testing.assert_allclose(noise.train.images.std(), 1, atol=0.02)
+
+
+def test_windows_of_a_text_and_what_follows(tmp_path, monkeypatch):
+    info = data.INFO["shakespeare"]._replace(shape=(4,), classes=3, train=6, test=0)
+    monkeypatch.setitem(data.INFO, "shakespeare", info)
+    text = "abcacbbca" * 3
+    (tmp_path / "tinyshakespeare.txt").write_text(text + "abc")
+    dataset = data.load("shakespeare", tmp_path)
+    # 27 of the 30 characters are in the training set; no label is beyond its end.
+    numbers = ["abc".index(character) for character in text]
+    train, test, classes = dataset
+    assert classes == 3 and train.images.dtype == train.labels.dtype == np.int32
+    assert train.images.ravel().tolist() == numbers[:24]
+    assert train.labels.ravel().tolist() == numbers[1:25]
+    assert train.images.shape == train.labels.shape == (6, 4)
+    assert test.images.shape == (0, 4)
+
+
+def test_a_text_that_is_not_the_one(tmp_path):
+    with pytest.raises(FileNotFoundError, match="shakespeare is not downloaded: give"):
+        data.load("shakespeare")
+    (tmp_path / "tinyshakespeare.txt").write_text("to be or not to be" * 100)
+    expected = r"8 characters.*\[25, 2\]; expected 65 and \[15685, 1742\]. Fetch"
+    with pytest.raises(ValueError, match=expected):
+        data.load("shakespeare", tmp_path)
+    with pytest.raises(ValueError, match="downscale must be an integer that divides"):
+        data.load("shakespeare", tmp_path, downscale=2)
+
+
+def test_a_synthetic_text():
+    noise = data.synthetic("shakespeare", count=200)
+    for split in noise[:2]:
+        assert split.images.shape == split.labels.shape == (200, 64)
+        assert split.images.dtype == split.labels.dtype == np.int32
+        assert set(split.images.flat) == set(split.labels.flat) == set(range(65))
+    assert noise.classes == 65
 
 
 def test_synthetic_data_depends_on_the_seed_alone():

@@ -13,6 +13,7 @@ from experiments.optimizers import (
     HOSTS,
     METHODS,
     NEED_SCALES,
+    NEED_SGD,
     learning_rate,
     make_optimizer,
     warmup_steps,
@@ -67,6 +68,7 @@ def left(config, setting):
 
 # Those of which a target says how much goes, whatever the network.
 EXACT = set(METHODS) - {"sgd", "hspg", "grda", "discriminant", "spp", "dhspg"}
+EXACT -= {"scratch"}
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -75,6 +77,7 @@ def test_every_method_trains_and_meets_its_target(method, networks):
     config = Config(
         **{"method": method, "sparsity": 0.5, "target": "flops", "learning_rate": 0.05},
         **{"schedule": "cosine", "warmup": 3.0},
+        widths_left=(6, 4) if method == "scratch" else (),
     )
     share = left(config, networks[kind(method)])
     if method in EXACT:
@@ -107,6 +110,52 @@ def test_what_a_method_needs_is_said():
     with pytest.raises(ValueError, match=r"decay_steps is for the methods \['dep"):
         config = Config(method="l2", sparsity=0.5)
         make_optimizer(dataclasses.replace(config, decay_steps=5), groups, STEPS)
+
+
+@pytest.mark.parametrize("method", ["sgd", "altsdp", "dhspg", "gradual", "l2"])
+def test_methods_build_on_adamw(method, networks):
+    _, variables, groups, _ = networks["dnn"]
+    params, config = variables["params"], Config(method=method, sparsity=0.5)
+    config = dataclasses.replace(config, base="adamw", weight_decay=0.1)
+    tx = make_optimizer(config, groups.at("params"), STEPS)
+    updates, _ = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
+    # The first step of Adam has the length of the rate; matrices decay beside it.
+    for path, update in jax.tree.leaves_with_path(updates):
+        value = params[path[0].key][path[1].key]
+        expected = -0.1 * (1 + (0.1 * value if value.ndim > 1 else 0))
+        np.testing.assert_allclose(update, expected, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "changed", [{"method": m} for m in sorted(NEED_SGD)] + [{"momentum": 0.9}]
+)
+def test_what_is_for_sgd_alone(changed):
+    config = Config(base="adamw", **{"method": "sgd", "sparsity": 0.5, **changed})
+    with pytest.raises(ValueError, match=r"\['grda', 'increg', 'prox_sgd'\] are for b"):
+        make_optimizer(config, network("dnn", (4, 4))[2].at("params"), STEPS)
+
+
+def test_from_scratch_has_its_widths_from_the_first_update(networks):
+    _, variables, groups, _ = networks["dnn"]
+    params, kept = variables["params"], []
+    for seed in range(2):
+        config = Config(method="scratch", widths_left=(5, 2), seed=seed)
+        tx, state = make_optimizer(config, groups.at("params"), STEPS), None
+        state, new = tx.init(params), params
+        for _ in range(2):
+            ones = jax.tree.map(jnp.ones_like, new)
+            updates, state = tx.update(ones, state, new)
+            new = optax.apply_updates(new, updates)
+            alive = sdp_jax.channels_alive(groups, {"params": new})
+            parts = groups.split(alive).values()
+            assert [int(part.sum()) for part in parts] == [5, 2]
+            kept.append(np.asarray(alive))
+    np.testing.assert_array_equal(kept[0], kept[1])
+    assert (kept[0] != kept[2]).any()
+    for wrong in ((), (5, 0), (5, 10), (5, 2, 1)):
+        config = Config(method="scratch", widths_left=wrong)
+        with pytest.raises(ValueError, match="needs widths_left, channels for each"):
+            make_optimizer(config, groups.at("params"), STEPS)
 
 
 # The rate of 0.3 after k of n steps.

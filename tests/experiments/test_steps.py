@@ -195,3 +195,16 @@ def test_evaluation_is_the_mean_over_all_examples():
     rows = np.log(np.exp(exact).sum(-1)) - exact[np.arange(n), labels]
     np.testing.assert_allclose(loss, rows.mean(), rtol=1e-5)
     assert accuracy == np.mean(exact.argmax(-1) == labels)
+
+
+def test_evaluation_of_a_text_is_the_mean_over_all_labels():
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(5, 7, 3)).astype(np.float32)
+    labels = rng.integers(3, size=(5, 7)).astype(np.int32)
+    evaluate = steps.make_evaluate(lambda variables, images: images)
+    loss, accuracy = evaluate({}, data.Split(logits, labels))
+    exact = logits.astype(np.float64)
+    right = np.take_along_axis(exact, labels[..., None], -1)[..., 0]
+    expected = np.log(np.exp(exact).sum(-1)) - right
+    np.testing.assert_allclose(loss, expected.mean(), rtol=1e-5)
+    np.testing.assert_allclose(accuracy, np.mean(exact.argmax(-1) == labels))
