@@ -66,11 +66,23 @@ class Report:
             f"where the largest entry is {self.largest:.3g}"
         )
         if t.high >= 1:
-            lines.append(
-                "the small function is no faster here: widths may be uneven for this "
-                "device (see round_to), or the model too small for its FLOPs to matter"
-            )
+            lines.append(self._advice(t.low > 1))
         return "\n".join([*lines, *self.cut.notes])
+
+    def _advice(self, slower: bool) -> str:
+        """Why nothing was gained, and what to do."""
+        sizes = self.cut.dense.sizes
+        found = self.cut.widths.items()
+        uneven = [width for name, width in found if width % 8 and width < sizes[name]]
+        why = (
+            f"a width of {uneven[0]} may be slow on this device; prune(..., "
+            'round_to="fast") leaves widths that are fast'
+            if uneven
+            else "the model may be too small for its FLOPs to matter"
+        )
+        return (
+            f"the small function is {'slower' if slower else 'no faster'} here: {why}"
+        )
 
 
 def make_report(
