@@ -32,12 +32,41 @@ def test_its_numbers_are_those_of_cost_and_cut(pruned):
     assert "layer0" in text and "50.0%" in text and "microseconds" in text
 
 
-def test_it_says_when_nothing_was_gained(pruned):
+@pytest.mark.parametrize(
+    ("ratio", "low", "high", "said"),
+    [(0.9, 0.7, 1.1, "no faster"), (1.3, 1.2, 1.4, "slower"), (0.6, 0.5, 0.99, None)],
+)
+def test_it_says_when_nothing_was_gained(pruned, ratio, low, high, said):
     report = pruned.report(X, repeats=1)
-    equal = dataclasses.replace(report, small_time=Timing(1e-3, 0.9, 0.7, 1.1))
-    assert "no faster here" in str(equal)
+    timed = dataclasses.replace(report, small_time=Timing(1e-3, ratio, low, high))
+    *lines, before, last = str(timed).splitlines()
+    assert not any("here:" in line for line in [*lines, before])
+    if said is None:
+        assert last.startswith("largest difference")
+    else:
+        assert last == (
+            f"the small function is {said} here: a width of 4 may be slow on this "
+            'device; prune(..., round_to="fast") leaves widths that are fast'
+        )
+
+
+def test_widths_that_are_even_are_not_to_blame():
+    params = toy.mlp_params(widths=(4, 12, 3))
+    even = sdp_jax.prune(
+        toy.mlp_apply, params, X, scores=methods.l2_norm(), sparsity=0.3, round_to=8
+    )
+    assert even.cut.widths == {"layer0": 8}
+    report = even.report(X, repeats=1)
+    slow = dataclasses.replace(report, small_time=Timing(1e-3, 1.3, 1.2, 1.4))
+    assert str(slow).splitlines()[-1] == (
+        "the small function is slower here: the model may be too small for its FLOPs "
+        "to matter"
+    )
+
+
+def test_the_time_left_is_told_with_its_interval(pruned):
+    report = pruned.report(X, repeats=1)
     fast = dataclasses.replace(report, small_time=Timing(1e-3, 0.61, 0.55, 0.66))
-    assert "no faster here" not in str(fast)
     assert "61.0%, between 55.0% and 66.0%" in str(fast)
 
 

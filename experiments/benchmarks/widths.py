@@ -8,7 +8,6 @@ to the dense network, and to the network that is not rounded.
 """
 
 import dataclasses
-import math
 from typing import Any
 
 import jax
@@ -27,7 +26,7 @@ NETWORKS: dict[str, tuple[Any, tuple[int, ...]]] = {
     "resnet20": ("resnet20", (16, 32, 64)),
     "resnet20, half": ("resnet20", (8, 16, 32)),
 }
-WAYS = (1, "fast", 2, 4, 8, 16)
+WAYS = (1, "fast", 8, 16)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +114,6 @@ def main(config: Config) -> dict[str, dict[str, float]]:
             f"round_to {way}: ratio to dense {dense:.2f}, to uneven {uneven:.2f} "
             f"(at most {worst:.2f})"
         )
-    assert all(math.isfinite(v) for one in means.values() for v in one.values())
     return means
 
 
