@@ -38,8 +38,8 @@ def fast_multiple() -> int:
     at these rounded up to multiples of 1, 2, 4, … 32, in turns. The multiple is the
     smallest one with which they take, in geometric mean, within 3 % as long as with the
     best one; 1 where rounding gains nothing. It is remembered in the process, and in
-    the user's directory of caches for the same processor, number of cores and version
-    of JAX.
+    the user's directory of caches for the same processor, number of cores, version
+    of JAX and flags of XLA.
 
     Returns:
       The multiple, a power of two.
@@ -190,14 +190,18 @@ def _default_device() -> Any:
 
 def _key(device: Any) -> Key:
     """What the times depend on."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
-    about = (platform.machine(), platform.processor(), _processor())
-    cores = cores or os.cpu_count() or 0
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    else:
+        cores = os.cpu_count()
     return (
         device.platform,
         device.device_kind,
-        *about,
+        platform.machine(),
+        platform.processor(),
+        _processor(),
         f"{cores} cores",
+        f"flags {os.environ.get('XLA_FLAGS', '')}",
         f"jax {jax.__version__}",
     )
 

@@ -11,6 +11,7 @@ from sdp_jax.compare import differences
 from sdp_jax.cut import Cut, before_and_after
 from sdp_jax.measure import Cost, Timing, cost, latency
 from sdp_jax.tree import PyTree
+from sdp_jax.widths import powers_to, round_up
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +74,9 @@ class Report:
         """Why nothing was gained, and what to do."""
         sizes = self.cut.dense.sizes
         found = self.cut.widths.items()
-        uneven = [width for name, width in found if width % 8 and width < sizes[name]]
+        # Where measured, other widths were slow.
+        even = powers_to(4)
+        uneven = [w for name, w in found if round_up(w, sizes[name], even) != w]
         why = (
             f"a width of {uneven[0]} may be slow on this device; prune(..., "
             'round_to="fast") leaves widths that are fast'

@@ -109,7 +109,13 @@ def other_processor(monkeypatch):
     monkeypatch.setattr(fast, "_processor", lambda: "another one")
 
 
-@pytest.mark.parametrize("change", [other_version, other_cores, other_processor])
+def other_flags(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")
+
+
+@pytest.mark.parametrize(
+    "change", [other_version, other_cores, other_processor, other_flags]
+)
 def test_what_times_depend_on_is_told_apart(clock, monkeypatch, tmp_path, change):
     sdp_jax.fast_multiple()
     change(monkeypatch)
