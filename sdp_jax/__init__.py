@@ -3,7 +3,7 @@
 Groups: :func:`find_groups`, :class:`Groups`. Training: :func:`altsdp`, its pieces and
 its strengths, for example :func:`target_sparsity`. Cutting: :func:`prune`, which makes
 a :class:`Pruned` (:func:`load` reads one), of :func:`plan_cut`, :class:`Cut` and
-:func:`narrow`. Measuring: :func:`cost`, :func:`latency`.
+:func:`narrow`. Measuring: :func:`cost`, :func:`latency`, :func:`fast_multiple`.
 
 Behind doors of their own: :mod:`sdp_jax.methods`, the other published methods;
 :mod:`sdp_jax.valley`, sharp directions and certificates; and for who writes a strength,
@@ -25,6 +25,7 @@ from sdp_jax.channels import (
 from sdp_jax.cut import Cut
 from sdp_jax.dimension import Dimension, Member
 from sdp_jax.export import export_stablehlo
+from sdp_jax.fast import fast_multiple
 from sdp_jax.groups import Groups
 from sdp_jax.measure import cost, latency
 from sdp_jax.plan import plan_cut
@@ -60,6 +61,7 @@ __all__ = [
     "count_flops",
     "dual_averaging",
     "export_stablehlo",
+    "fast_multiple",
     "find_groups",
     "grda",
     "group_soft_threshold",

@@ -4,7 +4,7 @@ import dataclasses
 import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.core
@@ -19,7 +19,7 @@ from sdp_jax.cut import Cut, check_like
 from sdp_jax.export import PLATFORMS, export_stablehlo
 from sdp_jax.groups import Groups, Ranking, need_groups
 from sdp_jax.modules import split_module, take_apart
-from sdp_jax.plan import Scores, Target, plan_cut
+from sdp_jax.plan import RoundTo, Scores, Target, plan_cut
 from sdp_jax.report import Report, make_report, need_values
 from sdp_jax.tracing.find import find_groups
 from sdp_jax.tracing.static import is_static, written
@@ -211,7 +211,7 @@ def prune(
     activations: Any = None,
     ranking: Ranking = "global",
     min_channels: int = 1,
-    round_to: int | Literal["mesh"] = 1,
+    round_to: RoundTo = 1,
     limits: Mapping[str, float] | None = None,
     check: bool = True,
 ) -> Pruned:
@@ -245,8 +245,9 @@ def prune(
       ranking: ``"global"``, ``"dimension"`` or ``"isomorphic"``; see
         :func:`sdp_jax.plan_cut`.
       min_channels: channels that stay in each dimension.
-      round_to: widths become multiples of this number where they can; ``"mesh"`` for
-        widths that the devices of sharded parameters share equally.
+      round_to: widths become multiples of this number where they can; ``"fast"`` for
+        widths that are fast on the default device, ``"mesh"`` for widths that the
+        devices of sharded parameters share equally.
       limits: largest share that may go, by pattern of the name of a dimension, or of
         the path of a leaf that makes its channels.
       check: whether to compare small and dense function on the inputs.

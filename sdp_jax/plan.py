@@ -2,6 +2,7 @@
 
 import bisect
 import fnmatch
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, get_args
@@ -16,14 +17,17 @@ from sdp_jax._narrow import narrow
 from sdp_jax.channels import channels_alive
 from sdp_jax.checks import check_number, check_share
 from sdp_jax.cut import Cut
+from sdp_jax.fast import check_round_to, steps_of
 from sdp_jax.groups import Groups, Ranking, check_ranking, need_groups
 from sdp_jax.measure import latency
 from sdp_jax.mesh import fetch, placed, shares
 from sdp_jax.remains import zeros_that_stay
 from sdp_jax.tree import PyTree, leaf_table, missing_path_message
+from sdp_jax.widths import round_up
 
 Target = Literal["channels", "params", "flops", "latency"]
 Scores = jax.Array | np.ndarray | Mapping[str, Any]
+RoundTo = int | Literal["fast", "mesh"]
 
 
 def plan_cut(
@@ -37,7 +41,7 @@ def plan_cut(
     inputs: Sequence[Any] = (),
     ranking: Ranking = "global",
     min_channels: int = 1,
-    round_to: int | Literal["mesh"] = 1,
+    round_to: RoundTo = 1,
     limits: Mapping[str, float] | None = None,
 ) -> Cut:
     """Decides which channels go.
@@ -66,8 +70,9 @@ def plan_cut(
         layer of width 0 cannot be built; zero channels that are kept do not change the
         function.
       round_to: keep the next-best channels up to a multiple of this number, or up to
-        the size of the dimension; ``"mesh"`` up to a width that the devices over which
-        ``params`` are sharded share equally.
+        the size of the dimension; ``"fast"`` up to a width that is fast on the default
+        device (:func:`sdp_jax.fast_multiple`; below it powers of two); ``"mesh"`` up to
+        a width that the devices over which ``params`` are sharded share equally.
       limits: largest share that may go, by pattern (as in :mod:`fnmatch`) of the name
         of a dimension, or of the path of a leaf that makes its channels.
 
@@ -108,7 +113,7 @@ def plan_cut(
             f"inputs=(x,); got {type(inputs).__name__}"
         )
     _check_tree(groups, params)
-    steps_of = _steps(groups, params, round_to)
+    widths = _widths(groups, params, round_to)
     if (scores is None) != (sparsity is None):
         raise ValueError(
             "scores and sparsity belong together: give both, for example "
@@ -122,7 +127,7 @@ def plan_cut(
                 "without scores what is exactly zero goes. Give scores and sparsity, "
                 "or leave them out"
             )
-        return _cut_zeros(groups, params, min_channels, steps_of)
+        return _cut_zeros(groups, params, min_channels, widths)
     assert sparsity is not None
     check_share("sparsity", sparsity)
     if (target == "latency") != (fn is not None):
@@ -152,7 +157,7 @@ def plan_cut(
         for order, count in zip(orders, counts, strict=True):
             stay[order[:count]] = False
         stays, ranked = groups.split(stay), groups.split(values)
-        kept = (_rounded(stays[n], ranked[n], steps_of[n]) for n in groups.sizes)
+        kept = (_rounded(stays[n], ranked[n], widths[n]) for n in groups.sizes)
         return Cut(groups, tuple(kept))
 
     if target == "channels" and round_to == 1:
@@ -197,16 +202,13 @@ def plan_cut(
 
 
 def _check_counts(min_channels: Any, round_to: Any) -> None:
-    if isinstance(round_to, str) and round_to != "mesh":
-        raise ValueError(f"round_to is a number or 'mesh'; got {round_to!r}")
-    known = 1 if round_to == "mesh" else round_to
-    for name, value in (("min_channels", min_channels), ("round_to", known)):
-        good = isinstance(value, int | np.integer) and not isinstance(value, bool)
-        if not good or value < 1:
-            raise ValueError(
-                f"{name} must be an integer of at least 1, so that every layer keeps a "
-                f"channel; got {value!r}"
-            )
+    check_round_to(round_to, ("fast", "mesh"))
+    whole = isinstance(min_channels, int | np.integer)
+    if not whole or isinstance(min_channels, bool) or min_channels < 1:
+        raise ValueError(
+            "min_channels must be an integer of at least 1, so that every layer keeps "
+            f"a channel; got {min_channels!r}"
+        )
 
 
 def _check_tree(groups: Groups, params: PyTree) -> None:
@@ -274,12 +276,16 @@ def _protected(
     return np.concatenate([np.zeros(0, bool), *protected])
 
 
-def _steps(
-    groups: Groups, params: PyTree, round_to: int | Literal["mesh"]
-) -> dict[str, tuple[int, int]]:
-    """For each dimension a step and a rest: widths are ``rest + k · step``."""
+def _widths(
+    groups: Groups, params: PyTree, round_to: RoundTo
+) -> dict[str, Callable[[int], int]]:
+    """For each dimension a function from channels to keep to the width."""
     if round_to != "mesh":
-        return dict.fromkeys(groups.sizes, (round_to, 0))
+        steps = steps_of(round_to, shared=_spread(params))
+        return {
+            name: functools.partial(round_up, sizes=size, steps=steps)
+            for name, size in groups.sizes.items()
+        }
     table = leaf_table(params)
     found = {}
     for d in groups:
@@ -289,19 +295,26 @@ def _steps(
             count = shares(placed(leaf), np.ndim(leaf))[m.axis]
             step = math.lcm(step, count // math.gcd(count, m.outer * m.inner))
         # As many must go as the devices share, wherever else the axis is made of.
-        found[d.name] = (step, d.size % step)
+        found[d.name] = functools.partial(_shared_width, step=step, size=d.size)
     return found
 
 
+def _shared_width(kept: int, step: int, size: int) -> int:
+    return size - max(size - kept, 0) // step * step
+
+
 def _rounded(
-    stay: np.ndarray, values: np.ndarray, widths: tuple[int, int]
+    stay: np.ndarray, values: np.ndarray, width: Callable[[int], int]
 ) -> tuple[int, ...]:
     """Indices that stay, with the best of the others up to the next width."""
-    step, rest = widths
-    wanted = max(-(-(int(stay.sum()) - rest) // step) * step, 0) + rest
-    wanted = min(wanted, len(stay))
-    best = np.argsort(np.where(stay, -np.inf, -values), kind="stable")[:wanted]
-    return tuple(sorted(best.tolist()))
+    best = np.argsort(np.where(stay, -np.inf, -values), kind="stable")
+    return tuple(sorted(best[: width(int(stay.sum()))].tolist()))
+
+
+def _spread(params: PyTree) -> bool:
+    """Whether processes share the parameters, and must decide alike."""
+    leaves = jax.tree.leaves(params)
+    return not all(getattr(x, "is_fully_addressable", True) for x in leaves)
 
 
 def _measure(
@@ -315,10 +328,7 @@ def _measure(
     if target == "latency":
         assert fn is not None
         dense = Cut(groups, tuple(tuple(range(d.size)) for d in groups))
-
-        # Processes that share the parameters must decide alike.
-        leaves = jax.tree.leaves(params)
-        spread = not all(getattr(x, "is_fully_addressable", True) for x in leaves)
+        spread = _spread(params)
 
         def time_left(cut: Cut) -> float:
             # In turns with the uncut one, which also goes through narrow.
@@ -354,7 +364,7 @@ def _cut_zeros(
     groups: Groups,
     params: PyTree,
     min_channels: int,
-    steps: Mapping[str, tuple[int, int]],
+    widths: Mapping[str, Callable[[int], int]],
 ) -> Cut:
     table = leaf_table(params)
     for path, leaf in table.items():
@@ -377,5 +387,5 @@ def _cut_zeros(
         missing = min(min_channels, groups.sizes[name]) - int(stay.sum())
         if missing > 0:
             stay[np.flatnonzero(~stay)[:missing]] = True
-        kept.append(_rounded(stay, np.zeros(len(stay)), steps[name]))
+        kept.append(_rounded(stay, np.zeros(len(stay)), widths[name]))
     return Cut(groups, tuple(kept), zeros_that_stay(groups, table, kept))

@@ -11,6 +11,7 @@ from sdp_jax.compare import differences
 from sdp_jax.cut import Cut, before_and_after
 from sdp_jax.measure import Cost, Timing, cost, latency
 from sdp_jax.tree import PyTree
+from sdp_jax.widths import powers_to, round_up
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,11 +67,25 @@ class Report:
             f"where the largest entry is {self.largest:.3g}"
         )
         if t.high >= 1:
-            lines.append(
-                "the small function is no faster here: widths may be uneven for this "
-                "device (see round_to), or the model too small for its FLOPs to matter"
-            )
+            lines.append(self._advice(t.low > 1))
         return "\n".join([*lines, *self.cut.notes])
+
+    def _advice(self, slower: bool) -> str:
+        """Why nothing was gained, and what to do."""
+        sizes = self.cut.dense.sizes
+        found = self.cut.widths.items()
+        # Where measured, other widths were slow.
+        even = powers_to(4)
+        uneven = [w for name, w in found if round_up(w, sizes[name], even) != w]
+        why = (
+            f"a width of {uneven[0]} may be slow on this device; prune(..., "
+            'round_to="fast") leaves widths that are fast'
+            if uneven
+            else "the model may be too small for its FLOPs to matter"
+        )
+        return (
+            f"the small function is {'slower' if slower else 'no faster'} here: {why}"
+        )
 
 
 def make_report(

@@ -14,8 +14,8 @@ import sdp_jax
 PACKAGE = pathlib.Path(sdp_jax.__file__).parent
 ROOT = PACKAGE.parent
 # What training and cutting share, in the order in which modules may import one another.
-COMMON = ["tree", "checks", "segments", "polynomial", "ports", "dimension", "groups"]
-COMMON += ["axes", "mesh", "channels"]
+COMMON = ["tree", "checks", "widths", "fast", "segments", "polynomial", "ports"]
+COMMON += ["dimension", "groups", "axes", "mesh", "channels"]
 # Each goes on from there, and neither imports the other.
 TRAINING = ["entries", "importance", "prox", "strength", "target", "base"]
 TRAINING += ["transforms", "_altsdp"]

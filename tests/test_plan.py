@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import sdp_jax
+from sdp_jax import fast
 from sdp_jax.measure import Timing
 from tests import toy
 
@@ -55,6 +56,37 @@ def test_shares_of_parameters_are_met_to_a_channel(sparsity, ranking):
     assert left <= (1 - sparsity) * dense + 1e-6
     # The dearest channel is one of hidden0's: 4 + 1 + 8 entries, or 12 + 1 + 3.
     assert left > (1 - sparsity) * dense - 16
+
+
+@pytest.mark.parametrize(
+    ("alive", "multiple", "widths"),
+    [
+        ((7, 3), 4, (8, 4)),
+        ((9, 2), 4, (12, 2)),
+        ((9, 5), 8, (12, 8)),
+        ((7, 3), 1, (7, 3)),
+    ],
+)
+def test_widths_that_are_fast(monkeypatch, alive, multiple, widths):
+    monkeypatch.setattr(fast, "fast_multiple", lambda: multiple)
+    params = alive_at(*(jnp.arange(n) < k for n, k in zip((12, 8), alive, strict=True)))
+    cut = sdp_jax.plan_cut(GROUPS, params, round_to="fast")
+    assert tuple(cut.widths.values()) == widths
+    pruned = sdp_jax.prune(toy.mlp_apply, params, X, groups=GROUPS, round_to="fast")
+    assert cut == pruned.cut
+    scored = plan(sparsity=0.3, ranking="dimension", round_to="fast").widths
+    assert sum(scored.values()) <= 14
+    assert all(w in (1, 2, 4) or w % multiple == 0 or w == 12 for w in scored.values())
+
+
+def test_processes_that_share_parameters_round_alike(monkeypatch):
+    monkeypatch.setattr(fast, "fast_multiple", lambda: 1)
+    monkeypatch.setattr("sdp_jax.plan._spread", lambda params: True)
+    first = lambda value: np.int32(8)  # noqa: E731
+    monkeypatch.setattr(fast.multihost_utils, "broadcast_one_to_all", first)
+    params = alive_at(jnp.arange(12) < 6, jnp.arange(8) < 5)
+    cut = sdp_jax.plan_cut(GROUPS, params, round_to="fast")
+    assert cut.widths == {"hidden0": 8, "hidden1": 8}
 
 
 def plan_flops(sparsity, params=PARAMS):
@@ -148,10 +180,13 @@ def test_floors_limits_and_rounding():
         plan(sparsity=0.5, round_to=64)
 
 
+def alive_at(hidden0, hidden1):
+    factors = GROUPS.join({"hidden0": hidden0, "hidden1": hidden1})
+    return sdp_jax.scale_channels(GROUPS, PARAMS, factors.astype(jnp.float32))
+
+
 def test_zeros_round_up_as_well():
-    factors = {"hidden0": jnp.arange(12) > 4, "hidden1": jnp.ones(8, bool)}
-    factors = GROUPS.join(factors).astype(jnp.float32)
-    params = sdp_jax.scale_channels(GROUPS, PARAMS, factors)
+    params = alive_at(jnp.arange(12) > 4, jnp.ones(8, bool))
     assert sdp_jax.plan_cut(GROUPS, params).widths == {"hidden0": 7, "hidden1": 8}
     cut = sdp_jax.plan_cut(GROUPS, params, round_to=4)
     assert cut.widths == {"hidden0": 8, "hidden1": 8}
@@ -233,6 +268,18 @@ BAD = {
         "between 0 and 1",
     ),
     "rounding to zero": (lambda: plan(sparsity=0.5, round_to=0), "round_to must be"),
+    "rounding to a word": (
+        lambda: plan(sparsity=0.5, round_to="quick"),
+        "or 'fast' or 'mesh'; got 'quick'",
+    ),
+    "rounding to half": (
+        lambda: plan(sparsity=0.5, round_to=0.5),
+        "round_to must be .* got 0.5",
+    ),
+    "no channels": (
+        lambda: plan(sparsity=0.5, min_channels=0),
+        "min_channels must be .* got 0",
+    ),
 }
 
 

@@ -371,7 +371,7 @@ def test_arguments_that_say_two_things():
     with pytest.raises(ValueError, match="give one or the other"):
         sdp_jax.prune(pruned.fn, params, X, cut=pruned.cut, sparsity=0.5)
     with pytest.raises(ValueError, match="round_to.* decide it anew"):
-        sdp_jax.prune(pruned.fn, params, X, cut=pruned.cut, round_to=8)
+        sdp_jax.prune(pruned.fn, params, X, cut=pruned.cut, round_to="fast")
     with pytest.raises(ValueError, match="scores that are functions"):
         scores = sdp_jax.channel_norms(pruned.cut.dense, params)
         sdp_jax.prune(pruned.fn, params, X, scores=scores, sparsity=0.5, grads=params)
