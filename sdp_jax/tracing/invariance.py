@@ -65,12 +65,14 @@ class Scaling(NamedTuple):
       shift: by bias.
       state: of what comes from running statistics alone, by dimension.
       centred: the producers of which running statistics have been subtracted.
+      stacked: biases of the steps of a loop, which begin to move in it.
     """
 
     degree: Mapping[int, Degree] = _NOTHING
     shift: Mapping[int, Shift] = _NOTHING
     state: Mapping[int, Degree] = _NOTHING
     centred: frozenset[int] = frozenset()
+    stacked: frozenset[int] = frozenset()
 
 
 NONE = Scaling()
@@ -143,11 +145,13 @@ class _Walk:
                     self.sources.append(place)
                 s = numbers[place]
                 degree = {**old.degree, s: Degree(m.axis, 1.0)}
-                shift = dict(old.shift)
+                shift, stacked = old.shift, old.stacked
                 shape = self._groups.shapes[m.path]
                 if math.prod(shape) == shape[m.axis]:
-                    shift[s] = Shift(m.axis, 1.0, -1 - s)
-                leaves[m.path] = Scaling(degree, shift)
+                    shift = {**shift, s: Shift(m.axis, 1.0, -1 - s)}
+                elif m.axis and math.prod(shape[1:]) == shape[m.axis]:
+                    stacked |= {s}
+                leaves[m.path] = Scaling(degree, shift, stacked=stacked)
         found = [leaves.get(leaf.path, NONE) for leaf in self._groups.leaves]
         return found + [NONE] * (len(self._found.body.ins) - len(found))
 
@@ -162,7 +166,10 @@ class _Walk:
             given = [self._live(read(v)) for v in record.eqn.invars]
             if all(x is NONE for x in given):
                 continue
-            outs = FOLLOW.get(record.eqn.primitive.name, _unknown)(self, record, given)
+            follow = FOLLOW.get(record.eqn.primitive.name, _unknown)
+            if follow not in (_call, _scan):
+                self.moves.update(*(x.stacked for x in given))
+            outs = follow(self, record, given)
             for var, out in zip(record.eqn.outvars, outs, strict=True):
                 if any(out):
                     env[var] = out
@@ -185,7 +192,7 @@ class _Walk:
         """Says that nothing is known of what is made of these."""
         for x in some:
             self.uneven.update(x.degree)
-            self.moves.update(x.shift)
+            self.moves.update(x.shift, x.stacked)
 
     def root(self) -> int:
         """A number for an array that shifts are told of."""
@@ -198,11 +205,11 @@ class _Walk:
 
     def lies_along(self, d: int, axis: Axis) -> bool:
         """Whether channels of a dimension lie along an axis, one at each position."""
-        return sum(d in self._dimensions(f.atoms) for f in axis) == 1 and not any(
-            ~d in self._dimensions(f.atoms) for f in axis
+        return sum(d in self.along(f.atoms) for f in axis) == 1 and not any(
+            ~d in self.along(f.atoms) for f in axis
         )
 
-    def _dimensions(self, atoms: np.ndarray) -> frozenset[int]:
+    def along(self, atoms: np.ndarray) -> frozenset[int]:
         """The dimensions along a factor; ``~d`` if two of its channels meet there."""
         known = self._there.get(id(atoms))
         if known is None:
@@ -619,7 +626,7 @@ def _reshape(w: _Walk, record: Record, ins: list[Scaling]) -> list[Scaling]:
             inner = math.prod(after[k + 1 :])
             if n > 1 and inner < high and inner * n > low:
                 there += [k] if w.lies_along(d, value.axes[k]) else []
-                twice = any(~d in w._dimensions(f.atoms) for f in value.axes[k])
+                twice = any(~d in w.along(f.atoms) for f in value.axes[k])
                 there += [k, k] if twice else []
         return there[0] if len(there) == 1 else None
 
@@ -688,27 +695,45 @@ def _pad(w: _Walk, record: Record, ins: list[Scaling]) -> list[Scaling]:
 
 
 def _concatenate(w: _Walk, record: Record, ins: list[Scaling]) -> list[Scaling]:
-    """Parts in which the channels lie have the same degree, or are zero."""
+    """Parts in which the channels lie have the same degree or shift, or are zero."""
     d = record.eqn.params["dimension"]
-    w.moves.update(*(x.shift for x in ins))
-    degree: dict[int, Degree] = {}
-    for s in {s for x in ins for s in x.degree}:
-        place = next(x.degree[s].axis for x in ins if s in x.degree)
-        found = set()
-        for x, v in zip(ins, record.ins, strict=True):
-            dims = [w._dimensions(f.atoms) for f in v.axes[place]]
-            beside = d == place and not any(
-                w.dimension(s) in there or ~w.dimension(s) in there for there in dims
-            )
-            # A part of length 1 has lost its atoms.
-            beside &= v.shape[place] > 1
-            if not (beside or _is_zero(v)):
-                found.add(x.degree.get(s))
-        if len(found) == 1 and (k := found.pop()) is not None:
-            degree[s] = k
-        else:
-            w.uneven.add(s)
-    return [_carried(w, record, Scaling(degree), _same_axis)]
+    new = w.root()
+
+    def beside(s: int, axis: int, value: Value) -> bool:
+        """Whether a part holds no channel; one of length 1 may have lost its atoms."""
+        dims = [w.along(f.atoms) for f in value.axes[axis]]
+        mine = w.dimension(s)
+        there = any(mine in some or ~mine in some for some in dims)
+        return d == axis and value.shape[axis] > 1 and not there
+
+    def joint(places: list[Mapping[int, Any]], bad: set[int]) -> dict[int, Any]:
+        out: dict[int, Any] = {}
+        for s in {s for some in places for s in some}:
+            axis = next(some[s].axis for some in places if s in some)
+            found = {
+                some.get(s)
+                for some, v in zip(places, record.ins, strict=True)
+                if not (beside(s, axis, v) or (_is_zero(v) and bad is w.uneven))
+            }
+            if len(found) == 1 and (k := found.pop()) is not None:
+                out[s] = k
+            else:
+                bad.add(s)
+        return out
+
+    degree = joint([x.degree for x in ins], w.uneven)
+    shifts = [
+        {
+            b: k._replace(root=new, steps=()) if k.squared is None else None
+            for b, k in x.shift.items()
+        }
+        for x in ins
+    ]
+    w.moves.update(b for some in shifts for b, k in some.items() if k is None)
+    kept = [{b: k for b, k in some.items() if k is not None} for some in shifts]
+    return [
+        _carried(w, record, Scaling(degree, joint(kept, w.moves)), _same_axis)
+    ]
 
 
 def _window(w: _Walk, record: Record, ins: list[Scaling]) -> list[Scaling]:
@@ -785,6 +810,7 @@ def _scan(w: _Walk, record: Record, ins: list[Scaling]) -> list[Scaling]:
     p, (body,) = record.eqn.params, record.bodies
     first, second = p["num_consts"], p["num_consts"] + p["num_carry"]
     carry = [x._replace(centred=frozenset()) for x in ins[first:second]]
+    w.moves.update(*(x.stacked for x in ins[:second]))
     lines = [_behind(w, x, -1) for x in ins[second:]]
     outs = w.run(body, [*ins[:first], *carry, *lines])
     after = outs[: len(carry)]
@@ -809,7 +835,8 @@ def _behind(w: _Walk, x: Scaling, by: int) -> Scaling:
     lost = {s for s, k in degree.items() if k.axis < 0}
     w.uneven.update(lost)
     degree = {s: k for s, k in degree.items() if s not in lost}
-    return Scaling(degree, _NOTHING, {d: k for d, k in state.items() if k.axis >= 0})
+    shift = {s: Shift(degree[s].axis, 1.0, -1 - s) for s in x.stacked & degree.keys()}
+    return Scaling(degree, shift, {d: k for d, k in state.items() if k.axis >= 0})
 
 
 def _cond(w: _Walk, record: Record, ins: list[Scaling]) -> list[Scaling]:
