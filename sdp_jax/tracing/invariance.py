@@ -395,12 +395,11 @@ def _sum_shifts(
 
 def _is_variance(one: Shift, two: Shift) -> bool:
     """Whether it is the mean of the squares less the square of the mean."""
-    mean, square = (one, two) if one.steps else (two, one)
+    mean, square = (two, one) if one.squared else (one, two)
     return (
         one.root == two.root
-        and not square.steps
         and not mean.squared
-        and square.squared == mean.steps
+        and mean.steps == (*square.steps, *(square.squared or ()))
         and abs(one.factor + two.factor) <= 1e-6 * abs(one.factor)
     )
 
