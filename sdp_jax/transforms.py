@@ -32,6 +32,7 @@ from sdp_jax.channels import (
     nonzero,
     product,
     scale_channels,
+    shrink_channels,
     square,
     weighted_norms,
 )
@@ -386,12 +387,12 @@ def proximal_point(
 
     After them come the sums of other terms, joined with those of the norms.
     """
-    terms = (Term(square, (candidate,)), *others)
+    terms = (Term(square, (candidate,), shrinking=True), *others)
     squares, *sums = channel_sums(groups, *terms)
-    norms = weighted_norms(groups, squares, weights)
+    norms = weighted_norms(groups, squares, weights, shrinking=True)
     thresholds, state = rule.update(state, norms, groups, floors)
     factor = prox.soft_threshold_factor(norms, thresholds)
-    return scale_channels(groups, candidate, factor), factor, state, *sums
+    return shrink_channels(groups, candidate, factor), factor, state, *sums
 
 
 def emit(point: optax.Params, params: optax.Params, candidates: bool) -> optax.Updates:

@@ -27,6 +27,7 @@ from jax.extend.core import Literal
 from sdp_jax.dimension import Member
 from sdp_jax.groups import Groups
 from sdp_jax.tracing.analyse import Analysis
+from sdp_jax.tracing.flops import kinds
 from sdp_jax.tracing.ports import class_channels
 from sdp_jax.tracing.trace import Body, Record, number_of
 from sdp_jax.tracing.values import Axis, Value
@@ -109,12 +110,8 @@ class _Walk:
         self.drops: set[int] = set()  # A shift that drops out somewhere.
         self.needs: dict[int, set[int]] = {}  # Biases that have to drop out.
         self._roots = 0
-        self._label, self._operands = found.solution.label, found.solution.operands
+        self._label = found.solution.label
         self._there: dict[int, tuple[np.ndarray, frozenset[int]]] = {}
-
-    @functools.cached_property
-    def _channel(self) -> np.ndarray:
-        return class_channels(self._found, self._groups)
 
     def invariant(self) -> set[tuple[int, str, int]]:
         """The producers that are scale-invariant."""
@@ -213,14 +210,24 @@ class _Walk:
         """The dimensions along a factor; ``~d`` if two of its channels meet there."""
         known = self._there.get(id(atoms))
         if known is None:
-            channel = self._channel[self._operands[self._label[atoms]]]
-            channel = np.unique(channel, axis=0)
-            owner = np.sort(np.append(self._groups.owner, -1)[channel], axis=1)
-            twice = owner[:, 1:][(owner[:, 1:] == owner[:, :-1])]
-            there = {d for d in np.unique(owner).tolist() if d >= 0}
-            there |= {~d for d in np.unique(twice).tolist() if d >= 0}
-            known = self._there[id(atoms)] = (atoms, frozenset(there))
+            kind, dimensions = self._kinds
+            there = np.flatnonzero(np.bincount(kind[self._label[atoms]])).tolist()
+            all_of = frozenset().union(*(dimensions[k] for k in there))
+            # The arrays are kept alive, so that their identity stays theirs.
+            known = self._there[id(atoms)] = (atoms, all_of)
         return known[1]
+
+    @functools.cached_property
+    def _kinds(self) -> tuple[np.ndarray, list[frozenset[int]]]:
+        """For each class a number, and the dimensions of classes of that number."""
+        channel = class_channels(self._found, self._groups)
+        rows = np.append(self._groups.owner, -1)[channel[self._found.solution.operands]]
+        kind, rows = kinds(rows)
+        sets = []
+        for row in rows:
+            twice = {~d for d in row if row.count(d) > 1}
+            sets.append(frozenset(row) | twice)
+        return kind, sets
 
 
 def _unknown(w: _Walk, record: Record, ins: list[Scaling]) -> list[Scaling]:
