@@ -301,8 +301,9 @@ def shrink_channels(groups: Groups, tree: PyTree, factors: jax.Array) -> PyTree:
     Example:
       >>> import jax.numpy as jnp, sdp_jax
       >>> params = {"w": jnp.ones((2, 3)), "scale": jnp.ones(3)}
-      >>> groups = sdp_jax.groups_from_axes(params, {"unit": [
-      ...     sdp_jax.Member("w", 1, scale_invariant=True), sdp_jax.Member("scale", 0)]})
+      >>> filters = sdp_jax.Member("w", 1, scale_invariant=True)
+      >>> unit = {"unit": [filters, sdp_jax.Member("scale", 0)]}
+      >>> groups = sdp_jax.groups_from_axes(params, unit)
       >>> small = shrink_channels(groups, params, jnp.array([1., 0.5, 0.]))
       >>> print(small["scale"])
       [1.  0.5 0. ]
