@@ -126,16 +126,19 @@ class Walk:
                     leaves[m.path] = old._replace(state=state)
                     continue
                 place = (k, m.path, m.axis)
+                # A shift of several entries is not the same at all places.
+                single = m.outer * m.inner == 1 and place not in numbers
                 if place not in numbers:
                     numbers[place] = len(self.sources)
                     self.sources.append(place)
                 s = numbers[place]
                 degree = {**old.degree, s: Degree(m.axis, 1.0)}
-                shift, stacked = old.shift, old.stacked
+                shift = {b: x for b, x in old.shift.items() if b != s}
+                stacked = old.stacked - {s}
                 shape = self._groups.shapes[m.path]
-                if math.prod(shape) == shape[m.axis]:
-                    shift = {**shift, s: Shift(m.axis, 1.0, -1 - s)}
-                elif m.axis and math.prod(shape[1:]) == shape[m.axis]:
+                if single and math.prod(shape) == shape[m.axis]:
+                    shift[s] = Shift(m.axis, 1.0, -1 - s)
+                elif single and m.axis and math.prod(shape[1:]) == shape[m.axis]:
                     stacked |= {s}
                 leaves[m.path] = Scaling(degree, shift, stacked=stacked)
         found = [leaves.get(leaf.path, NONE) for leaf in self._groups.leaves]

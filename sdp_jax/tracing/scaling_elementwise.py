@@ -268,6 +268,10 @@ def _compare(w: Walk, record: Record, ins: list[Scaling]) -> list[Scaling]:
 
 
 def _select(w: Walk, record: Record, ins: list[Scaling]) -> list[Scaling]:
+    which = number(record.ins[0])
+    if which is not None:
+        w.lose(*(x for k, x in enumerate(ins) if k != 1 + int(which)))
+        return [ins[1 + int(which)]]
     w.lose(ins[0])
     return [alike(w, ins[1:], record.ins[1:])]
 

@@ -4,6 +4,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
+import numpy as np
+
 from sdp_jax.tracing.scaling import (
     BODIES,
     NONE,
@@ -88,7 +90,7 @@ def _left(record: Record, operand: int = 0) -> Places:
 
 def _reduce_sum(w: Walk, record: Record, ins: list[Scaling]) -> list[Scaling]:
     """Also over named axes of ``vmap``, which are axes of the arrays here."""
-    if not all(isinstance(a, int) for a in _axes(record)):
+    if not all(isinstance(a, int | np.integer) for a in _axes(record)):
         return unknown(w, record, ins)
     outs = []
     for k, (x, value) in enumerate(zip(ins, record.ins, strict=True)):
