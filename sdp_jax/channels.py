@@ -5,6 +5,7 @@ vector ``(num_channels,)``, dimension after dimension in the order of the groups
 ``groups.split`` takes it apart by dimension name and ``groups.join`` puts it together.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
@@ -36,7 +37,10 @@ class PerChannel(NamedTuple):
 
 
 def channel_weights(
-    groups: Groups, weights: Weighting | Mapping[str, float] = "plain"
+    groups: Groups,
+    weights: Weighting | Mapping[str, float] = "plain",
+    *,
+    shrinking: bool = False,
 ) -> np.ndarray:
     """The factor ``k`` by which each channel's threshold is multiplied.
 
@@ -47,6 +51,8 @@ def channel_weights(
         ``"cost"`` for the number of parameters that go with the channel, divided by
         the mean over all channels; or a positive number for each dimension name,
         for example FLOPs per channel.
+      shrinking: whether ``"size"`` counts only the producers that a threshold shrinks,
+        ``groups.shrinking``.
 
     Returns:
       Positive numbers ``(num_channels,)``, float64.
@@ -79,7 +85,11 @@ def channel_weights(
     elif weights == "plain":
         values = [1.0] * len(groups)
     elif weights == "size":
-        values = [groups.entries(d, roles=("producer",)) ** 0.5 for d in groups]
+        counted = [
+            dataclasses.replace(d, members=d.shrinking if shrinking else d.producers)
+            for d in groups
+        ]
+        values = [groups.entries(d, roles=("producer",)) ** 0.5 for d in counted]
     elif weights == "cost":
         cost = [groups.entries(d, roles=("producer", "consumer")) for d in groups]
         mean = np.dot(cost, list(groups.sizes.values())) / max(groups.num_channels, 1)
@@ -123,7 +133,11 @@ def channel_norms(
 
 
 def weighted_norms(
-    groups: Groups, squares: jax.Array, weights: Weighting | Mapping[str, float]
+    groups: Groups,
+    squares: jax.Array,
+    weights: Weighting | Mapping[str, float],
+    *,
+    shrinking: bool = False,
 ) -> jax.Array:
     """Norms from sums of squares, as :func:`channel_norms` gives them.
 
@@ -131,6 +145,7 @@ def weighted_norms(
       groups: the channel dimensions.
       squares: the sums ``(num_channels,)``.
       weights: the weighting, see :func:`channel_weights`.
+      shrinking: whether the sums are those of what a threshold shrinks.
 
     Returns:
       The norms ``(num_channels,)``.
@@ -138,7 +153,8 @@ def weighted_norms(
     norms = jnp.sqrt(squares)
     if weights == "plain":
         return norms
-    return norms / jnp.asarray(channel_weights(groups, weights), norms.dtype)
+    factors = channel_weights(groups, weights, shrinking=shrinking)
+    return norms / jnp.asarray(factors, norms.dtype)
 
 
 def channel_products(groups: Groups, first: PyTree, second: PyTree) -> jax.Array:
@@ -299,11 +315,43 @@ def scale_channels(groups: Groups, tree: PyTree, factors: jax.Array) -> PyTree:
        [1. 0.]]
     """
     table = producer_leaves(groups, tree)
-    scales = _leaf_scales(groups, table, factors)
-    leaves = [
-        leaf * scales[path] if path in scales else leaf for path, leaf in table.items()
-    ]
-    return jax.tree.unflatten(jax.tree.structure(tree), leaves)
+    return _scaled(tree, table, _leaf_scales(groups, table, factors))
+
+
+def shrink_channels(groups: Groups, tree: PyTree, factors: jax.Array) -> PyTree:
+    """Applies the factors of a threshold: 0 takes all, what lies between only some.
+
+    A factor of 0 zeroes all producers of a channel. Another one multiplies those of
+    ``groups.shrinking`` and leaves the scale-invariant ones as they are, bit for bit.
+
+    Args:
+      groups: the channel dimensions.
+      tree: a tree that has the producers of ``groups`` as leaves.
+      factors: a vector ``(num_channels,)``.
+
+    Returns:
+      A tree of the same structure, shapes and dtypes.
+
+    Raises:
+      ValueError: if a producer is missing or has another shape, or the factors are not
+        a vector of one number for each channel.
+
+    Example:
+      >>> import jax.numpy as jnp, sdp_jax
+      >>> params = {"w": jnp.ones((2, 3)), "scale": jnp.ones(3)}
+      >>> filters = sdp_jax.Member("w", 1, scale_invariant=True)
+      >>> unit = {"unit": [filters, sdp_jax.Member("scale", 0)]}
+      >>> groups = sdp_jax.groups_from_axes(params, unit)
+      >>> small = shrink_channels(groups, params, jnp.array([1., 0.5, 0.]))
+      >>> print(small["scale"])
+      [1.  0.5 0. ]
+      >>> print(small["w"])
+      [[1. 1. 0.]
+       [1. 1. 0.]]
+    """
+    table = producer_leaves(groups, tree)
+    scales = _leaf_scales(groups, table, factors, shrinking=True)
+    return _scaled(tree, table, scales)
 
 
 def remove_channels(
@@ -342,20 +390,39 @@ def remove_channels(
 
 
 def _leaf_scales(
-    groups: Groups, table: Mapping[str, Any], factors: jax.Array
+    groups: Groups,
+    table: Mapping[str, Any],
+    factors: jax.Array,
+    *,
+    shrinking: bool = False,
 ) -> dict[str, jax.Array]:
-    """By path what each producer is multiplied by, broadcasting to the leaf."""
+    """By path what each producer is multiplied by, broadcasting to the leaf.
+
+    With ``shrinking`` others than those of ``groups.shrinking`` by 0 or 1.
+    """
     parts = _split(groups, factors)
+    spared = set(groups.producers) - set(groups.shrinking) if shrinking else ()
     scales: dict[str, jax.Array] = {}
-    for name, member, size in groups.producers:
+    for producer in groups.producers:
+        name, member, size = producer
         leaf = table[member.path]
         shape = [1] * leaf.ndim
         shape[member.axis] = length = leaf.shape[member.axis]
-        factor = parts[name].astype(jnp.finfo(leaf.dtype).dtype)
+        factor = parts[name] != 0 if producer in spared else parts[name]
+        factor = factor.astype(jnp.finfo(leaf.dtype).dtype)
         spread = _spread(factor, member, size, length).reshape(shape)
         old = scales.get(member.path)
         scales[member.path] = spread if old is None else old * spread
     return scales
+
+
+def _scaled(
+    tree: PyTree, table: Mapping[str, Any], scales: Mapping[str, jax.Array]
+) -> PyTree:
+    leaves = [
+        leaf * scales[path] if path in scales else leaf for path, leaf in table.items()
+    ]
+    return jax.tree.unflatten(jax.tree.structure(tree), leaves)
 
 
 def producer_leaves(groups: Groups, tree: PyTree) -> dict[str, Any]:
@@ -397,6 +464,8 @@ class Term(NamedTuple):
       small: whether only the vectors (biases, scales) of each dimension count, or its
         smallest producer where it has none: reading a large leaf once more would make
         XLA copy it when it is donated.
+      shrinking: whether only the producers count that a threshold shrinks,
+        ``groups.shrinking``.
       over: weights of the channels, ``(num_channels,)``; what comes out is then one
         number, the weighted sum over all channels.
     """
@@ -404,6 +473,7 @@ class Term(NamedTuple):
     entry: Callable[..., jax.Array]
     trees: tuple[PyTree, ...]
     small: bool = False
+    shrinking: bool = False
     over: jax.Array | None = None
 
 
@@ -435,7 +505,8 @@ def channel_sums(groups: Groups, *terms: Term) -> list[jax.Array]:
         tables = [producer_leaves(groups, tree) for tree in term.trees]
         numbers: dict[tuple[str, int], int] = {}
         parts.append([])
-        for name, m, size in _small(groups) if term.small else groups.producers:
+        members = groups.shrinking if term.shrinking else groups.producers
+        for name, m, size in _small(groups) if term.small else members:
             if (m.path, m.axis) not in numbers:
                 numbers[m.path, m.axis] = len(lines)
                 leaves = tuple(jnp.asarray(table[m.path]) for table in tables)

@@ -47,6 +47,10 @@ class Member:
         positions which no member covers are meant to stay.
       places: where each channel begins, counted from ``offset``, if they do not sit
         side by side in their order.
+      scale_invariant: whether the function stays the same when these entries of a
+        channel are multiplied by a positive number (a filter in front of a batch
+        normalisation). Such a producer is zeroed with its channel, but a threshold
+        neither counts nor shrinks it.
 
     Example:
       >>> import sdp_jax
@@ -65,6 +69,7 @@ class Member:
     offset: int = 0
     period: int | None = None
     places: tuple[int, ...] | None = None
+    scale_invariant: bool = False
 
     def positions(self, size: int) -> np.ndarray:
         """Positions along the axis, an integer array ``(outer, size, inner)``."""
@@ -96,6 +101,16 @@ class Dimension:
     def producers(self) -> tuple[Member, ...]:
         """The members that are thresholded."""
         return tuple(m for m in self.members if m.role == "producer")
+
+    @property
+    def shrinking(self) -> tuple[Member, ...]:
+        """Those that a threshold counts and shrinks before it zeroes them all.
+
+        They are the producers that are not scale-invariant, or all if there is no
+        other one.
+        """
+        found = tuple(m for m in self.producers if not m.scale_invariant)
+        return found or self.producers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +145,13 @@ def as_count(value: Any) -> int:
     return value
 
 
+def as_flag(value: Any) -> bool:
+    """Refuses what is neither true nor false."""
+    if not isinstance(value, bool):
+        raise TypeError(f"expected true or false, got {value!r}")
+    return value
+
+
 def member_from_json(raw: dict[str, Any]) -> Member:
     """The member of what ``dataclasses.asdict`` gives, checked."""
     numbers = ("axis", "outer", "inner", "offset")
@@ -139,6 +161,7 @@ def member_from_json(raw: dict[str, Any]) -> Member:
         role=raw["role"],
         period=None if period is None else as_count(period),
         places=None if places is None else tuple(map(as_count, places)),
+        scale_invariant=as_flag(raw.get("scale_invariant", False)),
         **{k: as_count(raw[k]) for k in numbers},
     )
 
@@ -150,6 +173,11 @@ def check_member(
     where = f"dimension {d.name!r}, member {m.path!r}"
     if m.role not in get_args(Role):
         raise ValueError(f"{where}: role {m.role!r} is not one of {get_args(Role)}")
+    if m.scale_invariant and m.role != "producer":
+        raise ValueError(
+            f"{where}: scale_invariant is meant for producers, which a threshold "
+            f"shrinks; this one is a {m.role}: leave it out"
+        )
     if m.path not in shapes:
         raise ValueError(f"{where}: {missing_path_message(m.path, list(shapes))}")
     shape = shapes[m.path]

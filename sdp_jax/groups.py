@@ -150,6 +150,14 @@ class Groups:
         return tuple((d.name, m, d.size) for d in self.dimensions for m in d.producers)
 
     @functools.cached_property
+    def shrinking(self) -> tuple[tuple[str, Member, int], ...]:
+        """The producers that a threshold counts and shrinks, see :class:`Member`.
+
+        Those that are not scale-invariant; of a dimension that has no other, all.
+        """
+        return tuple((d.name, m, d.size) for d in self.dimensions for m in d.shrinking)
+
+    @functools.cached_property
     def covered(self) -> dict[tuple[str, int], dict[str, np.ndarray]]:
         """Where channels sit: ``{(path, axis): {dimension: Boolean mask}}``."""
         out: dict[tuple[str, int], dict[str, np.ndarray]] = {}
@@ -462,7 +470,9 @@ class Groups:
         for d in self.dimensions:
             entries = self.entries(d, roles=("producer", "consumer"))
             members = ", ".join(
-                f"{m.path}[{m.axis}]" + ("" if m.role == "producer" else f" ({m.role})")
+                f"{m.path}[{m.axis}]"
+                + ("" if m.role == "producer" else f" ({m.role})")
+                + (" (scale-invariant)" if m.scale_invariant else "")
                 for m in d.members
             )
             lines.append(

@@ -30,7 +30,7 @@ from sdp_jax.channels import (
     channel_sums,
     nonzero,
     remove_channels,
-    scale_channels,
+    shrink_channels,
     square,
     weighted_norms,
 )
@@ -192,7 +192,7 @@ def group_threshold(
         if removes:
             # The others take the very step that arrived.
             return remove_channels(groups, updates, params, factor), new_state
-        return step_to(scale_channels(groups, candidate, factor), params), new_state
+        return step_to(shrink_channels(groups, candidate, factor), params), new_state
 
     return transformation("group_soft_threshold", init, update)
 
@@ -302,8 +302,9 @@ def channel_factors(
     scores does so on the parameters, and only when it has to.
     """
     if rule.score is None:
-        squares, *sums = channel_sums(groups, Term(square, (candidate,)), *others)
-        norms = weighted_norms(groups, squares, weights)
+        terms = (Term(square, (candidate,), shrinking=True), *others)
+        squares, *sums = channel_sums(groups, *terms)
+        norms = weighted_norms(groups, squares, weights, shrinking=True)
         thresholds, state = rule.update(state, norms, groups, floors)
         return prox.soft_threshold_factor(norms, thresholds), state, *sums
     score, sums = rule.score, channel_sums(groups, *others)

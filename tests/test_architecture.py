@@ -28,7 +28,8 @@ FOLDERS = {
     "tracing": ["source", "static", "devices", "atoms", "sizes", "values", "numbers"]
     + ["rule", "trace", "evaluate", "rules_elementwise", "rules_shape", "rules_index"]
     + ["rules_contract", "rules_control", "rules_linalg", "rules_mesh", "rules"]
-    + ["analyse", "ports", "flops", "members", "find"],
+    + ["analyse", "ports", "flops", "members", "scaling"]
+    + ["scaling_elementwise", "scaling_moves", "invariance", "find"],
     "valley": ["vectors", "sketch", "project", "curvature", "_sdp", "statistics"]
     + ["path", "figure", "certificate", "_certify"],
     # No method but the common ground is imported by another one.

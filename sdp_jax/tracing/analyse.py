@@ -45,6 +45,7 @@ class Analysis:
     inputs: dict[str, Value]
     outputs: dict[str, Value]
     carries: frozenset[str]  # The inputs that come back as outputs.
+    renewed: frozenset[str]  # The outputs that are new running statistics.
 
 
 def matches(path: str, patterns: Iterable[str]) -> bool:
@@ -174,6 +175,7 @@ def _walk(
     why = Reason("output", "is an output of the function")
     grows = Reason("output", "is handed on, and does not stay zero")
     outputs: dict[str, Value] = {}
+    renewed: set[str] = set()
     for (keys, _), value in zip(leaf_keys(out_shape), body.outs, strict=True):
         outputs[path := "/".join(keys)] = value
         shapes = {path: leaves[path].shape for path in running}
@@ -182,6 +184,7 @@ def _walk(
         carry = pairs.get(path)
         for d, axis in enumerate(value.axes):
             if owner is not None:
+                renewed.add(path)
                 space.unify([axis, owner.axes[d]], why)
             elif carry in back:
                 space.unify([trace.zero(axis, grows), inputs[carry].axes[d]], why)
@@ -194,7 +197,18 @@ def _walk(
     out_tree = jax.tree.structure(out_shape)
     solution = space.atoms.solve()
     used = _used(body, solution)
-    return Analysis(trace, body, axes, solution, used, out_tree, inputs, outputs, back)
+    return Analysis(
+        trace,
+        body,
+        axes,
+        solution,
+        used,
+        out_tree,
+        inputs,
+        outputs,
+        back,
+        frozenset(renewed),
+    )
 
 
 def input_paths(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[str]:

@@ -13,6 +13,7 @@ from sdp_jax.groups import Groups
 from sdp_jax.modules import take_apart
 from sdp_jax.tracing.analyse import Analysis, analyse, matches
 from sdp_jax.tracing.flops import flop_polynomial
+from sdp_jax.tracing.invariance import mark_invariant
 from sdp_jax.tracing.members import find_dimensions
 from sdp_jax.tracing.ports import class_channels, find_ports
 from sdp_jax.tree import leaf_table
@@ -136,6 +137,7 @@ def find_groups(
         prune_inputs=chosen_in,
         prune_outputs=chosen_out,
     )
+    groups = mark_invariant(found, groups)
     _warn_of_steep(found, groups)
     return dataclasses.replace(
         groups,

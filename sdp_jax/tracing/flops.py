@@ -73,7 +73,7 @@ class _Counter:
         self._label = found.solution.label
         # The last is that of classes without a channel.
         owner = np.append(groups.owner, -1)[class_channels(found, groups)]
-        self._kind, self._dims = _kinds(owner[found.solution.operands])
+        self._kind, self._dims = kinds(owner[found.solution.operands])
         # The arrays are kept alive, so that their identity stays theirs.
         self._lengths: dict[int, tuple[np.ndarray, Polynomial | int]] = {}
 
@@ -111,7 +111,7 @@ class _Counter:
         )
 
 
-def _kinds(rows: np.ndarray) -> tuple[np.ndarray, list[tuple[int, ...]]]:
+def kinds(rows: np.ndarray) -> tuple[np.ndarray, list[tuple[int, ...]]]:
     """Numbers equal sets of dimensions: those of each row, and what they are."""
     rows = np.sort(rows, axis=1)
     kind, first = np.zeros(len(rows), np.int64), np.zeros(1, np.int64)

@@ -17,7 +17,7 @@ from sdp_jax.base import (
     need_params,
     wide_copy,
 )
-from sdp_jax.channels import Weighting, scale_channels
+from sdp_jax.channels import Weighting, shrink_channels
 from sdp_jax.checks import check_number
 from sdp_jax.groups import Groups
 from sdp_jax.strength import StrengthLike
@@ -175,7 +175,7 @@ def project_onto_valley(
         factor, state = channel_factors(
             groups, rule, floors, weights, point, state, params
         )
-        kept = scale_channels(groups, point, factor)
+        kept = shrink_channels(groups, point, factor)
         return jax.tree.map(jnp.subtract, point, kept), state
 
     def init_fn(params: optax.Params) -> ProjectOntoValleyState:
