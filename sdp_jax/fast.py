@@ -66,8 +66,8 @@ def steps_of(round_to: int | Literal["fast"], *, shared: bool = False) -> Steps:
 
     Args:
       round_to: a number, of which widths are multiples; or ``"fast"``: multiples of
-        :func:`fast_multiple`, and below it powers of two, where less is computed and
-        nothing is slower (on a TPU below 128 multiples of 8, and on a GPU always).
+        :func:`fast_multiple`, and below it powers of two, so that narrow layers stay
+        narrow (on a TPU below 128 multiples of 8; on a GPU always multiples of 8).
       shared: whether all processes call this and have to agree, on what the first one
         has found.
 
