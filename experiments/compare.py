@@ -32,14 +32,6 @@ from experiments.outcome import time_cut
 ENTRIES: Mapping[str, dict[str, Any]] = {
     "SGD, dense": {"method": "sgd"},
     "AltSDP": {"method": "altsdp"},
-    "AltSDP, radial": {"method": "altsdp", "dual": "radial"},
-    "AltSDP, adaptive": {"method": "altsdp", "dual": "radial", "power": 8.0},
-    "AltSDP, adaptive, by layer": {
-        "method": "altsdp",
-        "dual": "radial",
-        "power": 8.0,
-        "ranking": "dimension",
-    },
     "L2 at the end": {"method": "l2_last"},
     "random": {"method": "random"},
     "L1": {"method": "l1"},
@@ -76,12 +68,7 @@ DPM = {"release_rate": 0.0, "release_length": 1.0}
 WITHOUT_TARGET = {"SGD, dense", "HSPG", "gRDA"}
 # None of their channels has the scale of a normalisation.
 WITHOUT_SCALES = {"dnn", "lenet", "mixer"}
-OURS = (
-    "AltSDP",
-    "AltSDP, radial",
-    "AltSDP, adaptive",
-    "AltSDP, adaptive, by layer",
-)
+OURS = "AltSDP"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -332,14 +319,13 @@ def plot(table: list[dict[str, Any]], path: pathlib.Path) -> None:
     for axis, (key, title) in zip(axes, titles.items(), strict=True):
         for i, name in enumerate(names):
             line = sorted((r for r in table if r["name"] == name), key=lambda r: r[key])
-            ours = name in OURS
+            ours = name == OURS
             axis.errorbar(
                 [r[key][0] for r in line],
                 [100 * r["accuracy"][0] for r in line],
                 [100 * r["accuracy"][1] for r in line],
                 color="black" if ours else colours[i % 20],
                 marker="o*sd^v"[i % 6] if not ours else "o",
-                linestyle="-" if not ours else ("-", "--", ":", "-.")[OURS.index(name)],
                 linewidth=2 if ours else 0.8,
                 markersize=5 if ours else 4,
                 label=name,

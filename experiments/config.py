@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 from experiments import data, models
 from experiments.optimizers import Method
-from sdp_jax.groups import Ranking
 
 # They say where and how a run is made, not which one it is.
 OUTSIDE = ("data_dir", "out", "loop", "devices", "twin", "timed")
@@ -41,19 +40,15 @@ class Config:
       mu: altsdp: its exponent.
       sparsity: share of the target that goes; with altsdp instead of c and mu.
       target: what it is a share of: channels, params or flops.
-      ranking: altsdp with sparsity: all channels together, within each dimension, or
-        within dimensions that are built alike.
       begin: with sparsity: share of the steps after which pruning begins.
       end: with sparsity: share of the steps after which it is done; what goes in one
         shot goes halfway between.
-      power: altsdp: exponent of the adaptive threshold; 1 for the plain one.
       stop_rise: altsdp: stop pruning further once the PQ Index of what is left has
         risen by so much above its least; none for no such rule.
       penalty: weight of the penalty, for methods that have one.
       decay_steps: steps of the Decay Pruning Method around its hosts; 1 for none.
       release_rate: its threshold of the escape rate; none releases no channel.
       release_length: its threshold of the gradient's length.
-      dual: altsdp: full or radial dual variable.
       valley: altsdp: how sharp directions are estimated that shrinkage keeps out of;
         none for plain AltSDP, hessian for eigenvectors on some training examples.
       valley_rank: altsdp with valley: number of directions.
@@ -97,16 +92,13 @@ class Config:
     mu: float = 0.6
     sparsity: float | None = None
     target: Literal["channels", "params", "flops"] = "channels"
-    ranking: Ranking = "global"
     begin: float = 0.1
     end: float = 0.6
-    power: float = 1.0
     stop_rise: float | None = None
     penalty: float = 1e-3
     decay_steps: int = 1
     release_rate: float | None = None
     release_length: float = 1.0
-    dual: Literal["full", "radial"] = "full"
     valley: Literal["none", "hessian", "svd", "frequent_directions", "oja"] = "none"
     valley_rank: int = 8
     valley_decay: float = 0.5
@@ -143,7 +135,8 @@ class Config:
                 if self.sparsity is None
                 else f"sparsity{self.sparsity:g}"
             )
-            parts.append(self.dual if self.valley == "none" else self.valley)
+            if self.valley != "none":
+                parts.append(self.valley)
         elif self.method != "sgd":
             parts.append(f"{self.penalty:g}")
             if self.sparsity is not None:
@@ -164,8 +157,8 @@ class Config:
 DEFAULT = Config()
 # What bears on pruning alone.
 PRUNING = (
-    *("c", "mu", "sparsity", "target", "ranking", "begin", "end", "power"),
+    *("c", "mu", "sparsity", "target", "begin", "end"),
     *("stop_rise", "penalty", "decay_steps", "release_rate", "release_length"),
-    *("dual", "valley", "valley_rank", "valley_decay", "valley_every"),
+    *("valley", "valley_rank", "valley_decay", "valley_every"),
     *("weights", "min_channels", "widths_left"),
 )

@@ -74,14 +74,8 @@ ROWS: Mapping[str, dict[str, Any]] = {
     "resnet20_narrow-cifar10": _SMALL
     | {"model": "resnet20", "widths": (8, 16, 32), "epochs": 15},
 }
-_ALTSDP: dict[str, Any] = {
-    **{"method": "altsdp", "dual": "radial", "power": 8.0},
-    **{"ranking": "dimension", "end": 0.5},
-}
 VARIANTS: Mapping[str, dict[str, Any]] = {
-    "altsdp": _ALTSDP,
-    # Survivors are hardly shrunk: for networks that cannot fit the training set.
-    "altsdp_hard": _ALTSDP | {"power": 100.0},
+    "altsdp": {"method": "altsdp", "end": 0.5},
     "sgd": {"method": "sgd"},
     "l2": {"method": "l2", "end": 0.5},
     "depgraph": {"method": "depgraph", "end": 0.5},

@@ -87,7 +87,6 @@ def main(demo: Demo) -> dict[str, Any]:
                     config,
                     method="altsdp",
                     sparsity=demo.sparsity,
-                    dual="radial",
                     begin=0.0,
                     end=0.5,
                     out=directory / "altsdp",

@@ -36,7 +36,7 @@ class Estimators:
     Attributes:
       widths: hidden widths.
       epochs: passes over the digits: few, so that pruning is rushed.
-      sparsity: share of channels to prune.
+      c: scale of the threshold.
       rank: number of directions.
       seeds: number of seeds.
       out: file of the figures.
@@ -44,7 +44,7 @@ class Estimators:
 
     widths: tuple[int, ...] = (60, 30)
     epochs: int = 10
-    sparsity: float = 0.5
+    c: float = 0.1
     rank: int = 8
     seeds: int = 3
     out: pathlib.Path = pathlib.Path("estimators.json")
@@ -67,7 +67,7 @@ def config_of(options: Estimators, seed: int) -> Config:
         widths=options.widths,
         epochs=options.epochs,
         batch_size=64,
-        sparsity=options.sparsity,
+        c=options.c,
         seed=seed,
     )
 
@@ -144,7 +144,6 @@ def losses(options: Estimators) -> dict[str, list[float]]:
     choices: dict[str, dict[str, Any]] = {
         "SGD, nothing pruned": {"method": "sgd"},
         "plain": {},
-        "radial": {"dual": "radial"},
     }
     for name, decay in STREAMS:
         choices[f"{name}, decay {decay}"] = {"valley": name, "valley_decay": decay}

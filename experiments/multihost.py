@@ -158,7 +158,7 @@ def train(config: Config, mesh: Mesh, split: data.Split) -> tuple[Any, Any, Any]
         config.sparsity, config.steps // 4, config.steps * 3 // 4
     )
     base = optax.adam(config.learning_rate)
-    tx = sdp_jax.altsdp(base, groups, strength=strength, dual="radial")
+    tx = sdp_jax.altsdp(base, groups, strength=strength)
     state = {"params": params, "opt": jax.jit(tx.init)(params)}
 
     @functools.partial(jax.jit, donate_argnums=0)

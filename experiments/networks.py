@@ -56,7 +56,7 @@ METHODS = (
     *("SGD, dense", "AltSDP", "L2", "gradual magnitude", "DepGraph", "slimming"),
     *("DHSPG", "random", "from scratch"),
 )
-OURS, DENSE, SCRATCH = "AltSDP", "SGD, dense", "from scratch"
+OURS, DENSE, SCRATCH = compare.OURS, "SGD, dense", "from scratch"
 # What the table calls them, where the base may be AdamW.
 TITLES = {DENSE: "dense", "DHSPG": "OTOv2"}
 # Ranked by their test loss.

@@ -223,16 +223,12 @@ def _altsdp(plan: Plan, groups: sdp_jax.Groups) -> optax.GradientTransformation:
             config.c, config.mu, plan.rate, momentum=momentum
         )
     else:
-        strength = plan.target(plan.begin, plan.end, config.ranking)
-    if config.power != 1:
-        strength = sdp_jax.adaptive_strength(strength, config.power)
+        strength = plan.target(plan.begin, plan.end)
     if config.stop_rise is not None:
         strength = methods.until_compressed(strength, rise=config.stop_rise)
     common: Any = {"weights": config.weights, "min_channels": config.min_channels}
     if config.valley == "none":
-        return sdp_jax.altsdp(
-            plan.base, groups, strength=strength, dual=config.dual, **common
-        )
+        return sdp_jax.altsdp(plan.base, groups, strength=strength, **common)
     estimate: Any = {"estimator": None}
     if config.valley != "hessian":
         estimate = {
@@ -240,10 +236,9 @@ def _altsdp(plan: Plan, groups: sdp_jax.Groups) -> optax.GradientTransformation:
             "decay": config.valley_decay,
             "every": config.valley_every,
         }
-    radial = config.dual == "radial"
     return optax.chain(
         plan.base,
-        sdp_jax.radial_dual_averaging(groups) if radial else sdp_jax.dual_averaging(),
+        sdp_jax.dual_averaging(),
         sdp_jax.valley.project_onto_valley(
             groups, strength, rank=config.valley_rank, **estimate, **common
         ),

@@ -17,7 +17,6 @@ cifar10() {
 }
 mnist sgd sgd
 mnist altsdp none --sparsity 0.5
-mnist altsdp radial --sparsity 0.5 --dual radial
 mnist altsdp svd --sparsity 0.5 --valley svd
 mnist altsdp svd-long --sparsity 0.5 --valley svd --valley-decay 0.99
 mnist altsdp frequent --sparsity 0.5 --valley frequent_directions --valley-decay 0.99

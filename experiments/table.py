@@ -107,12 +107,11 @@ def _settings(config: dict[str, Any]) -> str:
     shown += [
         k
         for k in (
-            "dual",
             "valley",
             "valley_decay",
             "valley_rank",
             "valley_every",
-            "ranking",
+            "end",
             "weights",
             "widths",
             "momentum",

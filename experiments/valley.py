@@ -117,7 +117,7 @@ def solutions(
         config = config_of(path, options.data_dir)
         params, name = run.state.params, config.method
         if config.method == "altsdp":
-            name = f"altsdp, {config.dual if config.valley == 'none' else 'explicit'}"
+            name = "altsdp" if config.valley == "none" else "altsdp, explicit"
         if name in found:
             name = f"{name}, {path.name}"
         _check_twin(path, config, same_seed=True, of=options)

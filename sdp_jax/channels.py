@@ -16,7 +16,7 @@ import numpy as np
 
 from sdp_jax.dimension import Dimension, Member, Role
 from sdp_jax.groups import Groups
-from sdp_jax.mesh import Line, replicated, sum_lines
+from sdp_jax.mesh import Line, replicated, sharded_like, sum_lines
 from sdp_jax.tree import PyTree, leaf_table, missing_path_message, replace_leaves
 
 Weighting = Literal["plain", "size", "cost"]
@@ -385,7 +385,7 @@ def remove_channels(
     for path, scale in scales.items():
         dtype = jnp.promote_types(table[path].dtype, steps[path].dtype)
         p, u = table[path].astype(dtype), steps[path].astype(dtype)
-        changed[path] = jnp.where(scale == 0, -p, u)
+        changed[path] = jnp.where(sharded_like(scale, p) == 0, -p, u)
     return replace_leaves(updates, changed)
 
 

@@ -11,10 +11,12 @@ import optax
 from sdp_jax import prox, segments
 from sdp_jax.channels import PerChannel
 from sdp_jax.checks import check_share, check_steps
+from sdp_jax.fast import steps_of
 from sdp_jax.groups import Groups, Ranking, check_ranking
 from sdp_jax.importance import channel_importance
 from sdp_jax.polynomial import Polynomial
 from sdp_jax.strength import Strength
+from sdp_jax.widths import Steps, round_up
 
 Target = Literal["channels", "params", "flops"]
 
@@ -46,6 +48,7 @@ def target_sparsity(
     *,
     target: Target = "channels",
     ranking: Ranking = "global",
+    round_to: int | Literal["fast"] = 1,
 ) -> Strength:
     """Prunes at least the asked-for share of channels, parameters or FLOPs.
 
@@ -75,6 +78,10 @@ def target_sparsity(
         or within dimensions that are built alike (``"isomorphic"``); in the latter two
         each of these loses the same share of its channels. It is for hosts whose scores
         do not compare dimensions.
+      round_to: a number of which all widths shall be multiples, or ``"fast"`` for what
+        is fast on the device, see :func:`sdp_jax.fast_multiple`. Dimensions that would
+        end in between keep more channels, and others fewer: the target counts the
+        rounded widths, and more than a channel more may go.
 
     Returns:
       A :class:`Strength`. Its ``init`` raises ``ValueError`` if the floors leave fewer
@@ -83,8 +90,9 @@ def target_sparsity(
       share, they win.
 
     Raises:
-      ValueError: if ``sparsity`` is outside [0, 1), the steps are not in order, or
-        target or ranking are unknown.
+      ValueError: if ``sparsity`` is outside [0, 1), the steps are not in order, target
+        or ranking are unknown, or ``round_to`` is neither a positive integer nor
+        ``"fast"``.
       TypeError: if ``sparsity`` is not a number or a step not an integer.
 
     References:
@@ -109,6 +117,7 @@ def target_sparsity(
     check_ranking(ranking)
     if target not in get_args(Target):
         raise ValueError(f"target is {target!r}; use one of {get_args(Target)}")
+    steps = steps_of(round_to)
 
     def init(groups: Groups, floors: prox.Floors) -> TargetState:
         if not len(groups):
@@ -116,7 +125,7 @@ def target_sparsity(
                 "target_sparsity ranks channels, and these groups have none: "
                 "single entries, as soft_threshold has them, cannot be ranked"
             )
-        _check_floors(_goal(sparsity, target, groups), target, groups, floors)
+        _check_floors(_goal(sparsity, target, groups), target, groups, floors, steps)
         gone = jnp.zeros((groups.num_channels,), bool)
         level = jnp.ones((groups.num_channels,), jnp.result_type(float))
         count = jnp.zeros((), jnp.int32)
@@ -141,7 +150,7 @@ def target_sparsity(
             # Division may round: at the end the share is exact.
             share = jnp.where(count >= end_step, 1, 1 - (1 - done) ** POWER)
             goal = 1 - share * (1 - _goal(sparsity, target, groups))
-            gone = _lowest(groups, scores, floors, target, ranking, goal)
+            gone = _lowest(groups, scores, floors, steps, target, ranking, goal)
             # What was taken back from outside is not zero.
             gone |= old[0] & (scores <= 0)
             kept = segments.sum_over(jnp.where(gone, 0, scores), groups.owner)
@@ -172,18 +181,20 @@ def _goal(sparsity: float, target: Target, groups: Groups) -> float:
 
 
 def _check_floors(
-    goal: float, target: Target, groups: Groups, floors: prox.Floors
+    goal: float, target: Target, groups: Groups, floors: prox.Floors, steps: Steps
 ) -> None:
-    counts = _polynomial(groups, target)
+    counts, sizes = _polynomial(groups, target), list(groups.sizes.values())
     if any(isinstance(f, jax.Array) for f in floors):
         return
-    dense = counts.at(list(groups.sizes.values()))
-    least = counts.at([int(f) for f in floors]) / max(dense, 1e-300)
+    pairs = zip(floors, sizes, strict=True)
+    widths = [round_up(int(floor), size, steps) for floor, size in pairs]
+    least = counts.at(widths) / max(counts.at(sizes), 1e-300)
     if least > goal * (1 + 1e-6):
+        rounded = "" if widths == list(floors) else ", rounded by round_to,"
         raise ValueError(
-            f"target_sparsity cannot be met: where only min_channels are left, so are "
-            f"{least:.1%} of the {target}, and at most {goal:.1%} shall be; lower the "
-            "sparsity or min_channels"
+            f"target_sparsity cannot be met: where only min_channels are left"
+            f"{rounded} so are {least:.1%} of the {target}, and at most {goal:.1%} "
+            "shall be; lower the sparsity, min_channels or round_to"
         )
 
 
@@ -191,6 +202,7 @@ def _lowest(
     groups: Groups,
     scores: jax.Array,
     floors: prox.Floors,
+    steps: Steps,
     target: Target,
     ranking: Ranking,
     goal: jax.Array,
@@ -218,14 +230,15 @@ def _lowest(
         order = jnp.where(free, shares, jnp.inf)
     place = segments.ranks(order, np.zeros_like(block))
 
-    def gone(number: jax.Array) -> jax.Array:
-        """Channels of each dimension among the first ``number``."""
-        return segments.sum_each(place < number, owner)
+    def widths(number: jax.Array) -> jax.Array:
+        """What is left of each dimension without the first ``number``."""
+        left = sizes - segments.sum_each(place < number, owner)
+        return round_up(left, sizes, steps)
 
     def halve(_: int, between: tuple[jax.Array, jax.Array]) -> Any:
         low, high = between
         middle = (low + high) // 2
-        met = share_left((sizes - gone(middle)).astype(scores.dtype)) <= goal
+        met = share_left(widths(middle).astype(scores.dtype)) <= goal
         return jnp.where(met, low, middle + 1), jnp.where(met, middle, high)
 
     most = free.sum()
@@ -233,7 +246,7 @@ def _lowest(
     number, _ = jax.lax.fori_loop(0, len(owner).bit_length(), halve, start)
     # Floors that are arrays may forbid the goal: they win.
     number = jnp.minimum(number, most)
-    return segments.lowest(flat, gone(number), owner).mask
+    return segments.lowest(flat, sizes - widths(number), owner).mask
 
 
 def _uniform(

@@ -95,15 +95,9 @@ def optimizers(groups: sdp_jax.Groups) -> dict[str, Any]:
         "target, isomorphic": sdp_jax.target_sparsity(
             0.5, 0, 100, ranking="isomorphic"
         ),
-        "target, spared": sdp_jax.adaptive_strength(
-            sdp_jax.target_sparsity(0.5, 0, 100)
-        ),
     }
     for name, strength in strengths.items():
-        for dual in ("full", "radial"):
-            made[f"{name}, {dual}"] = sdp_jax.altsdp(
-                0.1, groups, strength=strength, momentum=0.9, dual=dual
-            )
+        made[name] = sdp_jax.altsdp(0.1, groups, strength=strength, momentum=0.9)
     return made
 
 

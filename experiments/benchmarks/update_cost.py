@@ -87,21 +87,24 @@ def random_params(seed: int, dtype: str, narrower: int = 1) -> Any:
 def optimizers(groups: sdp_jax.Groups, sparsity: float) -> dict[str, Any]:
     """The optimizers to compare, the reference first."""
     valley = sdp_jax.valley_strength(c=0.01, mu=0.6)
-    target = sdp_jax.target_sparsity(sparsity, 0, 1000)
+    target = sdp_jax.target_sparsity(sparsity, 0, 1000, target="params")
+    early = sdp_jax.target_sparsity(sparsity, 0, 1, target="params")
     return {
         "sgd, momentum 0.9": optax.sgd(0.1, momentum=0.9),
         "sgd": optax.sgd(0.1),
         "adamw": optax.adamw(1e-3),
         "altsdp": sdp_jax.altsdp(0.1, groups, strength=valley),
-        "altsdp, target": sdp_jax.altsdp(0.1, groups, strength=target, momentum=0.9),
         "prox_sgd, momentum 0.9": sdp_jax.prox_sgd(
             0.1, groups, strength=1e-3, momentum=0.9
         ),
-        "altsdp, momentum, radial": sdp_jax.altsdp(
-            0.1, groups, strength=valley, momentum=0.9, dual="radial"
-        ),
         "altsdp, momentum 0.9": sdp_jax.altsdp(
             0.1, groups, strength=valley, momentum=0.9
+        ),
+        "altsdp, on the ramp": sdp_jax.altsdp(
+            0.1, groups, strength=target, momentum=0.9
+        ),
+        "altsdp, after the ramp": sdp_jax.altsdp(
+            0.1, groups, strength=early, momentum=0.9
         ),
     }
 

@@ -24,7 +24,7 @@ CONFIG = Config(
 )
 METHODS = {
     "sgd": {"method": "sgd"},
-    "altsdp": {"sparsity": 0.4, "ranking": "dimension", "dual": "radial"},
+    "altsdp": {"sparsity": 0.4},
 }
 
 

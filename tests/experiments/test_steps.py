@@ -15,7 +15,7 @@ from experiments.train import make_setup
 SIZE, STEPS = 16, 12
 CONFIG = Config(
     **{"model": "conv", "widths": (4, 4, 8), "augment": "crop_flip", "seed": 1},
-    **{"sparsity": 0.5, "ranking": "dimension", "dual": "radial"},
+    **{"sparsity": 0.5, "end": 0.5},
     **{"momentum": 0.9, "weight_decay": 1e-3, "learning_rate": 0.05},
     **{"batch_size": SIZE, "epochs": 3},
 )

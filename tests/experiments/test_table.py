@@ -10,14 +10,14 @@ from experiments.train import train
 def test_one_row_for_all_seeds_of_a_configuration(tmp_path):
     base = Config(widths=(12, 8), epochs=1, batch_size=256)
     runs = []
-    for changed in ({"method": "sgd"}, {"sparsity": 0.5, "dual": "radial"}):
+    for changed in ({"method": "sgd"}, {"sparsity": 0.5, "end": 0.5}):
         for seed in (0, 1):
             out = tmp_path / f"{changed.get('method', 'altsdp')}{seed}"
             config = dataclasses.replace(base, seed=seed, out=out, **changed)
             runs.append((out, train(config)))
     table = rows(tuple(out for out, _ in runs))
     assert [row["seeds"] for row in table] == [2, 2]
-    assert table[1]["settings"] == "sparsity=0.5 dual=radial widths=12-8"
+    assert table[1]["settings"] == "sparsity=0.5 end=0.5 widths=12-8"
     a, b = (run.result["small_test_accuracy"] for _, run in runs[:2])
     mean, deviation = table[0]["small_test_accuracy"]
     assert mean == pytest.approx((a + b) / 2)

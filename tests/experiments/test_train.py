@@ -42,7 +42,7 @@ def run(tmp_path, name="run", **changed):
             "ranking": "dimension",
             "min_channels": 2,
         },
-        {"method": "altsdp", "sparsity": 0.5, "dual": "radial", "weights": "size"},
+        {"method": "altsdp", "sparsity": 0.5, "weights": "size"},
         {"method": "prox_sgd", "penalty": 0.1},
         {"model": "conv", "widths": (4, 4, 8), "sparsity": 0.5, "validation": 99},
     ],
@@ -267,7 +267,7 @@ def test_mnist_dnn_loses_half_of_its_neurons_and_no_accuracy(tmp_path):
     methods = {
         "sgd": {"method": "sgd"},
         "altsdp": {"c": 0.08},
-        "target": {"sparsity": 0.5, "dual": "radial"},
+        "target": {"sparsity": 0.5},
     }
     for name, changed in methods.items():
         results = [
