@@ -592,7 +592,7 @@ def test_a_text_that_is_not_the_one(tmp_path):
     with pytest.raises(FileNotFoundError, match="shakespeare is not downloaded: give"):
         data.load("shakespeare")
     (tmp_path / "tinyshakespeare.txt").write_text("to be or not to be" * 100)
-    expected = r"8 characters.*\[25, 2\]; expected 65 and \[15685, 1742\]. Fetch"
+    expected = r"7 characters.*\[25, 2\]; expected 65 and \[15685, 1742\]. Fetch"
     with pytest.raises(ValueError, match=expected):
         data.load("shakespeare", tmp_path)
     with pytest.raises(ValueError, match="downscale must be an integer that divides"):

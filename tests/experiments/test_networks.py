@@ -21,7 +21,7 @@ def small(monkeypatch):
 def test_the_study_goes_on_where_it_was(tmp_path, small, capsys):
     config = networks.Networks(
         out=tmp_path,
-        methods=("AltSDP", "gradual magnitude"),
+        methods=("AltSDP",),
         seeds=(0,),
         targets=(0.5,),
     )
