@@ -487,7 +487,7 @@ def test_training_shrinks_scales_and_takes_whole_channels():
     params["shift"] = jnp.linspace(0.01, 0.5, 8)
     groups = sdp_jax.find_groups(fn, params, x)
     assert [m.path for _, m, _ in groups.shrinking] == ["scale", "shift"]
-    strength = sdp_jax.valley_strength(c=0.3, mu=0.6)
+    strength = sdp_jax.valley_strength(c=2.0, mu=0.6)
     tx, base = sdp_jax.altsdp(rate, groups, strength=strength), optax.sgd(rate)
 
     @jax.jit
