@@ -84,11 +84,12 @@ def channel_weights(
     elif weights == "plain":
         values = [1.0] * len(groups)
     elif weights == "size":
-        counted = [
-            dataclasses.replace(d, members=d.shrinking if shrinking else d.producers)
-            for d in groups
+        counted = [d.shrinking if shrinking else d.producers for d in groups]
+        values = [
+            groups.entries(dataclasses.replace(d, members=m), roles=("producer",))
+            ** 0.5
+            for d, m in zip(groups, counted, strict=True)
         ]
-        values = [groups.entries(d, roles=("producer",)) ** 0.5 for d in counted]
     elif weights == "cost":
         cost = [groups.entries(d, roles=("producer", "consumer")) for d in groups]
         mean = np.dot(cost, list(groups.sizes.values())) / max(groups.num_channels, 1)
@@ -385,7 +386,6 @@ def _leaf_scales(
     groups: Groups,
     table: Mapping[str, Any],
     factors: jax.Array,
-    *,
     shrinking: bool = False,
 ) -> dict[str, jax.Array]:
     """By path what each producer is multiplied by, broadcasting to the leaf.
@@ -412,7 +412,7 @@ def _scaled(
     groups: Groups, tree: PyTree, factors: jax.Array, *, shrinking: bool = False
 ) -> PyTree:
     table = producer_leaves(groups, tree)
-    scales = _leaf_scales(groups, table, factors, shrinking=shrinking)
+    scales = _leaf_scales(groups, table, factors, shrinking)
     return replace_leaves(tree, {path: table[path] * x for path, x in scales.items()})
 
 

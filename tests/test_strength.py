@@ -7,6 +7,7 @@ import optax
 import pytest
 
 import sdp_jax
+from sdp_jax import prox
 from tests import toy
 
 

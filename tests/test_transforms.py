@@ -8,6 +8,7 @@ import optax
 import pytest
 
 import sdp_jax
+from sdp_jax.transforms import DualAveragingState
 from tests import toy
 
 VALLEY = sdp_jax.valley_strength(c=4.0, mu=0.6, learning_rate=0.1)
