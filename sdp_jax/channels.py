@@ -84,12 +84,11 @@ def channel_weights(
     elif weights == "plain":
         values = [1.0] * len(groups)
     elif weights == "size":
-        counted = [d.shrinking if shrinking else d.producers for d in groups]
-        values = [
-            groups.entries(dataclasses.replace(d, members=m), roles=("producer",))
-            ** 0.5
-            for d, m in zip(groups, counted, strict=True)
+        some = [d.shrinking if shrinking else d.producers for d in groups]
+        own = [
+            dataclasses.replace(d, members=m) for d, m in zip(groups, some, strict=True)
         ]
+        values = [groups.entries(d, roles=("producer",)) ** 0.5 for d in own]
     elif weights == "cost":
         cost = [groups.entries(d, roles=("producer", "consumer")) for d in groups]
         mean = np.dot(cost, list(groups.sizes.values())) / max(groups.num_channels, 1)

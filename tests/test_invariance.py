@@ -286,9 +286,7 @@ CASES = {
         TOKENS,
         "blocks/w blocks/b",
     ),
-    "shared": Case(
-        shared, {"w": (3, 3, 3, 8), "out": (8, 4), "outb": (8, 4)}, IMAGE, ""
-    ),
+    "shared": Case(shared, NORM | {"outb": (8, 4)}, IMAGE, ""),
     "branched": Case(
         branched,
         {k: (3, 3, 3, 8) for k in "wv"} | {"out": (8, 4), "outb": (8, 4)},
