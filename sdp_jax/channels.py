@@ -51,8 +51,7 @@ def channel_weights(
         ``"cost"`` for the number of parameters that go with the channel, divided by
         the mean over all channels; or a positive number for each dimension name,
         for example FLOPs per channel.
-      shrinking: whether ``"size"`` counts only the producers that a threshold shrinks,
-        ``groups.shrinking``.
+      shrinking: whether ``"size"`` counts only ``groups.shrinking``.
 
     Returns:
       Positive numbers ``(num_channels,)``, float64.
@@ -85,11 +84,11 @@ def channel_weights(
     elif weights == "plain":
         values = [1.0] * len(groups)
     elif weights == "size":
-        counted = [
-            dataclasses.replace(d, members=d.shrinking if shrinking else d.producers)
-            for d in groups
+        some = [d.shrinking if shrinking else d.producers for d in groups]
+        own = [
+            dataclasses.replace(d, members=m) for d, m in zip(groups, some, strict=True)
         ]
-        values = [groups.entries(d, roles=("producer",)) ** 0.5 for d in counted]
+        values = [groups.entries(d, roles=("producer",)) ** 0.5 for d in own]
     elif weights == "cost":
         cost = [groups.entries(d, roles=("producer", "consumer")) for d in groups]
         mean = np.dot(cost, list(groups.sizes.values())) / max(groups.num_channels, 1)
@@ -314,8 +313,7 @@ def scale_channels(groups: Groups, tree: PyTree, factors: jax.Array) -> PyTree:
       [[1. 0.]
        [1. 0.]]
     """
-    table = producer_leaves(groups, tree)
-    return _scaled(tree, table, _leaf_scales(groups, table, factors))
+    return _scaled(groups, tree, factors)
 
 
 def shrink_channels(groups: Groups, tree: PyTree, factors: jax.Array) -> PyTree:
@@ -333,25 +331,19 @@ def shrink_channels(groups: Groups, tree: PyTree, factors: jax.Array) -> PyTree:
       A tree of the same structure, shapes and dtypes.
 
     Raises:
-      ValueError: if a producer is missing or has another shape, or the factors are not
-        a vector of one number for each channel.
+      ValueError: as :func:`scale_channels`.
 
     Example:
       >>> import jax.numpy as jnp, sdp_jax
       >>> params = {"w": jnp.ones((2, 3)), "scale": jnp.ones(3)}
-      >>> filters = sdp_jax.Member("w", 1, scale_invariant=True)
-      >>> unit = {"unit": [filters, sdp_jax.Member("scale", 0)]}
-      >>> groups = sdp_jax.groups_from_axes(params, unit)
+      >>> unit = [sdp_jax.Member("w", 1, scale_invariant=True)]
+      >>> unit += [sdp_jax.Member("scale", 0)]
+      >>> groups = sdp_jax.groups_from_axes(params, {"unit": unit})
       >>> small = shrink_channels(groups, params, jnp.array([1., 0.5, 0.]))
-      >>> print(small["scale"])
-      [1.  0.5 0. ]
-      >>> print(small["w"])
-      [[1. 1. 0.]
-       [1. 1. 0.]]
+      >>> print(small["scale"], small["w"][0])
+      [1.  0.5 0. ] [1. 1. 0.]
     """
-    table = producer_leaves(groups, tree)
-    scales = _leaf_scales(groups, table, factors, shrinking=True)
-    return _scaled(tree, table, scales)
+    return _scaled(groups, tree, factors, shrinking=True)
 
 
 def remove_channels(
@@ -393,7 +385,6 @@ def _leaf_scales(
     groups: Groups,
     table: Mapping[str, Any],
     factors: jax.Array,
-    *,
     shrinking: bool = False,
 ) -> dict[str, jax.Array]:
     """By path what each producer is multiplied by, broadcasting to the leaf.
@@ -417,12 +408,11 @@ def _leaf_scales(
 
 
 def _scaled(
-    tree: PyTree, table: Mapping[str, Any], scales: Mapping[str, jax.Array]
+    groups: Groups, tree: PyTree, factors: jax.Array, *, shrinking: bool = False
 ) -> PyTree:
-    leaves = [
-        leaf * scales[path] if path in scales else leaf for path, leaf in table.items()
-    ]
-    return jax.tree.unflatten(jax.tree.structure(tree), leaves)
+    table = producer_leaves(groups, tree)
+    scales = _leaf_scales(groups, table, factors, shrinking)
+    return replace_leaves(tree, {path: table[path] * x for path, x in scales.items()})
 
 
 def producer_leaves(groups: Groups, tree: PyTree) -> dict[str, Any]:
@@ -464,8 +454,7 @@ class Term(NamedTuple):
       small: whether only the vectors (biases, scales) of each dimension count, or its
         smallest producer where it has none: reading a large leaf once more would make
         XLA copy it when it is donated.
-      shrinking: whether only the producers count that a threshold shrinks,
-        ``groups.shrinking``.
+      shrinking: whether only ``groups.shrinking`` count.
       over: weights of the channels, ``(num_channels,)``; what comes out is then one
         number, the weighted sum over all channels.
     """

@@ -148,7 +148,7 @@ def as_count(value: Any) -> int:
 def as_flag(value: Any) -> bool:
     """Refuses what is neither true nor false."""
     if not isinstance(value, bool):
-        raise TypeError(f"expected true or false, got {value!r}")
+        raise TypeError(f"expected a Boolean, got {value!r}")
     return value
 
 

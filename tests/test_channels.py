@@ -9,7 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sdp_jax
-from sdp_jax.channels import Term, channel_maxima, channel_sums, member_sums, nonzero
+from sdp_jax.channels import (
+    Term,
+    channel_maxima,
+    channel_sums,
+    channel_weights,
+    member_sums,
+    nonzero,
+    shrink_channels,
+    square,
+    weighted_norms,
+)
 from sdp_jax.tree import leaf_table
 from tests import toy
 
@@ -161,6 +171,62 @@ def test_weights():
     plain = sdp_jax.channel_norms(groups, params)
     weighted = sdp_jax.channel_norms(groups, params, weights="size")
     np.testing.assert_allclose(weighted * size, plain, rtol=1e-6)
+
+
+def with_invariant():
+    """A filter and its bias that are scale-invariant, a scale that is not."""
+    params = {"w": jnp.arange(1.0, 13).reshape(3, 4), "b": jnp.arange(4.0)}
+    params |= {"scale": jnp.array([3.0, 4, 0, 1]), "v": jnp.ones((2, 3))}
+    groups = sdp_jax.groups_from_axes(
+        params,
+        {
+            "unit": [
+                sdp_jax.Member("w", 1, scale_invariant=True),
+                sdp_jax.Member("b", 0, scale_invariant=True),
+                sdp_jax.Member("scale", 0),
+            ],
+            "all": [sdp_jax.Member("v", 1, scale_invariant=True)],
+        },
+    )
+    return params, groups
+
+
+def test_what_shrinks_is_what_is_not_invariant():
+    params, groups = with_invariant()
+    assert [m.path for _, m, _ in groups.shrinking] == ["scale", "v"]
+    (squares,) = channel_sums(groups, Term(square, (params,), shrinking=True))
+    root = 2**0.5
+    want = [3, 4, 0, 1, root, root, root]
+    np.testing.assert_allclose(
+        weighted_norms(groups, squares, "plain", shrinking=True), want, rtol=1e-6
+    )
+    sizes = np.sqrt([1, 1, 1, 1, 2, 2, 2])
+    np.testing.assert_allclose(
+        weighted_norms(groups, squares, "size", shrinking=True),
+        np.divide(want, sizes),
+        rtol=1e-6,
+    )
+    # Norms that rank channels count all producers, as they always do.
+    np.testing.assert_allclose(
+        sdp_jax.channel_norms(groups, params),
+        reference_norms(groups, params),
+        rtol=1e-6,
+    )
+    np.testing.assert_allclose(channel_weights(groups, "size")[:4], 5**0.5)
+
+
+def test_a_threshold_takes_all_or_spares_what_is_invariant():
+    params, groups = with_invariant()
+    factors = jnp.array([1.0, 0.5, 0.25, 0, 0.5, 0, 1])
+    found = jax.jit(lambda tree: shrink_channels(groups, tree, factors))(params)
+    alive = np.array([1, 1, 1, 0])
+    want = {
+        "w": params["w"] * alive,
+        "b": params["b"] * alive,
+        "scale": params["scale"] * factors[:4],
+        "v": params["v"] * factors[4:],
+    }
+    chex.assert_trees_all_equal(found, want)
 
 
 def test_cost_weight_has_mean_one_over_channels():

@@ -206,6 +206,28 @@ def test_at_gives_the_view_of_the_optimizer():
         groups.at("parms")
 
 
+def test_scale_invariance_is_part_of_a_member():
+    params = {"params": {"w": np.ones((3, 2)), "s": np.ones(2)}, "v": np.ones(3)}
+    members = [
+        sdp_jax.Member("params/w", 1, scale_invariant=True),
+        sdp_jax.Member("params/s", 0),
+    ]
+    groups = sdp_jax.groups_from_axes(
+        params, {"unit": members, "other": [sdp_jax.Member("v", 0)]}
+    )
+    plain = [dataclasses.replace(m, scale_invariant=False) for m in members]
+    other = sdp_jax.groups_from_axes(
+        params, {"unit": plain, "other": [sdp_jax.Member("v", 0)]}
+    )
+    assert groups != other and hash(groups) != hash(other)
+    back = sdp_jax.Groups.from_json(groups.to_json())
+    assert back == groups and hash(back) == hash(groups)
+    cut = sdp_jax.Cut(groups, ((0,), (0, 2)))
+    for some in (groups.at("params"), groups.without("other"), cut.groups):
+        assert [m.path.rpartition("/")[2] for m in some["unit"].shrinking] == ["s"]
+    assert "params/w[1] (scale-invariant), params/s[0]" in str(groups)
+
+
 @pytest.mark.parametrize(
     "change",
     [

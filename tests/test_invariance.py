@@ -12,6 +12,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import linen as nn
 from flax import nnx
@@ -285,9 +286,7 @@ CASES = {
         TOKENS,
         "blocks/w blocks/b",
     ),
-    "shared": Case(
-        shared, {"w": (3, 3, 3, 8), "out": (8, 4), "outb": (8, 4)}, IMAGE, ""
-    ),
+    "shared": Case(shared, NORM | {"outb": (8, 4)}, IMAGE, ""),
     "branched": Case(
         branched,
         {k: (3, 3, 3, 8) for k in "wv"} | {"out": (8, 4), "outb": (8, 4)},
@@ -475,3 +474,41 @@ def test_where_all_are_invariant_all_are_counted():
     groups = sdp_jax.find_groups(fn, params, jnp.ones((5, 3)), prune_outputs=True)
     assert [m.scale_invariant for _, m, _ in groups.producers] == [True]
     assert groups.shrinking == groups.producers
+
+
+def test_training_shrinks_scales_and_takes_whole_channels():
+    """Filters of living channels take the step of the base optimizer, bit for bit."""
+    fn, rate = CASES["fast variance"].fn, 0.05
+    params = jax.tree.map(lambda x: x.astype(jnp.float32), draw(NORM))
+    x, y = draw(IMAGE, 1), draw((4, 4), 2)
+    params["scale"] = jnp.linspace(0.02, 1.0, 8)
+    params["shift"] = jnp.linspace(0.01, 0.5, 8)
+    groups = sdp_jax.find_groups(fn, params, x)
+    assert [m.path for _, m, _ in groups.shrinking] == ["scale", "shift"]
+    strength = sdp_jax.valley_strength(c=2.0, mu=0.6)
+    tx, base = sdp_jax.altsdp(rate, groups, strength=strength), optax.sgd(rate)
+
+    @jax.jit
+    def step(params, state):
+        grads = jax.grad(lambda p: jnp.mean((fn(p, x) - y) ** 2))(params)
+        updates, state = tx.update(grads, state, params)
+        plain, _ = base.update(grads, base.init(params), params)
+        new = optax.apply_updates(params, updates)
+        return new, state, optax.apply_updates(params, plain)
+
+    state, alive = tx.init(params), np.ones(8, bool)
+    for _ in range(30):
+        new, state, plain = step(params, state)
+        now = np.asarray(new["scale"]) != 0
+        for name in ("w", "b"):
+            kept = np.asarray(new[name])[..., now & alive]
+            want = np.asarray(plain[name])[..., now & alive]
+            np.testing.assert_allclose(kept, want, rtol=1e-6, atol=1e-7)
+        for leaf in ("w", "b", "scale", "shift"):
+            assert not np.asarray(new[leaf])[..., ~now].any()
+        length, before = (
+            np.hypot(p["scale"], p["shift"])[now & alive] for p in (new, plain)
+        )
+        assert (length < before).all()
+        params, alive = new, now
+    assert 0 < alive.sum() < 8
