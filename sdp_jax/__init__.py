@@ -20,11 +20,11 @@ from sdp_jax.channels import (
     channel_products,
     channel_weights,
     channels_alive,
-    scale_channels,
 )
 from sdp_jax.cut import Cut
 from sdp_jax.dimension import Dimension, Member
 from sdp_jax.export import export_stablehlo
+from sdp_jax.factors import scale_channels
 from sdp_jax.fast import fast_multiple
 from sdp_jax.groups import Groups
 from sdp_jax.measure import cost, latency

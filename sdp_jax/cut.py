@@ -17,8 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from sdp_jax.channels import PerChannel, scale_channels
+from sdp_jax.channels import (
+    PerChannel,
+)
 from sdp_jax.dimension import Dimension, Leaf, Member
+from sdp_jax.factors import scale_channels
 from sdp_jax.groups import Groups
 from sdp_jax.matching import Matcher, is_hidden
 from sdp_jax.mesh import placed, sharding_of, shares

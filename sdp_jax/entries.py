@@ -9,7 +9,7 @@ import numpy as np
 from sdp_jax.channels import producer_leaves
 from sdp_jax.dimension import Dimension, Member, Role
 from sdp_jax.groups import Groups
-from sdp_jax.mesh import sharded_like
+from sdp_jax.mesh import zero_like
 from sdp_jax.tree import PyTree, leaf_table, replace_leaves
 
 
@@ -45,7 +45,7 @@ def keep_channels(
     table = producer_leaves(groups, tree)
     gone = entry_sums(groups, jnp.where(keep, 0, 1), lambda d, m: m.role == role)
     kept = {
-        path: jnp.where(sharded_like(gone[path], leaf) > 0, 0, leaf)
+        path: jnp.where(~zero_like(gone[path], leaf), 0, leaf)
         for path, leaf in table.items()
         if path in gone
     }

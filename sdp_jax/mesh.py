@@ -133,6 +133,15 @@ def sharded_like(array: jax.Array, leaf: jax.Array) -> jax.Array:
     return jax.sharding.reshard(array, NamedSharding(sharding.mesh, spec))
 
 
+def zero_like(factors: jax.Array, leaf: jax.Array) -> jax.Array:
+    """Where factors that all devices have are 0, in shape and sharding of a leaf.
+
+    Compared before they are spread, they would be by each device for its part of one
+    leaf, and sent to all for the next.
+    """
+    return factors * jnp.ones_like(leaf, factors.dtype) == 0
+
+
 def placed(leaf: Any) -> NamedSharding | None:
     """How a mesh shards an array, or a shape that says so; ``None`` if it does not."""
     return sharding_of(jax.typeof(leaf) if isinstance(leaf, jax.core.Tracer) else leaf)

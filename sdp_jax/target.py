@@ -190,11 +190,12 @@ def _check_floors(
     widths = [round_up(int(floor), size, steps) for floor, size in pairs]
     least = counts.at(widths) / max(counts.at(sizes), 1e-300)
     if least > goal * (1 + 1e-6):
-        rounded = "" if widths == list(floors) else ", rounded by round_to,"
+        exact = widths == list(floors)
         raise ValueError(
-            f"target_sparsity cannot be met: where only min_channels are left"
-            f"{rounded} so are {least:.1%} of the {target}, and at most {goal:.1%} "
-            "shall be; lower the sparsity, min_channels or round_to"
+            "target_sparsity cannot be met: where only min_channels are left, "
+            f"{'' if exact else 'rounded by round_to, '}so are {least:.1%} of the "
+            f"{target}, and at most {goal:.1%} shall be; lower the sparsity"
+            f"{' or' if exact else ','} min_channels{'' if exact else ' or round_to'}"
         )
 
 

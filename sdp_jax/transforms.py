@@ -29,11 +29,10 @@ from sdp_jax.channels import (
     Weighting,
     channel_sums,
     nonzero,
-    remove_channels,
-    shrink_channels,
     square,
     weighted_norms,
 )
+from sdp_jax.factors import remove_channels, shrink_channels
 from sdp_jax.groups import Groups
 from sdp_jax.strength import Strength, StrengthLike, as_strength
 from sdp_jax.tree import PyTree, leaf_keys

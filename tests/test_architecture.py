@@ -15,7 +15,7 @@ PACKAGE = pathlib.Path(sdp_jax.__file__).parent
 ROOT = PACKAGE.parent
 # What training and cutting share, in the order in which modules may import one another.
 COMMON = ["tree", "checks", "widths", "fast", "segments", "polynomial", "ports"]
-COMMON += ["dimension", "groups", "axes", "mesh", "channels"]
+COMMON += ["dimension", "groups", "axes", "mesh", "channels", "factors"]
 # Each goes on from there, and neither imports the other.
 TRAINING = ["entries", "importance", "prox", "strength", "target", "base"]
 TRAINING += ["transforms", "_altsdp"]

@@ -16,10 +16,10 @@ from sdp_jax.channels import (
     channel_weights,
     member_sums,
     nonzero,
-    shrink_channels,
     square,
     weighted_norms,
 )
+from sdp_jax.factors import shrink_channels
 from sdp_jax.tree import leaf_table
 from tests import toy
 

@@ -12,9 +12,9 @@ from sdp_jax.channels import (
     PerChannel,
     channel_products,
     producer_leaves,
-    scale_channels,
 )
 from sdp_jax.checks import check_number, check_whole
+from sdp_jax.factors import scale_channels
 from sdp_jax.groups import Groups
 from sdp_jax.methods._hosted import HostStep, channel_host, no_channels
 from sdp_jax.methods.scales import (

@@ -21,7 +21,10 @@ from sdp_jax.base import (
     need_params,
     step_to,
 )
-from sdp_jax.channels import PerChannel, scale_channels
+from sdp_jax.channels import (
+    PerChannel,
+)
+from sdp_jax.factors import scale_channels
 from sdp_jax.groups import Groups
 from sdp_jax.tree import PyTree
 

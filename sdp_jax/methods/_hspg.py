@@ -15,8 +15,13 @@ import optax
 
 from sdp_jax import prox
 from sdp_jax.base import add_step, check_kind, check_rule
-from sdp_jax.channels import PerChannel, channel_norms, channel_products, scale_channels
+from sdp_jax.channels import (
+    PerChannel,
+    channel_norms,
+    channel_products,
+)
 from sdp_jax.checks import check_number, check_whole
+from sdp_jax.factors import scale_channels
 from sdp_jax.groups import Groups
 from sdp_jax.methods._hosted import HostStep, channel_host, no_channels
 from sdp_jax.methods.half_space import check_epsilon, project

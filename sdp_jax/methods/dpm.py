@@ -19,10 +19,10 @@ from sdp_jax.channels import (
     PerChannel,
     channel_norms,
     channels_alive,
-    scale_channels,
 )
 from sdp_jax.checks import check_number, check_whole
 from sdp_jax.entries import entry_sums
+from sdp_jax.factors import scale_channels
 from sdp_jax.groups import Groups
 from sdp_jax.mesh import sharded_like
 from sdp_jax.segments import sum_over

@@ -11,8 +11,12 @@ import optax
 
 from sdp_jax import prox
 from sdp_jax.base import check_kind, check_params
-from sdp_jax.channels import channel_norms, channels_alive, scale_channels
+from sdp_jax.channels import (
+    channel_norms,
+    channels_alive,
+)
 from sdp_jax.checks import check_number
+from sdp_jax.factors import scale_channels
 from sdp_jax.groups import Groups
 from sdp_jax.tree import PyTree, leaf_table
 from sdp_jax.valley.certificate import Certificate, Displacement

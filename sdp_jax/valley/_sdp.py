@@ -17,9 +17,9 @@ from sdp_jax.channels import (
     channel_products,
     channel_weights,
     channels_alive,
-    scale_channels,
 )
 from sdp_jax.checks import check_number
+from sdp_jax.factors import scale_channels
 from sdp_jax.groups import Groups, overlaps
 from sdp_jax.tree import PyTree
 from sdp_jax.valley.vectors import (

@@ -17,8 +17,11 @@ from sdp_jax.base import (
     need_params,
     wide_copy,
 )
-from sdp_jax.channels import Weighting, shrink_channels
+from sdp_jax.channels import (
+    Weighting,
+)
 from sdp_jax.checks import check_number
+from sdp_jax.factors import shrink_channels
 from sdp_jax.groups import Groups
 from sdp_jax.strength import StrengthLike
 from sdp_jax.transforms import channel_factors, emit

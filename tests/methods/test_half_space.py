@@ -7,7 +7,10 @@ import numpy as np
 import pytest
 
 import sdp_jax
-from sdp_jax.channels import channels_alive, scale_channels
+from sdp_jax.channels import (
+    channels_alive,
+)
+from sdp_jax.factors import scale_channels
 from sdp_jax.methods import half_space_factor
 from tests import toy
 
