@@ -40,7 +40,7 @@ NETWORKS: Mapping[str, dict[str, Any]] = {
     "dnn": _MNIST | {"model": "dnn", "learning_rate": 0.05},
     "lenet": _MNIST
     | {"model": "lenet", "widths": (10, 25, 250), "examples": 25_600}
-    | {"learning_rate": 0.05},
+    | {"learning_rate": 0.01},
     "vgg_small": _CIFAR | {"model": "vgg_small", "examples": 38_400},
     "resnet20": _CIFAR
     | {"model": "resnet20", "widths": (8, 16, 32), "examples": 25_600},
