@@ -40,13 +40,13 @@ NETWORKS: Mapping[str, dict[str, Any]] = {
     "dnn": _MNIST | {"model": "dnn", "learning_rate": 0.05},
     "lenet": _MNIST
     | {"model": "lenet", "widths": (10, 25, 250), "examples": 25_600}
-    | {"learning_rate": 0.05},
-    "vgg_small": _CIFAR | {"model": "vgg_small", "examples": 38_400},
+    | {"learning_rate": 0.01},
+    "vgg_small": _CIFAR | {"model": "vgg_small", "examples": 25_600},
     "resnet20": _CIFAR
     | {"model": "resnet20", "widths": (8, 16, 32), "examples": 25_600},
-    "preact": _CIFAR | {"model": "preact", "examples": 32_000},
+    "preact": _CIFAR | {"model": "preact", "examples": 25_600},
     "depthwise": _CIFAR | {"model": "depthwise", "examples": 12_800, "batch_size": 32},
-    "mixer": _CIFAR | {"model": "mixer"},
+    "mixer": _CIFAR | {"model": "mixer", "examples": 32_000},
     "decoder": _SHARED
     | {"dataset": "shakespeare", "model": "decoder", "epochs": 1, "batch_size": 16}
     | {"widths": (64, 176), "examples": 6_400}
