@@ -10,7 +10,7 @@ import numpy as np
 from sdp_jax.channels import producer_leaves
 from sdp_jax.dimension import Member
 from sdp_jax.groups import Groups
-from sdp_jax.mesh import zero_like
+from sdp_jax.mesh import replicated, zero_like
 from sdp_jax.tree import PyTree, leaf_table, replace_leaves
 
 
@@ -99,6 +99,7 @@ def remove_channels(
       [[ 0.5 -4. ]]
     """
     table, steps = producer_leaves(groups, params), leaf_table(updates)
+    keep = replicated(keep, *table.values())
     scales = _leaf_scales(groups, table, keep)
     changed = {}
     for path, scale in scales.items():

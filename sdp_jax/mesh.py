@@ -103,9 +103,9 @@ def sum_lines(
     return jax.jit(everywhere, inline=True)(*given, *arrays)
 
 
-def replicated(array: jax.Array) -> jax.Array:
-    """The whole array on all devices."""
-    everywhere = replicated_sharding(array)
+def replicated(array: jax.Array, *beside: jax.Array) -> jax.Array:
+    """The whole array on all devices, on those of other arrays if it is on no mesh."""
+    everywhere = replicated_sharding(array, *beside)
     if everywhere is not None:
         return jax.sharding.reshard(array, everywhere)
     if AxisType.Auto in jax.sharding.get_abstract_mesh().axis_types:
@@ -136,7 +136,7 @@ def sharded_like(array: jax.Array, leaf: jax.Array) -> jax.Array:
 def zero_like(factors: jax.Array, leaf: jax.Array) -> jax.Array:
     """Where factors that all devices have are 0, in shape and sharding of a leaf.
 
-    Compared before they are spread, they would be by each device for its part of one
+    Compared before they are spread, they might be by each device for its part of one
     leaf, and sent to all for the next.
     """
     return factors * jnp.ones_like(leaf, factors.dtype) == 0

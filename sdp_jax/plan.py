@@ -314,7 +314,8 @@ def _rounded(
 def _spread(params: PyTree) -> bool:
     """Whether processes share the parameters, and must decide alike."""
     leaves = jax.tree.leaves(params)
-    return not all(getattr(x, "is_fully_addressable", True) for x in leaves)
+    known = [x for x in leaves if not isinstance(x, jax.core.Tracer)]
+    return not all(getattr(x, "is_fully_addressable", True) for x in known)
 
 
 def _measure(

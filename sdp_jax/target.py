@@ -32,12 +32,12 @@ class TargetState(NamedTuple):
 
     Attributes:
       count: number of updates so far, int32 scalar.
-      gone: which channels are gone.
+      removed: which channels the target has taken.
       level: for each channel the mean score of those of its dimension that stay.
     """
 
     count: jax.Array
-    gone: PerChannel
+    removed: PerChannel
     level: PerChannel
 
 
@@ -132,7 +132,7 @@ def target_sparsity(
         return TargetState(count, PerChannel(gone), PerChannel(level))
 
     def score(state: TargetState, groups: Groups, params: Any) -> jax.Array:
-        importance = channel_importance(groups, params, gone=state.gone.per_channel)
+        importance = channel_importance(groups, params, gone=state.removed.per_channel)
         return importance * state.level.per_channel
 
     def is_due(state: TargetState) -> jax.Array:
@@ -143,7 +143,7 @@ def target_sparsity(
         state: TargetState, scores: jax.Array, groups: Groups, floors: prox.Floors
     ) -> tuple[jax.Array, TargetState]:
         count = jnp.asarray(optax.safe_increment(state.count))
-        old = state.gone.per_channel, state.level.per_channel
+        old = state.removed.per_channel, state.level.per_channel
 
         def decide() -> tuple[jax.Array, jax.Array]:
             done = (count - begin_step) / (end_step - begin_step)

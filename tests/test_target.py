@@ -152,7 +152,7 @@ def test_target_state_survives_the_checkpoint_types():
     leaves, treedef = jax.tree.flatten(state)
     again = treedef.unflatten([jnp.asarray(np.asarray(x)) for x in leaves])
     assert jax.tree.structure(again) == jax.tree.structure(state)
-    assert isinstance(again.gone, PerChannel)
+    assert isinstance(again.removed, PerChannel)
 
 
 @pytest.mark.parametrize("floor", [3, 5])
