@@ -5,6 +5,7 @@ float64, and the results are compared.
 """
 
 import dataclasses
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -474,6 +475,48 @@ def test_where_all_are_invariant_all_are_counted():
     groups = sdp_jax.find_groups(fn, params, jnp.ones((5, 3)), prune_outputs=True)
     assert [m.scale_invariant for _, m, _ in groups.producers] == [True]
     assert groups.shrinking == groups.producers
+
+
+STEPS = {
+    "normal": lambda x, y, w: normal(x, (0, 1)),
+    "fast": lambda x, y, w: fast_normal(x, (0, 1)),
+    "root": lambda x, y, w: rms(x, (0, 1)),
+    "of the other": lambda x, y, w: (x - x.mean((0, 1))) / jnp.sqrt(y.var((0, 1))),
+    "mean of the other": lambda x, y, w: normal(x, (0, 1)) - y.mean((0, 1)),
+    "heads": lambda x, y, w: rms(x.reshape(3, 4, 4, 3)).reshape(3, 4, 12),
+    "layer": lambda x, y, w: rms(x),
+    "relu": lambda x, y, w: nn.relu(x),
+    "add": lambda x, y, w: x + y,
+    "multiply": lambda x, y, w: x * y,
+    "larger": lambda x, y, w: jnp.maximum(x, y),
+    "share": lambda x, y, w: x / (jnp.abs(y).mean((0, 1)) + 1e-12),
+    "half": lambda x, y, w: jnp.concatenate([x[..., :6], y[..., 6:]], -1),
+    "scale": lambda x, y, w: x * w[0],
+    "shift": lambda x, y, w: x + w[0],
+    "project": lambda x, y, w: x @ w,
+    "unit": lambda x, y, w: x @ (w * lax.rsqrt((w**2).sum(0) + 1e-12)),
+}
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_random_programs_mark_nothing_else(seed, x64):
+    rng = random.Random(seed)
+    names = [rng.choice(list(STEPS)) for _ in range(6)]
+    places = [(rng.choice([1, 1, 2]), rng.choice([1, 2, 3])) for _ in names]
+
+    def fn(p, x):
+        nodes = [x @ p["a"], jnp.tanh(x @ p["b"]), x @ p["c"]]
+        for k, (name, (i, j)) in enumerate(zip(names, places, strict=True)):
+            nodes.append(STEPS[name](nodes[-i], nodes[-j], p.get(f"w{k}")))
+        return sum(rms(n, (0, 1)) @ p["out"] for n in nodes[-2:])
+
+    own = {"scale": (1, 12), "shift": (1, 12), "project": (12, 12), "unit": (12, 12)}
+    shapes = {k: (5, 12) for k in "abc"} | {"out": (12, 3)}
+    shapes |= {f"w{k}": own[n] for k, n in enumerate(names) if n in own}
+    params, x = draw(shapes, seed), draw((3, 4, 5), 99)
+    groups = sdp_jax.find_groups(fn, params, x)
+    for (_, m), gap in changes(fn, groups, params, x).items():
+        assert gap < 1e-6 or not m.scale_invariant, (names, places, m.path, gap)
 
 
 def test_training_shrinks_scales_and_takes_whole_channels():
