@@ -172,11 +172,18 @@ def looped(p, x):
     return x @ p["out"]
 
 
-def shared(p, x):
+def shared(how, p, x):
     """One use is normalised, the other one is not."""
-    y = conv(x, p["w"]) + p["b"]
+    y = conv(x, p["w"])
     z = normal(y) * p["scale"] + p["shift"]
-    return head(p, nn.relu(z)) + head({"out": p["outb"]}, nn.relu(y))
+    return head(p, nn.relu(z)) + head({"out": p["outb"]}, how(y))
+
+
+def forgotten(p, x):
+    """A loop changes what it carries."""
+    y = conv(x, p["w"])
+    z, _ = lax.scan(lambda z, _: (normal(z), None), y, length=2)
+    return head(p, nn.relu(z) * lax.rsqrt(jnp.square(y).mean((0, 1, 2)) + 1e-12))
 
 
 def branched(p, x):
@@ -284,7 +291,11 @@ CASES = {
         TOKENS,
         "blocks/w blocks/b",
     ),
-    "shared": Case(shared, NORM | {"outb": (8, 4)}, IMAGE, ""),
+    "shared": Case(of(shared, nn.relu), UNBIASED | {"outb": (8, 4)}, IMAGE, ""),
+    "shared, no rule": Case(
+        of(shared, jnp.tanh), UNBIASED | {"outb": (8, 4)}, IMAGE, ""
+    ),
+    "forgotten": Case(forgotten, {"w": (3, 3, 3, 8), "out": (8, 4)}, IMAGE, ""),
     "branched": Case(
         branched,
         {k: (3, 3, 3, 8) for k in "wv"} | {"out": (8, 4), "outb": (8, 4)},
@@ -367,7 +378,7 @@ def running(how, p, x):
 def test_running_statistics_follow_the_filter(how):
     shapes = NORM | {"mean": (8,), "var": (8,)}
     del shapes["shift"]
-    params = draw(shapes) | {"var": jnp.arange(1.0, 9.0)}
+    params = draw(shapes) | {k: jnp.arange(1.0, 9.0) for k in ("var", "scale")}
     x, fn = draw(IMAGE, 1), of(running, how)
     groups = sdp_jax.find_groups(fn, params, x)
     found = {m.path for _, m, _ in groups.producers if m.scale_invariant}
