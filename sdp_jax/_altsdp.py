@@ -31,7 +31,14 @@ def altsdp(
 ) -> optax.GradientTransformationExtraArgs:
     """Trains as ``base`` does, while whole channels become exactly zero.
 
-    With the dual variable ``v`` (``v_0 = w_0``) and threshold ``g`` it alternates ::
+    What to use, whatever the network and the base: half of the FLOPs go between two
+    steps, by importance, and the other channels take the steps of ``base``, bit for bit
+    (:func:`sdp_jax.target_sparsity`)::
+
+        altsdp(base, groups, strength=target_sparsity(0.5, 1000, 5000, target="flops"))
+
+    The paper's form has a strength that shrinks, :func:`sdp_jax.valley_strength`. With
+    the dual variable ``v`` (``v_0 = w_0``) and threshold ``g`` it alternates ::
 
         v_{n+1} = v_n + base step at the gradient of w_n
         w_{n+1} = prox_{g(n+1)}(v_{n+1})      group soft-threshold
@@ -42,7 +49,7 @@ def altsdp(
     of the solution ``w*`` of ``base``: pruned, at a training loss that the growing
     threshold keeps a little above that of ``base``.
 
-    It is exactly this chain, and its state is the chain's::
+    That is exactly this chain, and its state is the chain's::
 
         optax.chain(
             base,                                     # or optax.sgd(base, momentum)
@@ -53,9 +60,8 @@ def altsdp(
     With :func:`sdp_jax.valley.project_onto_valley` between the last two, a chain made
     by hand keeps the shrinkage within an estimate of the valley.
 
-    By a target (:func:`sdp_jax.target_sparsity`) the threshold of a channel is 0 or
-    infinite. What stays takes the steps of ``base``, bit for bit; there ``v`` and ``w``
-    are one, and the dual variable is not kept.
+    By a target the threshold of a channel is 0 or infinite. There ``v`` and ``w`` are
+    one for what stays, and the dual variable is not kept.
 
     Nothing may follow it that rescales or adds to its updates; put gradient clipping
     and weight decay in front, or into ``base``. :func:`sdp_jax.check_zeros` finds
@@ -69,8 +75,9 @@ def altsdp(
         constant or a schedule, the threshold in parameter units.
       min_channels: channels that survive in each dimension; a number, or one for each
         name.
-      weights: weighting of the channel norms: ``"plain"``, ``"size"``, ``"cost"`` or a
-        number for each dimension; see :func:`sdp_jax.channel_weights`.
+      weights: with a strength that shrinks, the weighting of the channel norms:
+        ``"plain"``, ``"size"``, ``"cost"`` or a number for each dimension; see
+        :func:`sdp_jax.channel_weights`.
       momentum: momentum of the SGD, if ``base`` is a learning rate.
       nesterov: Nesterov momentum, likewise.
 

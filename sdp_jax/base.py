@@ -202,6 +202,11 @@ def check_rule(
     rule = as_strength(strength)
     floors = prox.resolve_floors(groups, min_channels)
     channel_weights(groups, weights)
+    if rule.score is not None and weights != "plain":
+        raise ValueError(
+            f"weights={weights!r} is for strengths that shrink, whose thresholds it "
+            "scales; a target ranks channels by their importance. Leave it out"
+        )
     rule.init(groups, floors)
     return rule, floors
 

@@ -45,7 +45,7 @@ def keep_channels(
     table = producer_leaves(groups, tree)
     gone = entry_sums(groups, jnp.where(keep, 0, 1), lambda d, m: m.role == role)
     kept = {
-        path: jnp.where(~zero_like(gone[path], leaf), 0, leaf)
+        path: jnp.where(zero_like(gone[path], leaf), leaf, jnp.zeros((), leaf.dtype))
         for path, leaf in table.items()
         if path in gone
     }

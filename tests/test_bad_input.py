@@ -314,6 +314,21 @@ CASES = {
         ValueError,
         "lacks .*hidden1",
     ),
+    "weights with a target": (
+        lambda: altsdp(strength=sdp_jax.target_sparsity(0.5, 0, 9), weights="size"),
+        ValueError,
+        "weights='size' is for strengths that shrink",
+    ),
+    "a target rounded to a fraction": (
+        lambda: sdp_jax.target_sparsity(0.5, 0, 9, round_to=0.5),
+        ValueError,
+        "round_to must be an integer of at least 1",
+    ),
+    "a target that rounding makes impossible": (
+        lambda: altsdp(strength=sdp_jax.target_sparsity(0.8, 0, 9, round_to=8)),
+        ValueError,
+        "left, rounded by round_to, so are 100.0% of the channels, and at most 18.2%",
+    ),
     "a weight of zero": (
         lambda: altsdp(weights={"hidden0": 0.0, "hidden1": 1.0}),
         ValueError,
