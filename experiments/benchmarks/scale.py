@@ -140,9 +140,10 @@ def lower_decoder(layers: int, sizes: tuple[int, int]) -> dict[str, Any]:
             params, state, params
         )
     text = exported.mlir_module()
-    pattern = rf"stablehlo\.({'|'.join(COLLECTIVES.split())})\b.*?-> tensor<(\d+)xf32>"
+    kinds = "|".join(COLLECTIVES.split())
+    pattern = rf"stablehlo\.({kinds})\b.*?\}}\) : \(\S+\) -> tensor<(\d+)x[fi]32>"
     sent = re.findall(pattern, text, flags=re.DOTALL)
-    # AdamW keeps two moments like the parameters, in their dtype; the dual is float32.
+    # AdamW keeps two moments like the parameters, in their dtype; a target no dual.
     size = bytes_per_device(params)
     return {
         "find_groups": middle - start,
@@ -151,7 +152,6 @@ def lower_decoder(layers: int, sizes: tuple[int, int]) -> dict[str, Any]:
         "collectives": [(name, 4 * int(count)) for name, count in sent],
         "parameters": size,
         "moments": 2 * size,
-        "dual": 2 * size,
         "devices": exported.nr_devices,
     }
 
@@ -177,8 +177,7 @@ def main(config: Config) -> dict[str, Any]:
             f"{plan['find_groups']:.1f} s, {plan['channels']:,} channels, lowered in "
             f"{plan['lower']:.1f} s; collectives of a step: {sent}; GB on each device: "
             + ", ".join(
-                f"{name} {plan[name] / 1e9:.2f}"
-                for name in ("parameters", "moments", "dual")
+                f"{name} {plan[name] / 1e9:.2f}" for name in ("parameters", "moments")
             )
         )
     for layers in config.layers:
