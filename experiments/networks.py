@@ -61,6 +61,8 @@ OURS, DENSE, SCRATCH = compare.OURS, "SGD, dense", "from scratch"
 TITLES = {DENSE: "dense", "DHSPG": "OTOv2"}
 # Ranked by their test loss.
 LANGUAGE = {"decoder"}
+# More than this share beyond the target is a target missed.
+BEYOND = 0.02
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,12 +195,13 @@ def table(records: list[dict[str, Any]], key: str, better: str = "lower") -> str
       better: lower, higher (of test losses, lower in any case) or neither.
 
     Returns:
-      A row for each network and target. Unless neither is better, the best method is
-      in bold, the row ends with how many standard errors AltSDP is better than the best
-      baseline and than its own widths from scratch, and a last row has the mean place
-      of each method and the means of these.
+      A row for each network and target. What a method reached with more FLOPs than the
+      target leaves is in parentheses and does not count. Unless neither is better, the
+      best method is in bold, the row ends with how many standard errors AltSDP is
+      better than the best baseline and than its own widths from scratch, and a last row
+      has the mean place of each method and the means of these.
     """
-    rows = cells(records, key)
+    rows, flops = cells(records, key), cells(records, "flops_left")
     names = [n for n in METHODS if any(n in row for row in rows.values())]
     titles = ["network", "FLOPs to go", *(TITLES.get(n, n) for n in names)]
     ranked = better != "neither"
@@ -209,11 +212,14 @@ def table(records: list[dict[str, Any]], key: str, better: str = "lower") -> str
     gains: list[list[float]] = []
     for (network, target), row in rows.items():
         lower = better == "lower" or (key == "score" and network in LANGUAGE)
+        left = {n: float(v.mean()) for n, v in flops[network, target].items()}
+        missed = {n for n in left if n != DENSE and left[n] > 1 - target + BEYOND}
         place = ranks(
-            {n: float(v.mean()) for n, v in row.items() if n != DENSE}, lower=lower
+            {n: float(v.mean()) for n, v in row.items() if n not in {DENSE, *missed}},
+            lower=lower,
         )
         best = {n for n in place if ranked and place[n] == 1}
-        shown = [_cell(row.get(n), bold=n in best) for n in names]
+        shown = [_cell(row.get(n), bold=n in best, aside=n in missed) for n in names]
         if ranked:
             for name, number in place.items():
                 places.setdefault(name, []).append(number)
@@ -245,12 +251,12 @@ def _line(cells: Iterable[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _cell(values: np.ndarray | None, *, bold: bool) -> str:
+def _cell(values: np.ndarray | None, *, bold: bool, aside: bool) -> str:
     if values is None:
         return ""
     deviation = f" ± {values.std(ddof=1):.3g}" if len(values) > 1 else ""
     text = f"{values.mean():.4g}{deviation}"
-    return f"**{text}**" if bold else text
+    return f"**{text}**" if bold else f"({text})" if aside else text
 
 
 def _mean(values: Iterable[float]) -> float:

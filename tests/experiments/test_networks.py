@@ -59,6 +59,7 @@ def record(network, name, sparsity, seed, accuracy):
     return {
         **{"network": network, "name": name, "sparsity": sparsity, "seed": seed},
         **{"accuracy": accuracy, "test_loss": 1 - accuracy},
+        "flops_left": 1 - (sparsity or 0),
     }
 
 
@@ -81,6 +82,17 @@ def test_the_table_by_hand():
         "| decoder | 50% |  | 0.4 ± 0.141 |  | **0.3 ± 0.283** |  | -0.4 |  |"
     )
     assert lines[4] == "| mean place |  |  | 2.00 | 3.00 | 1.00 | 1.00 | +1.8 | -2.1 |"
+
+
+def test_what_misses_its_target_has_no_place():
+    records = [
+        record("dnn", name, 0.5, 0, accuracy)
+        for name, accuracy in {"AltSDP": 0.8, "L2": 0.7, "DHSPG": 0.9}.items()
+    ]
+    records[-1]["flops_left"] = 0.6
+    lines = networks.table(records, "score", "higher").splitlines()
+    assert lines[2].startswith("| dnn | 50% | **80** | 70 | (90) |")
+    assert lines[3].startswith("| mean place |  | 1.00 | 2.00 |  |")
 
 
 def test_a_table_without_places():
