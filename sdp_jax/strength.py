@@ -34,7 +34,8 @@ class Strength(NamedTuple):
       score: for a rule that removes channels and does not shrink the others, whose
         thresholds are 0 or infinite: ``score(state, groups, params)``, what it gets
         instead of norms where no host brings scores of its own; otherwise ``None``.
-      is_due: with ``score``: ``is_due(state)``, whether the next update looks at it.
+      is_due: with ``score``: ``is_due(state)``, whether the next update looks at it;
+        where it does not, the norms are not numbers.
     """
 
     init: Callable[[Groups, prox.Floors], Any]

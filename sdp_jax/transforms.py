@@ -298,7 +298,7 @@ def channel_factors(
     """The factor of each channel by which a strength leads on, and its next state.
 
     After them come the sums of other terms, joined with those of the norms. A rule that
-    scores does so on the parameters, and only when it has to.
+    scores does so on the parameters, and only when it is due; else it gets no numbers.
     """
     if rule.score is None:
         terms = (Term(square, (candidate,), shrinking=True), *others)
@@ -312,7 +312,7 @@ def channel_factors(
     scores = jax.lax.cond(
         due,
         lambda: score(state, groups, params).astype(dtype),
-        lambda: jnp.zeros((groups.num_channels,), dtype),
+        lambda: jnp.full((groups.num_channels,), jnp.nan, dtype),
     )
     thresholds, state = rule.update(state, scores, groups, floors)
     return jnp.where(thresholds > 0, 0.0, 1.0).astype(dtype), state, *sums

@@ -315,3 +315,27 @@ def test_isomorphic_ranking_counts_parameters(sparsity, seed):
     for later in out[2:]:
         found = {k: np.flatnonzero(np.isinf(v)).tolist() for k, v in later.items()}
         assert found == {k: sorted(v) for k, v in gone.items()}
+
+
+def test_a_long_ramp_looks_at_a_hundred_of_its_steps():
+    groups = toy.line_groups(a=8)
+    strength = sdp_jax.target_sparsity(0.5, 10, 1015)
+    state = strength.init(groups, [1])
+    due = [
+        bool(strength.is_due(state._replace(count=jnp.asarray(count))))
+        for count in range(1030)
+    ]
+    # The state counts the updates before the one that is due.
+    assert np.flatnonzero(due).tolist() == [*range(19, 1010, 10), 1014]
+
+
+def test_without_numbers_nothing_is_decided():
+    groups = toy.line_groups(a=8)
+    strength = sdp_jax.target_sparsity(0.5, 0, 8)
+    state = strength.init(groups, [1])
+    thresholds, state = strength.update(state, jnp.arange(1.0, 9.0), groups, [1])
+    again, after = strength.update(state, jnp.full(8, jnp.nan), groups, [1])
+    np.testing.assert_array_equal(again, thresholds)
+    np.testing.assert_array_equal(after.removed.per_channel, state.removed.per_channel)
+    np.testing.assert_array_equal(after.level.per_channel, state.level.per_channel)
+    assert int(after.count) == 2

@@ -64,7 +64,8 @@ def run_of(options: TrainStep, method: str) -> Config:
         "compute": options.compute,
     }
     changed = {name: value for name, value in changed.items() if value}
-    return dataclasses.replace(CONFIGS[name], **changed)
+    # On the ramp at every step.
+    return dataclasses.replace(CONFIGS[name], **changed, begin=0.0, end=1.0)
 
 
 def main(options: TrainStep) -> dict[str, dict[str, float]]:
@@ -91,7 +92,6 @@ def main(options: TrainStep) -> dict[str, dict[str, float]]:
         dataset = data.synthetic(
             config.dataset, count=2 * size, downscale=config.downscale
         )
-        # Amid its schedule, where thresholds rise.
         model, _, tx, state = make_setup(config, dataset, 1000 * count)
         advance = make_advance(model, tx, augment=config.augment, scan=scan)
         images = dataset.train.images[:1]

@@ -77,15 +77,15 @@ def sketch_cost(config: Config) -> dict[str, tuple[float, ...]]:
       For each chain mean milliseconds a step, the ratio, and copies of the parameters
       more: those that stay between steps, and those that come and go within one.
     """
-    gradients = update_cost.random_params(1, "float32", config.narrower)
-    groups = update_cost.vgg16_groups(gradients)
+    shapes, groups = update_cost.shapes_and_groups("vgg16", config.narrower)
+    gradients = update_cost.random_params(1, "float32", shapes)
     size = sum(x.nbytes for x in jax.tree.leaves(gradients))
     steps, states, memory = {}, {}, {}
     for name, tx in chains(groups, config.rank).items():
         if config.only and name not in ("altsdp", *config.only):
             continue
 
-        params = update_cost.random_params(0, "float32", config.narrower)
+        params = update_cost.random_params(0, "float32", shapes)
         compiled = (
             jax.jit(update_cost.make_step(tx), donate_argnums=(0, 1))
             .lower(params, tx.init(params), gradients)

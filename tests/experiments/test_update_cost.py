@@ -3,28 +3,38 @@ import pytest
 from experiments.benchmarks import update_cost
 from experiments.benchmarks.update_cost import Config, main
 
-# Those that the last line is about; all of them as a study.
-NAMED = ("sgd, momentum 0.9", "altsdp", "altsdp, momentum 0.9")
+NAMED = ("altsdp", "altsdp, momentum 0.9", "altsdp, after the ramp")
 
 
 @pytest.mark.parametrize(
-    "names", [NAMED, pytest.param(None, marks=pytest.mark.study)], ids=str
+    ("network", "names"),
+    [
+        ("vgg16", NAMED),
+        pytest.param("vgg16", (), marks=pytest.mark.study),
+        pytest.param("vit_b", NAMED, marks=pytest.mark.study),
+    ],
+    ids=str,
 )
-def test_prints_the_ratio_last(names, capsys, monkeypatch):
-    every = update_cost.optimizers
-
-    def some(*args):
-        return {k: tx for k, tx in every(*args).items() if not names or k in names}
-
-    monkeypatch.setattr(update_cost, "optimizers", some)
-    ratios = main(Config(repeats=2, narrower=16))
+def test_prints_the_ratios_last(network, names, capsys):
+    narrower = 16 if network == "vgg16" else 4
+    config = Config(network=network, names=names, repeats=2, narrower=narrower)
+    ratios = main(config)
     assert ratios["sgd, momentum 0.9"] == 1.0
-    assert len(ratios) == (len(names) if names else 8)
+    assert len(ratios) == (len(names) + 1 if names else 8)
     lines = capsys.readouterr().out.strip().splitlines()
     last = lines[-1]
     # Copies of the parameters beyond those of SGD with momentum, small arrays included.
     copies = {line[:24].strip(): float(line.split()[-1]) for line in lines[2:-1]}
     assert copies["altsdp"] < 0.1
     assert copies["altsdp, momentum 0.9"] < 1.1
+    # What the ranking needs, whether it takes place or not.
+    assert copies["altsdp, after the ramp"] < 1.1
     assert last.startswith("ratio to sgd with momentum: altsdp ")
-    assert f"{ratios['altsdp']:.2f}" in last
+    assert f"altsdp {ratios['altsdp']:.2f};" in last
+
+
+def test_the_groups_of_both_networks():
+    _, groups = update_cost.shapes_and_groups("vgg16")
+    assert len(groups) == 14
+    _, groups = update_cost.shapes_and_groups("vit_b", 4)
+    assert groups.flops is not None and len(groups) >= 12

@@ -6,8 +6,8 @@ from experiments.benchmarks.valley_cost import Config, chains, main
 
 
 def test_what_a_sketch_holds_between_steps():
-    params = update_cost.random_params(0, "float32", 32)
-    groups = update_cost.vgg16_groups(params)
+    shapes, groups = update_cost.shapes_and_groups("vgg16", 32)
+    params = update_cost.random_params(0, "float32", shapes)
     size = sum(x.nbytes for x in jax.tree.leaves(params))
     held = {}
     for name, tx in chains(groups, 2).items():
