@@ -6,11 +6,9 @@ train() { "$PYTHON" -m experiments.train --dataset mnist --data-dir "$1" "${@:2}
 for seed in 0 1 2; do
   train "$1" --seed $seed --method sgd
   train "$1" --seed $seed --method altsdp --c 0.08 --mu 0.6
-  train "$1" --seed $seed --method altsdp --sparsity 0.5
-  train "$1" --seed $seed --method altsdp --sparsity 0.7
   train "$1" --seed $seed --method prox_sgd --penalty 0.001
   train "$1" --seed $seed --method prox_sgd --penalty 0.003
   train "$1" --seed $seed --method sgd --widths 72 48 --out runs/mnist-small-seed$seed
 done
 "$PYTHON" -m experiments.table runs/mnist-dnn-sgd-* runs/mnist-dnn-altsdp-c* \
-  runs/mnist-dnn-altsdp-s* runs/mnist-dnn-prox* runs/mnist-small-*
+  runs/mnist-dnn-prox* runs/mnist-small-*
