@@ -8,6 +8,7 @@ import numpy as np
 
 from sdp_jax.channels import producer_leaves
 from sdp_jax.dimension import Dimension, Member, Role
+from sdp_jax.factors import split_alike
 from sdp_jax.groups import Groups
 from sdp_jax.mesh import zero_like
 from sdp_jax.tree import PyTree, leaf_table, replace_leaves
@@ -20,7 +21,7 @@ def entry_sums(
 
     For members of every role; the arrays broadcast to the leaves.
     """
-    parts = groups.split(values)
+    parts = split_alike(groups, values)
     found: dict[str, jax.Array] = {}
     for d in groups:
         padded = jnp.pad(parts[d.name], (0, 1))

@@ -119,7 +119,7 @@ def _leaf_scales(
 
     With ``shrinking`` others than those of ``groups.shrinking`` by 0 or 1.
     """
-    parts = _split(groups, factors)
+    parts = split_alike(groups, factors)
     spared = set(groups.producers) - set(groups.shrinking) if shrinking else ()
     scales: dict[str, jax.Array] = {}
     for producer in groups.producers:
@@ -143,12 +143,19 @@ def _scaled(
     return replace_leaves(tree, {path: table[path] * x for path, x in scales.items()})
 
 
-def _split(groups: Groups, vector: jax.Array) -> dict[str, jax.Array]:
+def split_alike(groups: Groups, vector: jax.Array) -> dict[str, jax.Array]:
     """``groups.split`` for hundreds of dimensions.
 
     XLA compiles equal kernels once. A slice at a fixed place is in each kernel another
     number, and hundreds of equal layers would all be compiled: here the places are
     data. They are told from constants by an index that XLA does not know to be 0.
+
+    Args:
+      groups: the channel dimensions.
+      vector: a vector ``(num_channels,)``.
+
+    Returns:
+      For each dimension name a vector ``(size,)``.
     """
     if len(groups) < 2:
         return groups.split(vector)

@@ -1,5 +1,6 @@
 """The importance of a channel: all that goes with it, also what reads it."""
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any, Literal, get_args
@@ -19,7 +20,7 @@ from sdp_jax.dimension import Dimension, Member, Role
 from sdp_jax.entries import keep_channels
 from sdp_jax.groups import Groups
 from sdp_jax.segments import max_over, sum_over
-from sdp_jax.tree import PyTree
+from sdp_jax.tree import PyTree, leaf_table
 
 Normalizer = Literal["mean", "max", "sum"]
 Reduce = Literal["mean", "sum", "max"]
@@ -35,6 +36,7 @@ def channel_importance(
     params: PyTree,
     *,
     gone: jax.Array | None = None,
+    masked: bool = False,
     p: float = 2,
     bias: bool = False,
     normalizer: Normalizer | None = "mean",
@@ -44,9 +46,10 @@ def channel_importance(
 
     Args:
       groups: the channel dimensions.
-      params: the parameters, with all producers and consumers.
+      params: the parameters.
       gone: which channels are known to be zero, ``(num_channels,)``; they are looked
         for if it is not given.
+      masked: whether a mask may hide consumers, which then do not count.
       p: the exponent.
       bias: whether biases count.
       normalizer: what the importances of a dimension are divided by.
@@ -70,6 +73,7 @@ def channel_importance(
       >>> print(channel_importance(groups, params))  # (9 + 1) / 2 and (1 + 9) / 2.
       [1. 1.]
     """
+    groups = _seen(groups, params) if masked else groups
     alive = channels_alive(groups, params) if gone is None else ~gone
     # What would read a channel that is gone does not count.
     whole = keep_channels(groups, params, alive, "consumer")
@@ -93,6 +97,19 @@ def channel_importance(
         raw, made = weighted_sums(groups, whole, _power(p), part, produced, roles=ROLES)
         alive &= made != 0
     return _normalised(raw, alive, groups.owner, normalizer)
+
+
+def _seen(groups: Groups, params: PyTree) -> Groups:
+    """The groups without the consumers that the parameters lack."""
+    there = set(leaf_table(params))
+
+    def seen(m: Member) -> bool:
+        return m.role != "consumer" or m.path in there
+
+    dimensions = (
+        dataclasses.replace(d, members=tuple(filter(seen, d.members))) for d in groups
+    )
+    return dataclasses.replace(groups, dimensions=tuple(dimensions))
 
 
 def check_importance(p: Any, normalizer: Any, reduce: Any) -> None:

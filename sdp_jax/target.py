@@ -134,7 +134,8 @@ def target_sparsity(
         return TargetState(count, PerChannel(gone), PerChannel(level))
 
     def score(state: TargetState, groups: Groups, params: Any) -> jax.Array:
-        importance = channel_importance(groups, params, gone=state.removed.per_channel)
+        gone = state.removed.per_channel
+        importance = channel_importance(groups, params, gone=gone, masked=True)
         return importance * state.level.per_channel
 
     def is_due(state: TargetState) -> jax.Array:

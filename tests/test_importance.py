@@ -1,12 +1,13 @@
 """The importance that targets rank by: which members count, and what is gone."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import sdp_jax
 from sdp_jax import importance
+from tests import toy
 
 P = sdp_jax.Member
 
@@ -65,11 +66,27 @@ def test_importance_is_that_of_the_cut_network():
     np.testing.assert_allclose(whole[name], raw / raw.mean(), rtol=1e-5)
 
 
-def test_hidden_consumers_are_named():
-    params = {"w": jnp.ones((2, 3)), "v": jnp.ones((3, 1))}
+def test_hidden_consumers_are_named_unless_a_mask_hides_them():
+    params = {"w": jnp.array([[3.0, 1.0, 0.0]]), "v": jnp.ones((3, 1))}
     axes = {"d": [P("w", 1), P("v", 0, "consumer")]}
     groups = sdp_jax.groups_from_axes(params, axes)
+    part = {"w": params["w"]}
     with pytest.raises(ValueError, match="no leaf 'v' of shape .* hide no member"):
-        jax.eval_shape(
-            lambda w: importance.channel_importance(groups, {"w": w}), params["w"]
-        )
+        importance.channel_importance(groups, part)
+    found = importance.channel_importance(groups, part, masked=True)
+    np.testing.assert_allclose(found, [1.8, 0.2, 0.0], rtol=1e-6)
+
+
+def test_a_target_on_a_part_of_the_parameters():
+    params = toy.mlp_params()
+    groups = toy.mlp_groups(params)
+    labels = {name: "head" if name == "layer2" else "rest" for name in params}
+    target = sdp_jax.target_sparsity(0.5, 0, 1)
+    parts = {
+        "rest": sdp_jax.altsdp(0.1, groups, strength=target),
+        "head": optax.adam(0.1),
+    }
+    tx = optax.partition(parts, labels)
+    updates, _ = tx.update(toy.mlp_grads(params), tx.init(params), params)
+    alive = sdp_jax.channels_alive(groups, optax.apply_updates(params, updates))
+    assert int(alive.sum()) == 5
