@@ -10,13 +10,19 @@ cifar10() {
     --widths 32 32 64 64 128 128 256 --epochs 15 --learning-rate 0.05 \
     --schedule cosine --momentum 0.9 "${@:3}"
 }
-for data in mnist cifar10; do
-  $data "$1" sgd --method sgd
-  $data "$1" altsdp --method altsdp --sparsity 0.5
-  penalty=0.001; if [ $data = cifar10 ]; then penalty=0.03; fi
-  $data "$1" prox --method prox_sgd --penalty $penalty
-  $data "$1" other --method sgd --seed 1
-  "$PYTHON" -m experiments.valley runs/valley-$data-sgd --data-dir "$1" \
-    --pruned runs/valley-$data-altsdp runs/valley-$data-prox \
-    --other runs/valley-$data-other --out runs/valley-$data-certificates "${@:2}"
-done
+mnist "$1" sgd --method sgd
+mnist "$1" altsdp --method altsdp --c 0.08 --mu 0.6
+mnist "$1" altsdp-target --method altsdp --sparsity 0.5
+mnist "$1" prox --method prox_sgd --penalty 0.001
+mnist "$1" other --method sgd --seed 1
+cifar10 "$1" sgd --method sgd
+cifar10 "$1" altsdp-target --method altsdp --sparsity 0.5
+cifar10 "$1" prox --method prox_sgd --penalty 0.03
+cifar10 "$1" other --method sgd --seed 1
+check() {
+  "$PYTHON" -m experiments.valley "runs/valley-$2-sgd" --data-dir "$1" \
+    --other "runs/valley-$2-other" --out "runs/valley-$2-certificates" --pruned "${@:3}"
+}
+check "$1" mnist runs/valley-mnist-altsdp runs/valley-mnist-altsdp-target \
+  runs/valley-mnist-prox
+check "$1" cifar10 runs/valley-cifar10-altsdp-target runs/valley-cifar10-prox
