@@ -203,7 +203,7 @@ def table(records: list[dict[str, Any]], key: str, better: str = "lower") -> str
     """
     rows, flops = cells(records, key), cells(records, "flops_left")
     names = [n for n in METHODS if any(n in row for row in rows.values())]
-    titles = ["network", "FLOPs to go", *(TITLES.get(n, n) for n in names)]
+    titles = ["network", "FLOPs to go", "seeds", *(TITLES.get(n, n) for n in names)]
     ranked = better != "neither"
     if ranked:
         titles += ["AltSDP to best baseline", "AltSDP to from scratch"]
@@ -225,11 +225,12 @@ def table(records: list[dict[str, Any]], key: str, better: str = "lower") -> str
                 places.setdefault(name, []).append(number)
             gains.append(_gains(row, place, 1 - 2 * lower))
             shown += map(_signed, gains[-1])
-        lines.append(_line([network, f"{target:.0%}", *shown]))
+        seeds = str(max(map(len, row.values())))
+        lines.append(_line([network, f"{target:.0%}", seeds, *shown]))
     if gains:
         means = [f"{np.mean(places[n]):.2f}" if n in places else "" for n in names]
         ends = [_signed(_mean(column)) for column in zip(*gains, strict=True)]
-        lines.append(_line(["mean place", "", *means, *ends]))
+        lines.append(_line(["mean place", "", "", *means, *ends]))
     return "\n".join(lines) + "\n"
 
 

@@ -43,7 +43,7 @@ def test_the_study_goes_on_where_it_was(tmp_path, small, capsys):
     assert by["one", "SGD, dense"]["flops_left"] == 1
     assert all(0.3 < r["flops_left"] <= 0.5 for r in records if r["sparsity"])
     text = (tmp_path / "table.md").read_text()
-    assert "| one | 50% |" in text and "43.21" in text
+    assert "| one | 50% | 1 |" in text and "43.21" in text
     assert "one, AltSDP 50%, seed 0: 43.21%" in capsys.readouterr().out
 
 
@@ -72,16 +72,20 @@ def test_the_table_by_hand():
         for name, pair in accuracies.items():
             records += [record(network, name, 0.5, s, a) for s, a in enumerate(pair)]
     lines = networks.table(records, "score", "higher").splitlines()
-    assert lines[0].startswith("| network | FLOPs to go | dense | AltSDP | L2 | random")
+    assert lines[0].startswith(
+        "| network | FLOPs to go | seeds | dense | AltSDP | L2 | random"
+    )
     # √(1² / 2 · 2 + …): errors of 1 and 2 per cent, of 1 and 1, of 0.1 and 0.2.
     assert lines[2] == (
-        "| dnn | 50% | 99 ± 0 | 91 ± 1.41 | 82 ± 2.83 |  | **94 ± 1.41** "
+        "| dnn | 50% | 2 | 99 ± 0 | 91 ± 1.41 | 82 ± 2.83 |  | **94 ± 1.41** "
         "| +4.0 | -2.1 |"
     )
     assert lines[3] == (
-        "| decoder | 50% |  | 0.4 ± 0.141 |  | **0.3 ± 0.283** |  | -0.4 |  |"
+        "| decoder | 50% | 2 |  | 0.4 ± 0.141 |  | **0.3 ± 0.283** |  | -0.4 |  |"
     )
-    assert lines[4] == "| mean place |  |  | 2.00 | 3.00 | 1.00 | 1.00 | +1.8 | -2.1 |"
+    assert (
+        lines[4] == "| mean place |  |  |  | 2.00 | 3.00 | 1.00 | 1.00 | +1.8 | -2.1 |"
+    )
 
 
 def test_what_misses_its_target_has_no_place():
@@ -91,15 +95,15 @@ def test_what_misses_its_target_has_no_place():
     ]
     records[-1]["flops_left"] = 0.6
     lines = networks.table(records, "score", "higher").splitlines()
-    assert lines[2].startswith("| dnn | 50% | **80** | 70 | (90) |")
-    assert lines[3].startswith("| mean place |  | 1.00 | 2.00 |  |")
+    assert lines[2].startswith("| dnn | 50% | 1 | **80** | 70 | (90) |")
+    assert lines[3].startswith("| mean place |  |  | 1.00 | 2.00 |  |")
 
 
 def test_a_table_without_places():
     records = [record("dnn", "L2", 0.5, 0, 0.9), record("dnn", "random", 0.5, 0, 0.8)]
     lines = networks.table(records, "accuracy", "neither").splitlines()
-    assert lines[0] == "| network | FLOPs to go | L2 | random |"
-    assert lines[2:] == ["| dnn | 50% | 0.9 | 0.8 |"]
+    assert lines[0] == "| network | FLOPs to go | seeds | L2 | random |"
+    assert lines[2:] == ["| dnn | 50% | 1 | 0.9 | 0.8 |"]
 
 
 def test_places():
