@@ -161,7 +161,7 @@ def test_channels_out_of_order_are_channels_like_others(x64):
     norms = np.sqrt((a**2).sum(0) + (c**2).sum(0))
     np.testing.assert_allclose(sdp_jax.channel_norms(groups, params), norms, rtol=1e-12)
     factors = jnp.arange(8.0)
-    scaled = sdp_jax.channels.scale_channels(groups, params, factors)
+    scaled = sdp_jax.scale_channels(groups, params, factors)
     np.testing.assert_array_equal(scaled["a"], a * factors)
     np.testing.assert_array_equal(scaled["c"][:, np.argsort(PERMUTATION)], c * factors)
     # What is left is in another order, and can be cut again.
