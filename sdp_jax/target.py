@@ -223,10 +223,20 @@ def _lowest(
     sizes = jnp.asarray(list(groups.sizes.values()))
     goal = (goal * (1 + 1e-6)).astype(scores.dtype)  # rounding
 
+    rounds = any(step > 1 for _, step in steps)
+
+    def met(widths: jax.Array) -> jax.Array:
+        # As they are, whole numbers or not, if nothing is rounded.
+        widths = round_up(widths, sizes, steps) if rounds else widths
+        return share_left(widths.astype(scores.dtype)) <= goal
+
     least = prox.floor_counts(floors)
     if ranking == "global":
-        uniform = _uniform(share_left, sizes.astype(scores.dtype), goal)
-        least = jnp.maximum(least, jnp.round(GUARD * uniform * sizes).astype(jnp.int32))
+        uniform = _uniform(met, sizes)
+        guard = jnp.round(GUARD * uniform * sizes).astype(jnp.int32)
+        # Where a floor is above it, the guard of others may forbid the goal: it yields.
+        guarded = jnp.maximum(least, guard)
+        least = jnp.where(met(guarded), guarded, least)
     keep = prox.largest_each(groups, scores, least)
     flat = jnp.where(keep | jnp.isnan(scores), jnp.inf, scores)
     free = jnp.isfinite(flat)
@@ -237,35 +247,34 @@ def _lowest(
         order = jnp.where(free, shares, jnp.inf)
     place = segments.ranks(order, np.zeros_like(block))
 
-    def widths(number: jax.Array) -> jax.Array:
-        """What is left of each dimension without the first ``number``."""
-        left = sizes - segments.sum_each(place < number, owner)
-        return round_up(left, sizes, steps)
+    def left(number: jax.Array) -> jax.Array:
+        """Channels of each dimension without the first ``number``."""
+        return sizes - segments.sum_each(place < number, owner)
 
     def halve(_: int, between: tuple[jax.Array, jax.Array]) -> Any:
         low, high = between
         middle = (low + high) // 2
-        met = share_left(widths(middle).astype(scores.dtype)) <= goal
-        return jnp.where(met, low, middle + 1), jnp.where(met, middle, high)
+        enough = met(left(middle))
+        return jnp.where(enough, low, middle + 1), jnp.where(enough, middle, high)
 
     most = free.sum()
     start = (jnp.zeros((), most.dtype), most)
     number, _ = jax.lax.fori_loop(0, len(owner).bit_length(), halve, start)
     # Floors that are arrays may forbid the goal: they win.
     number = jnp.minimum(number, most)
-    return segments.lowest(flat, sizes - widths(number), owner).mask
+    kept = round_up(left(number), sizes, steps)
+    return segments.lowest(flat, sizes - kept, owner).mask
 
 
-def _uniform(
-    share_left: Callable[[jax.Array], jax.Array], sizes: jax.Array, goal: jax.Array
-) -> jax.Array:
-    """The share of every dimension at which ``goal`` is left."""
+def _uniform(met: Callable[[jax.Array], jax.Array], sizes: jax.Array) -> jax.Array:
+    """The largest share of every dimension at which the goal is met."""
 
     def halve(_: int, between: tuple[jax.Array, jax.Array]) -> Any:
         low, high = between
         middle = (low + high) / 2
-        met = share_left(middle * sizes) <= goal
-        return jnp.where(met, middle, low), jnp.where(met, high, middle)
+        enough = met(middle * sizes)
+        return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
 
-    ends = jnp.zeros((), sizes.dtype), jnp.ones((), sizes.dtype)
+    dtype = jnp.result_type(float)
+    ends = jnp.zeros((), dtype), jnp.ones((), dtype)
     return jax.lax.fori_loop(0, 20, halve, ends)[0]

@@ -65,7 +65,9 @@ def test_a_rule_is_a_strength_and_floors_in_order():
     np.testing.assert_array_equal(thresholds, np.full(11, 0.5))
     target = sdp_jax.target_sparsity(0.5, 0, 2)
     assert base.check_rule(groups, target) == (target, (1, 1))
-    with pytest.raises(ValueError, match="so are 54.5% of the channels, and at most 9.1%"):
+    with pytest.raises(
+        ValueError, match="so are 54.5% of the channels, and at most 9.1%"
+    ):
         base.check_rule(groups, sdp_jax.target_sparsity(0.9, 0, 2), 3)
 
 

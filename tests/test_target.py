@@ -339,3 +339,34 @@ def test_without_numbers_nothing_is_decided():
     np.testing.assert_array_equal(after.removed.per_channel, state.removed.per_channel)
     np.testing.assert_array_equal(after.level.per_channel, state.level.per_channel)
     assert int(after.count) == 2
+
+
+@pytest.mark.parametrize("sparsity", [0.3, 0.5, 0.6])
+@pytest.mark.parametrize("target", ["channels", "params", "flops"])
+@pytest.mark.parametrize("multiple", [2, 3, 4])
+def test_a_target_ends_at_rounded_widths_and_counts_them(sparsity, target, multiple):
+    params = {k: jnp.ones(s) for k, s in ATTENTION.items()}
+    groups = sdp_jax.find_groups(attention, params, jnp.ones((5, 6)))
+    sizes = np.asarray(list(groups.sizes.values()))
+    counts = {"params": groups.parameters, "flops": groups.flops}.get(target)
+
+    def left(widths):
+        return counts.at(widths) / counts.at(sizes) if counts else sum(widths) / 40
+
+    rng = np.random.default_rng(0)
+    strength = sdp_jax.target_sparsity(sparsity, 0, 6, target=target, round_to=multiple)
+    for _ in range(4):
+        scores = {
+            k: jnp.asarray(rng.uniform(0.1, 10) * rng.uniform(1, 2, n), jnp.float32)
+            for k, n in groups.sizes.items()
+        }
+        out, _ = toy.run_strength(strength, 6, scores, dict.fromkeys(scores, 1), groups)
+        for thresholds in out:
+            widths = [int((~np.isinf(t)).sum()) for t in thresholds.values()]
+            assert all(
+                w % multiple == 0 or w == n for w, n in zip(widths, sizes, strict=True)
+            )
+        assert left(widths) <= (1 - sparsity) * (1 + 1e-6)
+        for name, t in out[-1].items():
+            gone, values = np.isinf(t), np.asarray(scores[name])
+            assert values[gone].max(initial=0) <= values[~gone].min()
