@@ -341,9 +341,9 @@ def test_without_numbers_nothing_is_decided():
     assert int(after.count) == 2
 
 
-@pytest.mark.parametrize("sparsity", [0.3, 0.5, 0.6])
-@pytest.mark.parametrize("target", ["channels", "params", "flops"])
-@pytest.mark.parametrize("multiple", [2, 3, 4])
+@pytest.mark.parametrize("sparsity", [0.3, 0.6])
+@pytest.mark.parametrize("target", ["channels", "flops"])
+@pytest.mark.parametrize("multiple", [3, 4])
 def test_a_target_ends_at_rounded_widths_and_counts_them(sparsity, target, multiple):
     params = {k: jnp.ones(s) for k, s in ATTENTION.items()}
     groups = sdp_jax.find_groups(attention, params, jnp.ones((5, 6)))
@@ -355,7 +355,7 @@ def test_a_target_ends_at_rounded_widths_and_counts_them(sparsity, target, multi
 
     rng = np.random.default_rng(0)
     strength = sdp_jax.target_sparsity(sparsity, 0, 6, target=target, round_to=multiple)
-    for _ in range(4):
+    for _ in range(2):
         scores = {
             k: jnp.asarray(rng.uniform(0.1, 10) * rng.uniform(1, 2, n), jnp.float32)
             for k, n in groups.sizes.items()
