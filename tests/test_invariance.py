@@ -531,7 +531,7 @@ def test_random_programs_mark_nothing_else(seed, x64):
 
 
 def test_training_shrinks_scales_and_takes_whole_channels():
-    """Filters of living channels take the step of the base optimizer, bit for bit."""
+    """Filters of living channels take the step of the base optimizer, to rounding."""
     fn, rate = CASES["fast variance"].fn, 0.05
     params = jax.tree.map(lambda x: x.astype(jnp.float32), draw(NORM))
     x, y = draw(IMAGE, 1), draw((4, 4), 2)
