@@ -13,7 +13,7 @@ import dataclasses
 import json
 import pathlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -136,10 +136,7 @@ def runs(config: Compare) -> list[tuple[str, Config]]:
     Raises:
       ValueError: if a method is unknown.
     """
-    names = list(ENTRIES) if config.methods == ("all",) else list(config.methods)
-    unknown = [name for name in names if name not in ENTRIES]
-    if unknown:
-        raise ValueError(f"unknown methods {unknown}; there are {list(ENTRIES)}")
+    names = chosen(config.methods, ENTRIES, "methods")
     shared = {
         f.name: getattr(config, f.name)
         for f in dataclasses.fields(config)
@@ -161,6 +158,27 @@ def runs(config: Compare) -> list[tuple[str, Config]]:
                 settings |= {"sparsity": share, "seed": seed, "out": directory}
                 found.append((name, Config(**settings)))
     return found
+
+
+def chosen(names: Sequence[str], known: Mapping[str, Any], what: str) -> list[str]:
+    """The names that were asked for.
+
+    Args:
+      names: names, or ``("all",)``.
+      known: all that there are, by name.
+      what: what they are, for the message.
+
+    Returns:
+      The names.
+
+    Raises:
+      ValueError: if one of them is unknown.
+    """
+    asked = list(known) if tuple(names) == ("all",) else list(names)
+    unknown = [name for name in asked if name not in known]
+    if unknown:
+        raise ValueError(f"unknown {what} {unknown}; there are {list(known)}")
+    return asked
 
 
 def record(name: str, config: Config, dataset: data.Dataset) -> dict[str, Any]:

@@ -98,10 +98,7 @@ def comparisons(config: Networks) -> dict[str, compare.Compare]:
     Raises:
       ValueError: if a network is unknown.
     """
-    names = list(NETWORKS) if config.networks == ("all",) else list(config.networks)
-    unknown = [name for name in names if name not in NETWORKS]
-    if unknown:
-        raise ValueError(f"unknown networks {unknown}; there are {list(NETWORKS)}")
+    names = compare.chosen(config.networks, NETWORKS, "networks")
     return {
         name: compare.Compare(
             out=config.out / name,

@@ -138,10 +138,13 @@ def target_sparsity(
         importance = channel_importance(groups, params, gone=gone, masked=True)
         return importance * state.level.per_channel
 
+    def on_ramp(count: jax.Array) -> jax.Array:
+        return (count > begin_step) & (count <= end_step)
+
     def is_due(state: TargetState) -> jax.Array:
         count = jnp.asarray(optax.safe_increment(state.count))
         event = ((count - begin_step) % every == 0) | (count == end_step)
-        return event & (count > begin_step) & (count <= end_step)
+        return event & on_ramp(count)
 
     def update(
         state: TargetState, scores: jax.Array, groups: Groups, floors: prox.Floors
@@ -162,9 +165,8 @@ def target_sparsity(
             known = jnp.isfinite(mean) & (mean > 0)
             return gone, jnp.where(known, mean, old[1]).astype(old[1].dtype)
 
-        asked = (count > begin_step) & (count <= end_step)
         known = jnp.any(jnp.isfinite(scores))
-        gone, level = jax.lax.cond(asked & known, decide, lambda: old)
+        gone, level = jax.lax.cond(on_ramp(count) & known, decide, lambda: old)
         thresholds = jnp.where(gone, jnp.inf, 0).astype(scores.dtype)
         return thresholds, TargetState(count, PerChannel(gone), PerChannel(level))
 

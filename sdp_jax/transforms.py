@@ -180,7 +180,7 @@ def group_threshold(
     def update(updates: Any, state: Any, params: Any, **_: Any) -> tuple[Any, Any]:
         dead = (~state.alive.per_channel).astype(jnp.int32)
         probing = Term(nonzero, (params,), small=True, over=dead)
-        removes = rule.score is not None and not candidates
+        removes = rule.score is not None
         candidate = updates if removes or candidates else add_step(params, updates)
         factor, strength_state, revived = channel_factors(
             groups, rule, floors, weights, candidate, state.strength, params, probing
