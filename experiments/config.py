@@ -62,6 +62,8 @@ class Config:
       evaluate_every: epochs from one evaluation on the whole training set to the next;
         the last epoch has one in any case.
       seed: of initialisation, data order and augmentation.
+      shrink: cut while it trains what has become zero: behind these shares of the
+        steps or, if none is given, where it pays; none cuts in the end.
       loop: scan compiles whole epochs, step one step at a time; auto takes scan on GPU
         and TPU and step on the CPU, where convolutions in a scan run on one core.
       devices: local devices that share each batch; default: all, on the CPU one.
@@ -110,6 +112,7 @@ class Config:
     validation: int = 0
     evaluate_every: int = 1
     seed: int = 0
+    shrink: tuple[float, ...] | None = None
     loop: Literal["auto", "step", "scan"] = "auto"
     devices: int | None = None
     twin: bool = False
@@ -160,5 +163,5 @@ PRUNING = (
     *("c", "mu", "sparsity", "target", "begin", "end"),
     *("stop_rise", "penalty", "decay_steps", "release_rate", "release_length"),
     *("valley", "valley_rank", "valley_decay", "valley_every"),
-    *("weights", "min_channels", "widths_left"),
+    *("weights", "min_channels", "widths_left", "shrink"),
 )

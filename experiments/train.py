@@ -36,6 +36,7 @@ from experiments.log import Log
 from experiments.optimizers import make_optimizer
 from experiments.outcome import make_watch, outcome
 from experiments.refresh import make_from_outside
+from experiments.shrink import Shrinking
 from experiments.steps import (
     State,
     make_advance,
@@ -51,7 +52,7 @@ class Run(NamedTuple):
     Attributes:
       model: the dense network.
       groups: its channel dimensions, on all variables.
-      state: the last state.
+      state: the last state; parameters and statistics dense also where a run shrinks.
       epochs: one record for each epoch.
       result: the record of the cut and the test.
     """
@@ -153,6 +154,7 @@ def train(
     state = on_devices(state, mesh)
 
     directory = config.directory().absolute()
+    shrinking = Shrinking(config, groups, steps, directory)
     log = Log(directory / "metrics.jsonl", config)
     manager = ocp.CheckpointManager(
         directory / "updates",
@@ -164,18 +166,33 @@ def train(
         # Losses of the epoch that was interrupted; NaN stands for those to come.
         nothing = np.full(per_epoch, np.nan, np.float32)
         saved = Saved(state, jnp.asarray(nothing))
-        done, saved = _restore(manager, log, saved, per_epoch)
+        done, saved = _restore(manager, log, saved, per_epoch, shrinking)
         state = saved.state
         for record in log.epochs:
             on_epoch(record)
         scan = config.loop == "scan" or (
             config.loop == "auto" and jax.default_backend() != "cpu"
         )
-        advance = make_advance(
-            model, tx, augment=config.augment, seed=config.seed, scan=scan, mesh=mesh
-        )
-        evaluate, watch = make_evaluate(model.apply), make_watch(groups)
-        refresh, due = make_from_outside(config, model, groups, training, state, steps)
+        watch = make_watch(groups)
+
+        def present() -> tuple[Any, ...]:
+            """What a step, an evaluation and the optimizer's helpers are by now."""
+            now, left = shrinking.model(model), shrinking.shrinker.groups
+            small_tx = tx
+            if now is not model:
+                small_tx = make_optimizer(config, left.at("params"), steps)
+            advance = make_advance(
+                now,
+                small_tx,
+                augment=config.augment,
+                seed=config.seed,
+                scan=scan,
+                mesh=mesh,
+            )
+            outside = make_from_outside(config, now, left, training, state, steps)
+            return advance, make_evaluate(now.apply), *outside
+
+        advance, evaluate, refresh, due = present()
         resident = on_devices(training, mesh) if done < steps else training
         for epoch in range(done // per_epoch + 1, config.epochs + 1):
             start = time.perf_counter()
@@ -200,8 +217,16 @@ def train(
                 losses.append(found)
                 first, done = first + count, done + count
                 on_step(done, steps)
+                cut = shrinking.ask(done, state.variables)
+                if cut is not None:
+                    state = State(*cut.take(tuple(state)))
+                    advance, evaluate, refresh, due = present()
                 if first < per_epoch and stop():
-                    raise _save_part(manager, done, state, losses, nothing)
+                    kept = nothing.copy()
+                    kept[:first] = _joined(losses)
+                    part = Saved(state, jnp.asarray(kept))
+                    _save(manager, done, part, shrinking)
+                    raise Interrupted(f"stopped after {done} steps")
             record: dict[str, Any] = {"epoch": epoch}
             record["batch_loss"] = float(np.mean(_joined(losses)))
             if epoch % config.evaluate_every == 0 or epoch == config.epochs:
@@ -218,14 +243,17 @@ def train(
                 record["validation_loss"], record["validation_accuracy"] = found
             if config.method in optimizers.THRESHOLD:
                 sdp_jax.check_zeros(state.opt_state)
-            record |= watch(state.variables)
+            record |= watch(_dense(shrinking, state).variables)
+            if config.shrink is not None:
+                record["step_flops"] = shrinking.shrinker.flops
             record["seconds"] = time.perf_counter() - start
             # The record comes first: an epoch without a checkpoint is done again.
             log.epoch(record)
-            _save(manager, done, Saved(state, jnp.asarray(nothing)))
+            _save(manager, done, Saved(state, jnp.asarray(nothing)), shrinking)
             on_epoch(record)
             if epoch < config.epochs and stop():
                 raise Interrupted(f"stopped after epoch {epoch}")
+    state = _dense(shrinking, state)
     if log.result is None or (config.timed and "milliseconds" not in log.result):
         variables = jax.device_get(state.variables)
         log.finish(outcome(config, model, groups, variables, dataset))
@@ -246,23 +274,27 @@ class Saved(NamedTuple):
     losses: Any
 
 
-def _save(manager: ocp.CheckpointManager, done: int, saved: Saved) -> None:
-    manager.save(done, args=ocp.args.StandardSave(saved))
+def _dense(shrinking: Shrinking, state: State) -> State:
+    """The state with parameters and statistics of the dense network."""
+    cut = shrinking.shrinker.cut
+    if cut.groups is cut.dense:
+        return state
+    full = cut.fill(state.variables)
+    return state._replace(
+        params=full["params"], batch_stats=full.get("batch_stats", {})
+    )
 
 
-def _save_part(
-    manager: ocp.CheckpointManager,
-    done: int,
-    state: State,
-    losses: list[Any],
-    nothing: np.ndarray,
-) -> Interrupted:
-    """Saves amid an epoch, and returns what to raise."""
-    known = _joined(losses)
-    kept = nothing.copy()
-    kept[: len(known)] = known
-    _save(manager, done, Saved(state, jnp.asarray(kept)))
-    return Interrupted(f"stopped after {done} steps")
+def _save(
+    manager: ocp.CheckpointManager, done: int, saved: Saved, shrinking: Shrinking
+) -> None:
+    manager.save(
+        done,
+        args=ocp.args.Composite(
+            arrays=ocp.args.StandardSave(saved),
+            shrinking=ocp.args.JsonSave(shrinking.save()),
+        ),
+    )
 
 
 def _joined(losses: list[Any]) -> np.ndarray:
@@ -270,7 +302,11 @@ def _joined(losses: list[Any]) -> np.ndarray:
 
 
 def _restore(
-    manager: ocp.CheckpointManager, log: Log, fresh: Saved, per_epoch: int
+    manager: ocp.CheckpointManager,
+    log: Log,
+    fresh: Saved,
+    per_epoch: int,
+    shrinking: Shrinking,
 ) -> tuple[int, Saved]:
     """The last checkpoint whose epochs are recorded; records beyond it are dropped.
 
@@ -285,8 +321,14 @@ def _restore(
     log.truncate(done // per_epoch)
     if not done:
         return 0, fresh
+    cuts = ocp.args.Composite(shrinking=ocp.args.JsonRestore())
+    shrinking.restore(done, manager.restore(done, args=cuts)["shrinking"])
+    cut = shrinking.shrinker.cut
+    if cut.groups is not cut.dense:
+        fresh = fresh._replace(state=State(*cut.take(tuple(fresh.state))))
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, fresh)
-    restored: Any = manager.restore(done, args=ocp.args.StandardRestore(abstract))
+    arrays = ocp.args.Composite(arrays=ocp.args.StandardRestore(abstract))
+    restored: Any = manager.restore(done, args=arrays)["arrays"]
     return done, Saved(State(*restored[0]), restored[1])
 
 
@@ -323,6 +365,8 @@ def show(config: Config, **options: Any) -> Run:
             board.write(record)
             accuracy = record.get("validation_accuracy", record.get("train_accuracy"))
             shown = "" if accuracy is None else f"  accuracy {accuracy:.2%}"
+            if "step_flops" in record:
+                shown += f"  FLOPs of a step {record['step_flops']:.0%}"
             state = (
                 f"loss {record['batch_loss']:.4f}{shown}  "
                 f"channels left {sum(record['channels'].values())}"

@@ -3,7 +3,8 @@
 Groups: :func:`find_groups`, :class:`Groups`. Training: :func:`altsdp`, its pieces and
 its strengths, for example :func:`target_sparsity`. Cutting: :func:`prune`, which makes
 a :class:`Pruned` (:func:`load` reads one), of :func:`plan_cut`, :class:`Cut` and
-:func:`narrow`. Measuring: :func:`cost`, :func:`latency`, :func:`fast_multiple`.
+:func:`narrow`; :class:`Shrinker` cuts while a model trains. Measuring: :func:`cost`,
+:func:`latency`, :func:`fast_multiple`.
 
 Behind doors of their own: :mod:`sdp_jax.methods`, the other published methods;
 :mod:`sdp_jax.valley`, sharp directions and certificates; and for who writes a strength,
@@ -29,6 +30,7 @@ from sdp_jax.fast import fast_multiple
 from sdp_jax.groups import Groups
 from sdp_jax.measure import cost, latency
 from sdp_jax.plan import plan_cut
+from sdp_jax.shrinking import Shrinker
 from sdp_jax.strength import Strength, ramp_strength, valley_strength
 from sdp_jax.target import target_sparsity
 from sdp_jax.tracing.find import find_groups
@@ -48,6 +50,7 @@ __all__ = [
     "Groups",
     "Member",
     "Pruned",
+    "Shrinker",
     "Strength",
     "altsdp",
     "base",

@@ -16,10 +16,12 @@ import numpy as np
 
 from sdp_jax.dimension import Dimension, Member, Role
 from sdp_jax.groups import Groups
-from sdp_jax.mesh import Line, replicated, sum_lines
+from sdp_jax.mesh import Line, replicated, sum_lines, zero_like
 from sdp_jax.tree import PyTree, leaf_table, missing_path_message
 
 Weighting = Literal["plain", "size", "cost"]
+# By path and axis of a leaf, for each position along it 0 if its entries count.
+Gone = dict[str, dict[int, jax.Array]]
 
 
 class PerChannel(NamedTuple):
@@ -54,7 +56,8 @@ def channel_weights(
       shrinking: whether ``"size"`` counts only ``groups.shrinking``.
 
     Returns:
-      Positive numbers ``(num_channels,)``, float64.
+      Positive numbers ``(num_channels,)``, float64; of groups that a cut has left,
+      those of the dense model.
 
     Raises:
       ValueError: if ``weights`` is none of these, lacks a dimension, or is not
@@ -67,6 +70,7 @@ def channel_weights(
       >>> print(sdp_jax.channel_weights(groups, "size"))  # √9
       [3. 3.]
     """
+    dense = groups.dense
     if isinstance(weights, Mapping):
         if set(weights) != set(groups.sizes):
             raise ValueError(
@@ -84,14 +88,14 @@ def channel_weights(
     elif weights == "plain":
         values = [1.0] * len(groups)
     elif weights == "size":
-        some = [d.shrinking if shrinking else d.producers for d in groups]
+        some = [d.shrinking if shrinking else d.producers for d in dense]
         own = [
-            dataclasses.replace(d, members=m) for d, m in zip(groups, some, strict=True)
+            dataclasses.replace(d, members=m) for d, m in zip(dense, some, strict=True)
         ]
-        values = [groups.entries(d, roles=("producer",)) ** 0.5 for d in own]
+        values = [dense.entries(d, roles=("producer",)) ** 0.5 for d in own]
     elif weights == "cost":
-        cost = [groups.entries(d, roles=("producer", "consumer")) for d in groups]
-        mean = np.dot(cost, list(groups.sizes.values())) / max(groups.num_channels, 1)
+        cost = [dense.entries(d, roles=("producer", "consumer")) for d in dense]
+        mean = np.dot(cost, list(dense.sizes.values())) / max(dense.num_channels, 1)
         values = [value / mean for value in cost]
     else:
         raise ValueError(
@@ -327,6 +331,8 @@ class Term(NamedTuple):
         smallest producer where it has none: reading a large leaf once more would make
         XLA copy it when it is donated.
       shrinking: whether only ``groups.shrinking`` count.
+      gone: which entries do not count for the channels of another axis, see
+        :func:`sdp_jax.entries.gone_lines`; default: none.
       over: weights of the channels, ``(num_channels,)``; what comes out is then one
         number, the weighted sum over all channels.
     """
@@ -335,6 +341,7 @@ class Term(NamedTuple):
     trees: tuple[PyTree, ...]
     small: bool = False
     shrinking: bool = False
+    gone: Gone | None = None
     over: jax.Array | None = None
 
 
@@ -370,7 +377,11 @@ def channel_sums(groups: Groups, *terms: Term) -> list[jax.Array]:
         for name, m, size in _small(groups) if term.small else members:
             if (m.path, m.axis) not in numbers:
                 numbers[m.path, m.axis] = len(lines)
-                leaves = tuple(jnp.asarray(table[m.path]) for table in tables)
+                gone = dict((term.gone or {}).get(m.path, {}))
+                gone.pop(m.axis, None)
+                leaves = tuple(
+                    without_lines(jnp.asarray(table[m.path]), gone) for table in tables
+                )
                 lines.append(Line(term.entry, leaves, m.axis))
             parts[-1].append((name, m, size, numbers[m.path, m.axis]))
 
@@ -417,6 +428,24 @@ def channel_maxima(groups: Groups, tree: PyTree) -> jax.Array:
         value = jnp.max(_blocks(line, m, size), axis=(0, 2))
         out[name] = jnp.maximum(out[name], value) if name in out else value
     return groups.join(out)
+
+
+def without_lines(leaf: jax.Array, gone: Mapping[int, jax.Array]) -> jax.Array:
+    """Zeros in a leaf at the positions that do not count.
+
+    Args:
+      leaf: any array.
+      gone: by axis a vector along it, 0 where entries count.
+
+    Returns:
+      An array of the same shape, dtype and sharding.
+    """
+    for axis, line in gone.items():
+        shape = [1] * leaf.ndim
+        shape[axis] = leaf.shape[axis]
+        counts = zero_like(line.reshape(shape), leaf)
+        leaf = jnp.where(counts, leaf, jnp.zeros((), leaf.dtype))
+    return leaf
 
 
 def square(leaf: jax.Array) -> jax.Array:

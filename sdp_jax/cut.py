@@ -17,10 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from sdp_jax.channels import (
-    PerChannel,
-)
-from sdp_jax.dimension import Dimension, Leaf, Member
+from sdp_jax.channels import PerChannel
+from sdp_jax.dimension import Dimension, Leaf, Member, members_after
 from sdp_jax.factors import scale_channels
 from sdp_jax.groups import Groups
 from sdp_jax.matching import Matcher, is_hidden
@@ -110,6 +108,8 @@ class Cut:
     @functools.cached_property
     def groups(self) -> Groups:
         """The groups of the small parameters."""
+        if self.widths == self.dense.sizes:
+            return self.dense
         leaves = tuple(Leaf(path, shape) for path, shape in self.small_shapes.items())
         dimensions = []
         for d, kept in zip(self.dense.dimensions, self.kept, strict=True):
@@ -117,14 +117,45 @@ class Cut:
             for m in d.members:
                 length = self.dense.shapes[m.path][m.axis]
                 index = self._indices[m.path][m.axis]
-                members += _members_after(d, m, kept, index, length)
+                members += members_after(d, m, kept, index, length)
             dimensions.append(Dimension(d.name, len(kept), tuple(members)))
         return dataclasses.replace(
             self.dense,
             dimensions=tuple(dimensions),
             leaves=leaves,
             ports=ports_after(self.dense.ports, self._alive),
+            before=self.dense.dense,
         )
+
+    def then(self, later: "Cut") -> "Cut":
+        """This cut and one of what it leaves, as one cut from the dense model.
+
+        Args:
+          later: a cut of :attr:`groups`.
+
+        Returns:
+          A cut: what it takes is what ``later`` takes of what this one takes.
+
+        Raises:
+          ValueError: if ``later`` is a cut of other groups.
+
+        Example:
+          >>> import jax.numpy as jnp, sdp_jax
+          >>> params = {"w": jnp.ones((2, 4))}
+          >>> groups = sdp_jax.groups_from_axes(params, {"h": [sdp_jax.Member("w", 1)]})
+          >>> cut = sdp_jax.Cut(groups, ((0, 1, 3),))
+          >>> cut.then(sdp_jax.Cut(cut.groups, ((0, 2),))).kept
+          ((0, 3),)
+        """
+        if later.dense != self.groups:
+            raise ValueError(
+                "later is not a cut of what this one leaves: it was made for widths "
+                f"{later.dense.sizes}, and these are {self.groups.sizes}; make it with "
+                "plan_cut(cut.groups, cut.take(params))"
+            )
+        pairs = zip(self.kept, later.kept, strict=True)
+        kept = tuple(tuple(old[i] for i in new) for old, new in pairs)
+        return Cut(self.dense, kept, later.notes)
 
     @functools.cached_property
     def passed(self) -> list[tuple[str, int, int]]:
@@ -149,10 +180,10 @@ class Cut:
         parameter. Per-channel state of the transformations is cut as well. Everything
         else (counts, hyper-parameters, keys, other models) passes unchanged.
 
-        Training goes on from there. Mind that the norm of a channel no longer counts
-        the entries that read channels which are gone, so under an unchanged threshold
-        the channels of the next layer shrink a little at the first step. Going on with
-        the base optimizer alone (its state is the first of the chain's) avoids that.
+        Training goes on from there as it would have without the cut, with the same
+        transformation of :attr:`groups`: targets count in the dense model, and norms
+        never count what reads a channel that is zero. :class:`sdp_jax.Shrinker` cuts
+        while a model trains.
 
         Args:
           tree: arrays or ``jax.ShapeDtypeStruct``; NumPy arrays stay NumPy arrays, and
@@ -486,7 +517,7 @@ class Cut:
         return self.summary()
 
     @functools.cached_property
-    def _channels(self) -> np.ndarray:
+    def kept_channels(self) -> np.ndarray:
         """Numbers of the channels that stay, in a vector of all."""
         numbers = self.dense.split(np.arange(self.dense.num_channels))
         lines = zip(numbers.values(), self.kept, strict=True)
@@ -497,7 +528,7 @@ class Cut:
     def _alive(self) -> np.ndarray:
         """Which of all channels stay."""
         alive = np.zeros(self.dense.num_channels, bool)
-        alive[self._channels] = True
+        alive[self.kept_channels] = True
         return alive
 
     @functools.cached_property
@@ -571,7 +602,7 @@ class Cut:
                 f"{self.dense.num_channels} channels. It was cut already, or belongs "
                 "to a transformation with other groups: cut that with its own"
             )
-        return _take(leaf, self._channels, len(shape) - 1)
+        return _take(leaf, self.kept_channels, len(shape) - 1)
 
 
 class _Input(NamedTuple):
@@ -580,56 +611,6 @@ class _Input(NamedTuple):
     length: int
     index: np.ndarray
     carry: bool
-
-
-def _members_after(
-    d: Dimension, m: Member, kept: tuple[int, ...], index: np.ndarray, length: int
-) -> list[Member]:
-    """A member as it sits on its axis once only the positions ``index`` are left.
-
-    Other dimensions may have been cut from within its channels, or from between them.
-    """
-    stays = np.zeros(length, bool)
-    stays[index] = True
-    rank = np.cumsum(stays) - 1
-    runs: list[tuple[int, int, tuple[int, ...]]] = []
-    for row in m.positions(d.size)[:, list(kept), :]:
-        columns = np.flatnonzero(stays[row].any(axis=0))
-        new = rank[row[:, columns]]
-        if not stays[row[:, columns]].all() or (np.diff(new, axis=1) != 1).any():
-            raise ValueError(
-                f"dimension {d.name!r}: what is left of its channels on axis {m.axis} "
-                f"of {m.path!r} is irregular and cannot be written as groups; cut.take "
-                "works, but build the groups of the small parameters by hand"
-            )
-        if new.size:
-            start = int(new[:, 0].min())
-            places = tuple((new[:, 0] - start).tolist())
-            runs.append((start, len(columns), places))
-    members = []
-    while runs:
-        start, inner, places = runs[0]
-        step = runs[1][0] - start if len(runs) > 1 else 0
-        outer = 1
-        while outer < len(runs) and runs[outer] == (
-            start + outer * step,
-            inner,
-            places,
-        ):
-            outer += 1
-        regular = places == tuple(range(0, len(kept) * inner, inner))
-        members.append(
-            dataclasses.replace(
-                m,
-                outer=outer,
-                inner=inner,
-                offset=start,
-                period=step if outer > 1 else max(places) + inner,
-                places=None if regular else places,
-            )
-        )
-        runs = runs[outer:]
-    return members
 
 
 def _check_shares(

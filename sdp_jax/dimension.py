@@ -131,6 +131,56 @@ class Frozen:
     reasons: tuple[str, ...]
 
 
+def members_after(
+    d: Dimension, m: Member, kept: tuple[int, ...], index: np.ndarray, length: int
+) -> list[Member]:
+    """A member as it sits on its axis once only the positions ``index`` are left.
+
+    Other dimensions may have been cut from within its channels, or from between them.
+    """
+    stays = np.zeros(length, bool)
+    stays[index] = True
+    rank = np.cumsum(stays) - 1
+    runs: list[tuple[int, int, tuple[int, ...]]] = []
+    for row in m.positions(d.size)[:, list(kept), :]:
+        columns = np.flatnonzero(stays[row].any(axis=0))
+        new = rank[row[:, columns]]
+        if not stays[row[:, columns]].all() or (np.diff(new, axis=1) != 1).any():
+            raise ValueError(
+                f"dimension {d.name!r}: what is left of its channels on axis {m.axis} "
+                f"of {m.path!r} is irregular and cannot be written as groups; cut.take "
+                "works, but build the groups of the small parameters by hand"
+            )
+        if new.size:
+            start = int(new[:, 0].min())
+            places = tuple((new[:, 0] - start).tolist())
+            runs.append((start, len(columns), places))
+    members = []
+    while runs:
+        start, inner, places = runs[0]
+        step = runs[1][0] - start if len(runs) > 1 else 0
+        outer = 1
+        while outer < len(runs) and runs[outer] == (
+            start + outer * step,
+            inner,
+            places,
+        ):
+            outer += 1
+        regular = places == tuple(range(0, len(kept) * inner, inner))
+        members.append(
+            dataclasses.replace(
+                m,
+                outer=outer,
+                inner=inner,
+                offset=start,
+                period=step if outer > 1 else max(places) + inner,
+                places=None if regular else places,
+            )
+        )
+        runs = runs[outer:]
+    return members
+
+
 def as_text(value: Any) -> str:
     """Refuses what is no string."""
     if not isinstance(value, str):

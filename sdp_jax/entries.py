@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sdp_jax.channels import producer_leaves
+from sdp_jax.channels import Gone, without_lines
 from sdp_jax.dimension import Dimension, Member, Role
 from sdp_jax.factors import split_alike
 from sdp_jax.groups import Groups
@@ -29,25 +29,62 @@ def entry_sums(
             if not counted(d, m):
                 continue
             shape = groups.shapes[m.path]
-            # The channel at each position, or one past the last where there is none.
-            channel = np.full(shape[m.axis], d.size)
-            channel[m.positions(d.size)] = np.arange(d.size)[:, None]
             line = [1] * len(shape)
             line[m.axis] = shape[m.axis]
-            along = padded[channel].reshape(line)
+            along = padded[_channel_at(groups, d, m)].reshape(line)
             found[m.path] = found[m.path] + along if m.path in found else along
     return found
+
+
+def _channel_at(groups: Groups, d: Dimension, m: Member) -> np.ndarray:
+    """The channel at each position, or one past the last where there is none."""
+    channel = np.full(groups.shapes[m.path][m.axis], d.size)
+    channel[m.positions(d.size)] = np.arange(d.size)[:, None]
+    return channel
 
 
 def keep_channels(
     groups: Groups, tree: PyTree, keep: jax.Array, role: Role = "producer"
 ) -> PyTree:
     """Exact zeros in the members of the other channels, also where they are NaN."""
-    table = producer_leaves(groups, tree)
     gone = entry_sums(groups, jnp.where(keep, 0, 1), lambda d, m: m.role == role)
     kept = {
         path: jnp.where(zero_like(gone[path], leaf), leaf, jnp.zeros((), leaf.dtype))
-        for path, leaf in table.items()
+        for path, leaf in leaf_table(tree).items()
+        if path in gone
+    }
+    return replace_leaves(tree, kept)
+
+
+def gone_lines(groups: Groups, alive: jax.Array) -> Gone:
+    """By path and axis how many channels that are not alive sit at each position.
+
+    In producers and consumers.
+    """
+    parts = split_alike(groups, jnp.where(alive, 0, 1))
+    found: Gone = {}
+    for d in groups:
+        padded = jnp.pad(parts[d.name], (0, 1))
+        for m in d.members:
+            if m.role == "state":
+                continue
+            along, axes = (
+                padded[_channel_at(groups, d, m)],
+                found.setdefault(m.path, {}),
+            )
+            axes[m.axis] = axes[m.axis] + along if m.axis in axes else along
+    return found
+
+
+def living(groups: Groups, tree: PyTree, alive: jax.Array) -> PyTree:
+    """A tree with zeros in all that makes or reads a channel that is not alive.
+
+    Norms and scores of it do not change when a cut takes the zeros away.
+    """
+    gone = gone_lines(groups, alive)
+    kept = {
+        path: without_lines(leaf, gone[path])
+        for path, leaf in leaf_table(tree).items()
         if path in gone
     }
     return replace_leaves(tree, kept)

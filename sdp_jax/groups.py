@@ -67,6 +67,8 @@ class Groups:
         stay, as :func:`sdp_jax.find_groups` counted them; ``None`` for groups that
         were made by hand.
       ports: where channels sit in inputs and outputs.
+      before: for what a cut has left, the groups of the dense model: targets and
+        weights count in these, whatever has been cut since.
     """
 
     dimensions: tuple[Dimension, ...]
@@ -76,6 +78,7 @@ class Groups:
     prune_outputs: tuple[str, ...] = ()
     flops: Polynomial | None = None
     ports: tuple[Port, ...] = ()
+    before: "Groups | None" = None
 
     def __hash__(self) -> int:
         return self._hash
@@ -115,6 +118,11 @@ class Groups:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape by leaf path."""
         return {leaf.path: leaf.shape for leaf in self.leaves}
+
+    @property
+    def dense(self) -> "Groups":
+        """The groups of the dense model: these, if nothing has been cut yet."""
+        return self if self.before is None else self.before
 
     @property
     def num_channels(self) -> int:
@@ -245,12 +253,12 @@ class Groups:
         check_ranking(ranking)
         found: dict[Any, int] = {}
         numbers = []
-        for d in self.dimensions:
+        for d in self.dense.dimensions:
             key: Any = {"global": None, "dimension": d.name}.get(ranking)
             if ranking == "isomorphic":
                 key = tuple(
                     sorted(
-                        (m.role, m.axis, len(self.shapes[m.path]))
+                        (m.role, m.axis, len(self.dense.shapes[m.path]))
                         + (m.outer > 1, m.inner > 1)
                         for m in d.members
                     )
@@ -354,6 +362,7 @@ class Groups:
             frozen=frozen,
             flops=self._flops_of(dimensions),
             ports=self._ports_of(dimensions),
+            before=self.before and self.before.at(prefix),
         )
 
     def without(self, *names: str) -> "Groups":
@@ -375,6 +384,7 @@ class Groups:
             dimensions=dimensions,
             flops=self._flops_of(dimensions),
             ports=self._ports_of(dimensions),
+            before=self.before and self.before.without(*names),
         )
 
     def _ports_of(self, dimensions: Sequence[Dimension]) -> tuple[Port, ...]:
@@ -395,8 +405,10 @@ class Groups:
 
     def to_json(self) -> str:
         """The groups as a JSON string."""
-        raw = dataclasses.asdict(dataclasses.replace(self, flops=None))
-        return json.dumps(raw | {"flops": self.flops and self.flops.to_list()})
+        raw = dataclasses.asdict(dataclasses.replace(self, flops=None, before=None))
+        before = self.before and json.loads(self.before.to_json())
+        flops = self.flops and self.flops.to_list()
+        return json.dumps(raw | {"flops": flops, "before": before})
 
     @classmethod
     def from_json(cls, text: str) -> "Groups":
@@ -451,6 +463,11 @@ class Groups:
             flops = raw.get("flops")
             if flops is not None:
                 flops = Polynomial.from_list(flops, len(dimensions))
+            before = raw.get("before")
+            if before is not None:
+                before = cls.from_json(json.dumps(before))
+                if [d.name for d in before] != [d.name for d in dimensions]:
+                    raise TypeError("before and after a cut are other dimensions")
             if len({leaf.path for leaf in leaves}) != len(leaves):
                 raise TypeError("two leaves have the same path")
             if not all(d.producers for d in dimensions):
@@ -459,7 +476,15 @@ class Groups:
             raise ValueError(
                 f"not groups in JSON, as written by Groups.to_json: {error!r}"
             ) from error
-        groups = cls(dimensions, leaves, frozen, flops=flops, ports=ports, **flags)
+        groups = cls(
+            dimensions,
+            leaves,
+            frozen,
+            flops=flops,
+            ports=ports,
+            before=before,
+            **flags,
+        )
         check_groups(groups)
         return groups
 

@@ -113,7 +113,7 @@ def plan_cut(
             f"inputs=(x,); got {type(inputs).__name__}"
         )
     _check_tree(groups, params)
-    widths = _widths(groups, params, round_to)
+    widths = widths_for(groups, params, round_to)
     if (scores is None) != (sparsity is None):
         raise ValueError(
             "scores and sparsity belong together: give both, for example "
@@ -127,7 +127,7 @@ def plan_cut(
                 "without scores what is exactly zero goes. Give scores and sparsity, "
                 "or leave them out"
             )
-        return _cut_zeros(groups, params, min_channels, widths)
+        return cut_zeros(groups, params, min_channels, widths)
     assert sparsity is not None
     check_share("sparsity", sparsity)
     if (target == "latency") != (fn is not None):
@@ -276,12 +276,21 @@ def _protected(
     return np.concatenate([np.zeros(0, bool), *protected])
 
 
-def _widths(
+def widths_for(
     groups: Groups, params: PyTree, round_to: RoundTo
 ) -> dict[str, Callable[[int], int]]:
-    """For each dimension a function from channels to keep to the width."""
+    """For each dimension a function from channels to keep to the width.
+
+    Args:
+      groups: the channel dimensions.
+      params: the parameters, which say how a mesh shares them.
+      round_to: as for :func:`plan_cut`.
+
+    Returns:
+      Functions by dimension name.
+    """
     if round_to != "mesh":
-        steps = steps_of(round_to, shared=_spread(params))
+        steps = steps_of(round_to, shared=spread(params))
         return {
             name: functools.partial(round_up, sizes=size, steps=steps)
             for name, size in groups.sizes.items()
@@ -311,8 +320,15 @@ def _rounded(
     return tuple(sorted(best[: width(int(stay.sum()))].tolist()))
 
 
-def _spread(params: PyTree) -> bool:
-    """Whether processes share the parameters, and must decide alike."""
+def spread(params: PyTree) -> bool:
+    """Whether processes share the parameters, and must decide alike.
+
+    Args:
+      params: the parameters.
+
+    Returns:
+      Whether they do.
+    """
     leaves = jax.tree.leaves(params)
     known = [x for x in leaves if not isinstance(x, jax.core.Tracer)]
     return not all(getattr(x, "is_fully_addressable", True) for x in known)
@@ -329,7 +345,7 @@ def _measure(
     if target == "latency":
         assert fn is not None
         dense = Cut(groups, tuple(tuple(range(d.size)) for d in groups))
-        spread = _spread(params)
+        shared = spread(params)
 
         def time_left(cut: Cut) -> float:
             # In turns with the uncut one, which also goes through narrow.
@@ -341,7 +357,7 @@ def _measure(
                     (cut.take(params), *cut.take_inputs(*inputs)),
                 ],
             )
-            return _of_the_first(small.ratio) if spread else small.ratio
+            return of_the_first(small.ratio) if shared else small.ratio
 
         return time_left
     if target == "channels":
@@ -356,17 +372,40 @@ def _measure(
     return lambda cut: counts.at(list(cut.widths.values())) / total
 
 
-def _of_the_first(number: float) -> float:
-    """The number of the first process."""
+def of_the_first(number: float) -> float:
+    """The number of the first process.
+
+    Args:
+      number: of this process.
+
+    Returns:
+      That of the first one.
+    """
     return float(multihost_utils.broadcast_one_to_all(np.float64(number)))
 
 
-def _cut_zeros(
+def cut_zeros(
     groups: Groups,
     params: PyTree,
     min_channels: int,
     widths: Mapping[str, Callable[[int], int]],
+    gone: np.ndarray | None = None,
 ) -> Cut:
+    """A cut of channels that are exactly zero.
+
+    Args:
+      groups: the channel dimensions.
+      params: the parameters.
+      min_channels: channels of each dimension that stay in any case.
+      widths: from channels to keep to the width, see :func:`widths_for`.
+      gone: which of the channels that are zero go; default: all of them.
+
+    Returns:
+      The cut.
+
+    Raises:
+      ValueError: if a leaf has no values, or a producer is not a number.
+    """
     table = leaf_table(params)
     for path, leaf in table.items():
         if isinstance(leaf, jax.core.Tracer | jax.ShapeDtypeStruct):
@@ -382,9 +421,10 @@ def _cut_zeros(
                     "cannot be cut"
                 )
     kept = []
-    every = groups.split(fetch(channels_alive(groups, params)))
-    for name, alive in every.items():
-        stay = alive.copy()
+    stays = fetch(channels_alive(groups, params))
+    every = groups.split(stays if gone is None else stays | ~gone)
+    for name, line in every.items():
+        stay = line.copy()
         missing = min(min_channels, groups.sizes[name]) - int(stay.sum())
         if missing > 0:
             stay[np.flatnonzero(~stay)[:missing]] = True

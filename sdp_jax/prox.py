@@ -156,7 +156,8 @@ def resolve_floors(
     else:
         given = [min_channels] * len(groups)
     floors: list[int | jax.Array] = []
-    for (name, size), value in zip(groups.sizes.items(), given, strict=True):
+    for d, value in zip(groups.dense, given, strict=True):
+        name, size = d.name, d.size
         if isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jnp.integer):
             floors.append(value)
             continue
@@ -170,5 +171,6 @@ def resolve_floors(
                 f"min_channels of dimension {name!r} is {value}, but it has {size} "
                 "channels; give a number between 0 and its size"
             )
-        floors.append(int(value))
+        # A cut may have left fewer.
+        floors.append(min(int(value), groups.sizes[name]))
     return tuple(floors)

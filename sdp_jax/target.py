@@ -68,8 +68,8 @@ def target_sparsity(
     falls below half of the width that it would have if all were cut to the same share.
 
     Args:
-      sparsity: share of the target that is gone from ``end_step`` on, in [0, 1). After
-        a cut it counts the channels of the small model: 0 prunes no further.
+      sparsity: share of the target that is gone from ``end_step`` on, in [0, 1). It is
+        one of the dense model: with the groups that a cut has left it goes on.
       begin_step: last step without pruning.
       end_step: number of updates after which the share is reached.
       target: what the share is of: ``"channels"``; ``"params"``, all entries of all
@@ -174,24 +174,25 @@ def target_sparsity(
 
 
 def _polynomial(groups: Groups, target: Target) -> Polynomial:
-    """What a target counts, in the widths."""
+    """What a target counts of the dense model, in the widths."""
     if target == "channels":
         return Polynomial.of({(k,): 1.0 for k in range(len(groups))})
-    return groups.parameters if target == "params" else groups.need_flops()
+    dense = groups.dense
+    return dense.parameters if target == "params" else dense.need_flops()
 
 
 def _goal(sparsity: float, target: Target, groups: Groups) -> float:
     """The share that is left in the end; of channels, a whole number."""
     if target != "channels":
         return 1 - sparsity
-    total = groups.num_channels
+    total = groups.dense.num_channels
     return (total - round(sparsity * total)) / total
 
 
 def _check_floors(
     goal: float, target: Target, groups: Groups, floors: prox.Floors, steps: Steps
 ) -> None:
-    counts, sizes = _polynomial(groups, target), list(groups.sizes.values())
+    counts, sizes = _polynomial(groups, target), list(groups.dense.sizes.values())
     if any(isinstance(f, jax.Array) for f in floors):
         return
     pairs = zip(floors, sizes, strict=True)
@@ -221,31 +222,36 @@ def _lowest(
     They go by score, or by rank as a share of those that their ranking compares.
     """
     owner, block = groups.owner, groups.blocks(ranking)
-    share_left = _polynomial(groups, target).share(list(groups.sizes.values()))
-    sizes = jnp.asarray(list(groups.sizes.values()))
+    dense = list(groups.dense.sizes.values())
+    share_left = _polynomial(groups, target).share(dense)
+    sizes, full = jnp.asarray(list(groups.sizes.values())), jnp.asarray(dense)
     goal = (goal * (1 + 1e-6)).astype(scores.dtype)  # rounding
 
     rounds = any(step > 1 for _, step in steps)
 
     def met(widths: jax.Array) -> jax.Array:
         # As they are, whole numbers or not, if nothing is rounded.
-        widths = round_up(widths, sizes, steps) if rounds else widths
+        widths = round_up(widths, full, steps) if rounds else widths
         return share_left(widths.astype(scores.dtype)) <= goal
 
-    least = prox.floor_counts(floors)
+    least: Any = prox.floor_counts(floors)
     if ranking == "global":
-        uniform = _uniform(met, sizes)
-        guard = jnp.round(GUARD * uniform * sizes).astype(jnp.int32)
+        uniform = _uniform(met, full)
+        guard = jnp.round(GUARD * uniform * full).astype(jnp.int32)
         # Where a floor is above it, the guard of others may forbid the goal: it yields.
         guarded = jnp.maximum(least, guard)
-        least = jnp.where(met(guarded), guarded, least)
+        least = jnp.minimum(jnp.where(met(guarded), guarded, least), sizes)
     keep = prox.largest_each(groups, scores, least)
     flat = jnp.where(keep | jnp.isnan(scores), jnp.inf, scores)
     free = jnp.isfinite(flat)
     order = flat
     if block.any():
-        rank = segments.ranks(flat, block) + 1
-        shares = rank / jnp.maximum(segments.sum_over(free, block), 1)
+        # What a cut has taken came first.
+        lost = np.asarray(dense) - np.asarray(list(groups.sizes.values()))
+        first = np.unique(owner, return_index=True)[1]
+        cut = np.bincount(block[first], lost)[block]
+        rank = segments.ranks(flat, block) + 1 + cut
+        shares = rank / jnp.maximum(segments.sum_over(free, block) + cut, 1)
         order = jnp.where(free, shares, jnp.inf)
     place = segments.ranks(order, np.zeros_like(block))
 

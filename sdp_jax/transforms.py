@@ -32,6 +32,7 @@ from sdp_jax.channels import (
     square,
     weighted_norms,
 )
+from sdp_jax.entries import gone_lines
 from sdp_jax.factors import remove_channels, shrink_channels
 from sdp_jax.groups import Groups
 from sdp_jax.strength import Strength, StrengthLike, as_strength
@@ -183,7 +184,15 @@ def group_threshold(
         removes = rule.score is not None
         candidate = updates if removes or candidates else add_step(params, updates)
         factor, strength_state, revived = channel_factors(
-            groups, rule, floors, weights, candidate, state.strength, params, probing
+            groups,
+            rule,
+            floors,
+            weights,
+            candidate,
+            state.strength,
+            params,
+            state.alive.per_channel,
+            probing,
         )
         intact = state.intact & (revived == 0)
         alive = PerChannel(factor != 0)
@@ -293,15 +302,18 @@ def channel_factors(
     candidate: optax.Params,
     state: Any,
     params: optax.Params,
+    alive: jax.Array,
     *others: Term,
 ) -> tuple[Any, ...]:
     """The factor of each channel by which a strength leads on, and its next state.
 
-    After them come the sums of other terms, joined with those of the norms. A rule that
-    scores does so on the parameters, and only when it is due; else it gets no numbers.
+    After them come the sums of other terms, joined with those of the norms, which do
+    not count what reads a channel that is not alive. A rule that scores does so on the
+    parameters, and only when it is due; else it gets no numbers.
     """
     if rule.score is None:
-        terms = (Term(square, (candidate,), shrinking=True), *others)
+        gone = gone_lines(groups, alive)
+        terms = (Term(square, (candidate,), shrinking=True, gone=gone), *others)
         squares, *sums = channel_sums(groups, *terms)
         norms = weighted_norms(groups, squares, weights, shrinking=True)
         thresholds, state = rule.update(state, norms, groups, floors)

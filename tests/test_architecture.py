@@ -20,7 +20,7 @@ COMMON += ["dimension", "groups", "axes", "mesh", "channels", "factors"]
 TRAINING = ["entries", "importance", "prox", "strength", "target", "base"]
 TRAINING += ["transforms", "_altsdp"]
 CUTTING = ["modules", "tracing", "matching", "cut", "_narrow", "measure", "compare"]
-CUTTING += ["remains", "plan", "files", "export", "report", "_prune"]
+CUTTING += ["remains", "plan", "shrinking", "files", "export", "report", "_prune"]
 # Behind doors of their own; both train.
 DOORS = ["valley", "methods"]
 # Inside a folder, the modules in the order in which they may import one another.

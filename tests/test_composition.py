@@ -11,6 +11,8 @@ from flax import nnx
 from flax.training.train_state import TrainState
 
 import sdp_jax
+from sdp_jax.channels import Term, channel_sums, square
+from sdp_jax.entries import gone_lines
 from tests import toy
 
 STRENGTH = sdp_jax.valley_strength(c=4.0, mu=0.6, learning_rate=0.1)
@@ -212,7 +214,10 @@ def test_schedules_for_rate_and_threshold():
     )
     new, state = run(tx, params, steps=7)
     assert_pruned(groups, new)
-    norms = groups.split(sdp_jax.channel_norms(groups, state[1].dual))
+    before, _ = run(tx, params, steps=6)
+    gone = gone_lines(groups, sdp_jax.channels_alive(groups, before))
+    (squares,) = channel_sums(groups, Term(square, (state[1].dual,), gone=gone))
+    norms = groups.split(jnp.sqrt(squares))
     alive = groups.split(sdp_jax.channels_alive(groups, new))
     for name, value in norms.items():
         # The seventh update is at schedule(6) = 1; the largest is kept by the floor.

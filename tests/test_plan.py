@@ -81,7 +81,7 @@ def test_widths_that_are_fast(monkeypatch, alive, multiple, widths):
 
 def test_processes_that_share_parameters_round_alike(monkeypatch):
     monkeypatch.setattr(fast, "fast_multiple", lambda: 1)
-    monkeypatch.setattr("sdp_jax.plan._spread", lambda params: True)
+    monkeypatch.setattr("sdp_jax.plan.spread", lambda params: True)
     first = lambda value: np.int32(8)  # noqa: E731
     monkeypatch.setattr(fast.multihost_utils, "broadcast_one_to_all", first)
     params = alive_at(jnp.arange(12) < 6, jnp.arange(8) < 5)

@@ -92,6 +92,14 @@ def channel_vectors(params, hidden=2):
     return channels, [np.asarray(v, np.float64) for v in rest]
 
 
+def living_entries(params, channels):
+    """For each channel 0 where an entry reads a channel that is zero, else 1."""
+    ones = jax.tree.map(lambda p: np.ones(p.shape), params)
+    first = ones["layer0"]["bias"].size
+    ones["layer1"]["kernel"][[not x.any() for x in channels[:first]]] = 0
+    return channel_vectors(ones)[0]
+
+
 def make_step(tx):
     """``(params, state, grads) -> (params, state)``."""
 

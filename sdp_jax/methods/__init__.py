@@ -34,6 +34,7 @@ from sdp_jax.methods._gate_decorator import (
 from sdp_jax.methods._hesso import hesso, hesso_score
 from sdp_jax.methods._hosted import (
     HostStep,
+    Living,
     channel_host,
     hosted,
 )
@@ -76,6 +77,7 @@ from sdp_jax.methods.score import Score
 __all__ = [
     "DEFAULT_SCALES",
     "HostStep",
+    "Living",
     "PruningRound",
     "PruningRule",
     "Score",

@@ -381,7 +381,9 @@ def gate_decorator(
         ends = tick & (place % tick_steps == tick_steps - 1)
         # Behind the last tick nothing would take out again what is released.
         gone = state.gone.per_channel & ~(step.released & (before <= last))
-        found = score(groups, step.params, step.gradients).astype(jnp.float32)
+        found = score(groups, step.living.params, step.living.gradients).astype(
+            jnp.float32
+        )
         # One bad batch must not spoil the sum.
         found = jnp.where(jnp.isfinite(found), found, 0)
         counts = tick | (before < tock_steps)

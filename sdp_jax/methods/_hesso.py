@@ -219,7 +219,7 @@ def hesso(
         due = ~early & (place == 0) & (number < periods)
 
         def ask() -> tuple[jax.Array, Any]:
-            scores = rate(groups, step.params, step.gradients)
+            scores = rate(groups, step.living.params, step.living.gradients)
             # What is gone comes first, so that it counts towards the target.
             ranked = jnp.where(gone, -1, check_scores(groups, scores))
             thresholds, after = rule.update(state.strength, ranked, groups, floors)

@@ -21,9 +21,8 @@ from sdp_jax.base import (
     need_params,
     step_to,
 )
-from sdp_jax.channels import (
-    PerChannel,
-)
+from sdp_jax.channels import PerChannel, channels_alive
+from sdp_jax.entries import living
 from sdp_jax.factors import scale_channels
 from sdp_jax.groups import Groups
 from sdp_jax.tree import PyTree
@@ -53,6 +52,23 @@ class ChannelHostState(NamedTuple):
     inner: Any
 
 
+class Living(NamedTuple):
+    """What goes into an update, with zeros in all that belongs to no living channel.
+
+    Where an entry makes or reads a channel that is zero it is zero. Norms and scores of
+    these trees are the same before and after that channel is cut.
+
+    Attributes:
+      params: the parameters before the step.
+      updates: the step of the base optimizer.
+      gradients: the raw gradients, or ``None`` without :func:`hosted`.
+    """
+
+    params: PyTree
+    updates: PyTree
+    gradients: PyTree | None
+
+
 class HostStep(NamedTuple):
     """What a host decides on, see :func:`channel_host`.
 
@@ -64,6 +80,7 @@ class HostStep(NamedTuple):
       gradients: the raw gradients, or ``None`` without :func:`hosted`.
       released: which channels a wrapper such as
         :func:`sdp_jax.methods.decay_pruning` has taken back, ``(num_channels,)``.
+      living: the three trees as norms and scores should see them.
     """
 
     inner: Any
@@ -72,6 +89,7 @@ class HostStep(NamedTuple):
     updates: PyTree
     gradients: PyTree | None
     released: jax.Array
+    living: Living
 
 
 def hosted(
@@ -177,7 +195,7 @@ def channel_host(
       >>> def init(groups):
       ...     return PerChannel(jnp.ones(groups.num_channels))  # Alive.
       >>> def decide(step):
-      ...     norms = sdp_jax.channel_norms(groups, step.params)
+      ...     norms = sdp_jax.channel_norms(groups, step.living.params)
       ...     alive, place = step.inner.per_channel, jnp.arange(groups.num_channels)
       ...     lowest = jnp.argmin(jnp.where(alive > 0, norms, jnp.inf))
       ...     alive = jnp.where(place == lowest, 0, alive)
@@ -211,9 +229,10 @@ def channel_host(
         count = jnp.asarray(optax.safe_increment(state.count))
         if released is None:
             released = jnp.zeros((groups.num_channels,), bool)
-        decided = decide(
-            HostStep(state.inner, count, params, updates, gradients, released)
-        )
+        alive = channels_alive(groups, params)
+        trees = params, updates, gradients
+        seen = (t if t is None else living(groups, t, alive) for t in trees)
+        decided = decide(HostStep(state.inner, count, *trees, released, Living(*seen)))
         if not isinstance(decided, tuple) or len(decided) not in (2, 3):
             raise TypeError(
                 f"decide of {name} must return (factors, state) or (factors, state, "

@@ -108,10 +108,10 @@ def hspg(
     check_whole("begin_step", begin_step)
 
     def decide(step: HostStep) -> tuple[jax.Array, tuple[()], PyTree]:
-        norms = channel_norms(groups, step.params)
+        norms = channel_norms(groups, step.living.params)
         lengths = _rate_at(learning_rate, step.count, norms.dtype) * penalty
         candidate = shortened(groups, step, norms, lengths)
-        products = channel_products(groups, candidate, step.params)
+        products = channel_products(groups, candidate, step.living.params)
         where = step.count > begin_step
         factors = project(groups, norms, products, epsilon, where, floors)
         return factors, (), candidate
@@ -258,9 +258,9 @@ def dhspg(
         return DHSPGState(rule.init(groups, floors), no_channels(groups))
 
     def decide(step: HostStep) -> tuple[jax.Array, DHSPGState, PyTree]:
-        norms = channel_norms(groups, step.params)
-        steps = channel_norms(groups, step.updates).astype(norms.dtype)
-        products = channel_products(groups, step.params, step.updates)
+        norms = channel_norms(groups, step.living.params)
+        steps = channel_norms(groups, step.living.updates).astype(norms.dtype)
+        products = channel_products(groups, step.living.params, step.updates)
         products = products.astype(norms.dtype)
 
         redundant = step.inner.redundant.per_channel & ~step.released
@@ -277,9 +277,10 @@ def dhspg(
         lengths = jnp.where(step.count > warm_up_steps, lengths, plain)
         shrinking = redundant & (step.count > begin_step)
         if enough is not None:
-            shrinking &= jnp.mean(norms == 0) < enough
+            zeros = groups.dense.num_channels - jnp.sum(norms > 0)
+            shrinking &= zeros / groups.dense.num_channels < enough
         candidate = shortened(groups, step, norms, jnp.where(shrinking, lengths, 0))
-        products = channel_products(groups, candidate, step.params)
+        products = channel_products(groups, candidate, step.living.params)
         where = redundant & ((step.count > first) | (norms == 0))
         factors = project(groups, norms, products, epsilon, where, floors)
         return factors, DHSPGState(strength_state, PerChannel(redundant)), candidate

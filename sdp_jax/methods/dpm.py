@@ -15,18 +15,14 @@ from sdp_jax.base import (
     need_params,
     step_to,
 )
-from sdp_jax.channels import (
-    PerChannel,
-    channel_norms,
-    channels_alive,
-)
+from sdp_jax.channels import PerChannel, channel_norms, channels_alive
 from sdp_jax.checks import check_number, check_whole
-from sdp_jax.entries import entry_sums
+from sdp_jax.entries import entry_sums, living
 from sdp_jax.factors import scale_channels
 from sdp_jax.groups import Groups
 from sdp_jax.mesh import sharded_like
 from sdp_jax.segments import sum_over
-from sdp_jax.tree import leaf_table, replace_leaves
+from sdp_jax.tree import PyTree, leaf_table, replace_leaves
 
 
 class DecayPruningState(NamedTuple):
@@ -155,17 +151,21 @@ def decay_pruning(
         params = need_params(params, updates, "decay_pruning")
         count = jnp.asarray(optax.safe_increment(state.count))
         before = state.steps.per_channel
-        norms = channel_norms(groups, params)
         alive = channels_alive(groups, params)
+
+        def norms_of(tree: PyTree) -> jax.Array:
+            return channel_norms(groups, living(groups, tree, alive))
+
+        norms = norms_of(params)
 
         moved, base_state = first.update(updates, state.base, params, **extra_args)
         free = add_step(params, moved)
-        free_norms = channel_norms(groups, free)
+        free_norms = norms_of(free)
         start = jnp.where(before > 0, state.start.per_channel, norms)
 
         release = jnp.zeros(before.shape, bool)
         if rate is not None:
-            gradient = channel_norms(groups, updates)
+            gradient = norms_of(updates)
             escape = (free_norms - norms) * steps > rate * start
             total = sum_over(jnp.where(alive, gradient, 0), groups.owner)
             mean = total / jnp.maximum(sum_over(alive, groups.owner), 1)

@@ -117,7 +117,9 @@ def remove_lowest(
 
         def found() -> jax.Array:
             assert score is not None
-            return check_scores(groups, score(groups, step.params, step.gradients))
+            return check_scores(
+                groups, score(groups, step.living.params, step.living.gradients)
+            )
 
         if score is not None and accumulate:
             # One bad batch must not spoil the mean.

@@ -113,5 +113,6 @@ def unit(values: jax.Array) -> jax.Array:
 
 def producer_entries(groups: Groups) -> np.ndarray:
     """The number of producer entries of each channel, float32."""
-    entries = [groups.entries(d, roles=("producer",)) for d in groups]
+    dense = groups.dense
+    entries = [dense.entries(d, roles=("producer",)) for d in dense]
     return np.repeat(entries, list(groups.sizes.values())).astype(np.float32)

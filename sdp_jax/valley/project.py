@@ -17,9 +17,7 @@ from sdp_jax.base import (
     need_params,
     wide_copy,
 )
-from sdp_jax.channels import (
-    Weighting,
-)
+from sdp_jax.channels import Weighting, channels_alive
 from sdp_jax.checks import check_number
 from sdp_jax.factors import shrink_channels
 from sdp_jax.groups import Groups
@@ -176,7 +174,14 @@ def project_onto_valley(
     ) -> tuple[optax.Params, Any]:
         """What the threshold takes off ``point``, and the next state of the rule."""
         factor, state = channel_factors(
-            groups, rule, floors, weights, point, state, params
+            groups,
+            rule,
+            floors,
+            weights,
+            point,
+            state,
+            params,
+            channels_alive(groups, params),
         )
         kept = shrink_channels(groups, point, factor)
         return jax.tree.map(jnp.subtract, point, kept), state

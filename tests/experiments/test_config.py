@@ -24,6 +24,7 @@ CHANGED = Config(
     **{"valley_rank": 3, "valley_decay": 0.9, "valley_every": 2, "weights": "size"},
     **{
         "min_channels": 2,
+        "shrink": (0.5,),
         "validation": 9,
         "evaluate_every": 3,
         "seed": 4,

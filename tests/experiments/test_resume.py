@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import sdp_jax
 from experiments import data, optimizers
 from experiments import train as training
 from experiments.config import Config
@@ -129,6 +130,39 @@ def test_stopped_and_gone_on_it_ends_with_the_same_bits(method, loop, go, tmp_pa
     header, *records = read_lines(tmp_path / "part/metrics.jsonl")
     assert records == [*part.epochs, part.result]
     assert [record["epoch"] for record in part.epochs] == [1, 2, 3, 4]
+
+
+def test_it_shrinks_at_the_same_steps_whenever_it_was_stopped(go):
+    # Cuts behind steps 6 and 14; the first channels go behind step 3.
+    options = {"shrink": (0.3, 0.7), "loop": "step", **METHODS["altsdp"]}
+    whole = go("whole", **options)
+    for until in (5, 6, 7, 14):
+        go("part", until, **options)
+    part = go("part", **options)
+    assert_same_bits(part, whole)
+    flops = [record["step_flops"] for record in whole.epochs]
+    assert flops[0] == 1 > flops[1] > flops[2] == flops[3]
+    # Up to rounding it is the run that does not shrink.
+    plain = go("plain", loop="step", **METHODS["altsdp"])
+    for ours, theirs in zip(whole.epochs, plain.epochs, strict=True):
+        assert ours["channels"] == theirs["channels"]
+        assert ours["batch_loss"] == pytest.approx(theirs["batch_loss"], rel=1e-4)
+    a, b = (run.state.variables for run in (whole, plain))
+    a, b = (sdp_jax.plan_cut(plain.groups, v).take(v) for v in (a, b))
+    chex.assert_trees_all_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_it_shrinks_on_several_devices_in_a_scan(go):
+    options = {"shrink": (0.4,), **METHODS["altsdp"]}
+    one = go("one", loop="step", **options)
+    many = go("many", loop="scan", devices=8, **options)
+    # A scan is asked at the end of an epoch, here behind step 10 instead of 8.
+    assert [r["step_flops"] < 1 for r in many.epochs] == [False, True, True, True]
+    for a, b in zip(one.epochs, many.epochs, strict=True):
+        assert a["channels"] == b["channels"]
+    chex.assert_trees_all_close(
+        one.state.params, jax.device_get(many.state.params), rtol=1e-2, atol=1e-3
+    )
 
 
 @pytest.mark.study

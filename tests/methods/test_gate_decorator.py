@@ -243,7 +243,9 @@ def oracle(params, steps, level, penalty=PENALTY):
                 gate += x[k]["bias"][c] * g[k]["bias"][c]
                 total["stream"][c] += abs(gate)
         for c in range(BARE):
-            inner = np.dot(x["c"]["kernel"][:, c], g["c"]["kernel"][:, c])
+            # What reads a channel that is zero does not count.
+            lives = [not dead for dead in gone["stream"]]
+            inner = np.dot(x["c"]["kernel"][lives, c], g["c"]["kernel"][lives, c])
             total["bare"][c] += abs(inner + x["c"]["bias"][c] * g["c"]["bias"][c])
         for k in "ab":
             for c in range(STREAM):

@@ -97,7 +97,10 @@ def test_it_follows_its_equations(x64, wanted):
         t = (n - begin) % period
         if n >= begin and t == 0 and (n - begin) // period < periods:
             gone += fading
-            score = 0.2 * criteria(channels, slopes).sum(axis=1)
+            lives = toy.living_entries(params, channels)
+            pairs = (zip(v, lives, strict=True) for v in (channels, slopes))
+            seen = ([x * one for x, one in pair] for pair in pairs)
+            score = 0.2 * criteria(*seen).sum(axis=1)
             order = [int(i) for i in np.argsort(score) if i not in gone]
             last = (n - begin) // period == periods - 1
             fading = order[: wanted - len(gone) if last else wanted // periods]

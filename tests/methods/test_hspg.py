@@ -74,13 +74,14 @@ def test_hspg_follows_its_equations(x64, momentum):
         slopes = sum(flat(grads), [])
         rate = 0.4 - 0.05 * n
         buffer = [(momentum or 0) * b + g for b, g in zip(buffer, slopes, strict=True)]
-        new = []
-        for x, m in zip(channels, buffer, strict=False):
-            size = np.sqrt(x @ x)
+        new, living = [], toy.living_entries(params, channels)
+        for x, m, lives in zip(channels, buffer, living, strict=False):
+            z = x * lives
+            size = np.sqrt(z @ z)
             y = x - rate * m
             if size > 0:
                 y = y - rate * penalty * x / size
-            if n >= begin and (size == 0 or y @ x < epsilon * (x @ x)):
+            if n >= begin and (size == 0 or y @ z < epsilon * (z @ z)):
                 y = np.zeros_like(x)
             new.append(y)
         rest = [x - rate * m for x, m in zip(rest, buffer[len(new) :], strict=True)]
@@ -179,9 +180,10 @@ def test_dhspg_follows_its_equations(x64, enough):
             redundant = set(np.argsort(-saliency(channels, slopes))[:wanted].tolist())
         share = np.mean([not x.any() for x in channels])
         shrinking = enough is None or share < enough
-        new = []
-        for i, (x, g) in enumerate(zip(channels, slopes, strict=True)):
-            y = x - rate * g
+        new, living = [], toy.living_entries(params, channels)
+        for i, (w, v) in enumerate(zip(channels, slopes, strict=True)):
+            x, g = w * living[i], v * living[i]
+            y = w - rate * v
             if i in redundant:
                 size = np.sqrt(x @ x)
                 if size > 0 and shrinking and n >= begin:
@@ -196,11 +198,11 @@ def test_dhspg_follows_its_equations(x64, enough):
                             and not np.isclose(value, -1.5 * (x @ g) / size)
                             else "clipped"
                         )
-                    y = y - rate * value * x / size
+                    y = y - rate * value * w / size
                 leaves = y @ x < epsilon * (x @ x)
                 last = (n == project_from - 1 and leaves) or last
                 if size == 0 or (n >= project_from and leaves):
-                    y = np.zeros_like(x)
+                    y = np.zeros_like(w)
             new.append(y)
         channels = new
         rest = [x - rate * g for x, g in zip(rest, others, strict=True)]
