@@ -1,8 +1,9 @@
 """Trains, prunes and cuts a small convolutional network in about a minute.
 
 ``python -m experiments.demo`` trains two networks from the same seed on the digits that
-come with scikit-learn, one with SGD and one with AltSDP, cuts the zero channels out of
-the second, checks that its output stays the same, times both, and writes a picture.
+come with scikit-learn, one with SGD and one with AltSDP, which is cut while it trains.
+What is zero in the end is cut out of the second, its output is checked to stay the
+same, both are timed, and a picture is drawn.
 """
 
 import dataclasses
@@ -89,6 +90,7 @@ def main(demo: Demo) -> dict[str, Any]:
                     sparsity=demo.sparsity,
                     begin=0.0,
                     end=0.5,
+                    shrink=(),
                     out=directory / "altsdp",
                 ),
             )
@@ -122,6 +124,8 @@ def main(demo: Demo) -> dict[str, Any]:
         "small_parameters": pruned.result["small_parameters"],
         "dense_flops": flops[0] / len(images),
         "small_flops": flops[1] / len(images),
+        "dense_training": sum(record["seconds"] for record in dense.epochs),
+        "small_training": sum(record["seconds"] for record in pruned.epochs),
         "dense_seconds": times[0].seconds,
         "small_seconds": times[1].seconds,
         "time": str(times[1]),
@@ -152,7 +156,12 @@ def _train(progress: rich.progress.Progress, name: str, config: Config) -> Run:
 
     def on_epoch(record: dict[str, Any]) -> None:
         left = sum(record["channels"].values())
-        progress.update(task, note=f"loss {record['batch_loss']:.4f}  channels {left}")
+        cost = record.get("step_flops", 1.0)
+        progress.update(
+            task,
+            note=f"loss {record['batch_loss']:.4f}  channels {left}  "
+            f"FLOPs of a step {cost:.0%}",
+        )
 
     return train(config, on_step=on_step, on_epoch=on_epoch)
 
@@ -172,6 +181,12 @@ def _table(
     )
     table.add_row(
         "training loss", f"{figures['dense_loss']:.4f}", f"{figures['small_loss']:.4f}"
+    )
+    training = [figures[f"{name}_training"] for name in ("dense", "small")]
+    table.add_row(
+        "seconds of training, compilations included",
+        *(f"{seconds:.1f}" for seconds in training),
+        f"{training[1] / training[0]:.1%}",
     )
     for name, left in figures["widths"].items():
         table.add_row(f"channels, {name}", str(sizes[name]), str(left))

@@ -16,7 +16,7 @@ DENSE, PRUNED = "#666666", "#d1495b"
 
 
 def plot_twins(dense: Run, pruned: Run, path: pathlib.Path, *, title: str) -> None:
-    """Draws two runs of one seed: training loss, channels left, accuracy and size.
+    """Draws two runs of one seed: loss, channels and cost of a step, accuracy and size.
 
     Args:
       dense: the run of plain SGD.
@@ -42,10 +42,12 @@ def plot_twins(dense: Run, pruned: Run, path: pathlib.Path, *, title: str) -> No
         share = [record["channels"][name] / size for record in pruned.epochs]
         colour = plt.get_cmap("viridis")(0.9 * i / max(1, len(sizes) - 1))
         middle.plot(epochs, share, color=colour, label=f"{name} ({size})")
+    cost = [record.get("step_flops", 1.0) for record in pruned.epochs]
+    middle.step(epochs, cost, "k--", where="mid", label="FLOPs of a step")
     middle.set(
         xlabel="epoch",
-        ylabel="share of channels left",
-        title="channels",
+        ylabel="share left",
+        title="channels, and what a training step costs",
         ylim=(0, 1.05),
     )
     middle.legend(frameon=False, fontsize="small")

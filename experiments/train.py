@@ -53,6 +53,7 @@ class Run(NamedTuple):
       model: the dense network.
       groups: its channel dimensions, on all variables.
       state: the last state; parameters and statistics dense also where a run shrinks.
+      cut: what was cut while it trained.
       epochs: one record for each epoch.
       result: the record of the cut and the test.
     """
@@ -60,6 +61,7 @@ class Run(NamedTuple):
     model: models.Model
     groups: sdp_jax.Groups
     state: State
+    cut: sdp_jax.Cut
     epochs: list[dict[str, Any]]
     result: dict[str, Any]
 
@@ -113,6 +115,7 @@ def train(
     *,
     dataset: data.Dataset | None = None,
     on_step: Callable[[int, int], None] = lambda step, steps: None,
+    on_cut: Callable[[int, float], None] = lambda step, share: None,
     on_epoch: Callable[[dict[str, Any]], None] = lambda record: None,
     stop: Callable[[], bool] = lambda: False,
 ) -> Run:
@@ -122,6 +125,8 @@ def train(
       config: the run; ``twin`` is for :func:`main` alone.
       dataset: the data set of the configuration, if it is loaded already.
       on_step: called as steps are done with their number and the number of all steps.
+      on_cut: called behind a cut with the number of steps done and the share of the
+        dense network's FLOPs that a step costs from now on.
       on_epoch: called with the record of each epoch, also of those done earlier.
       stop: asked between steps (with ``loop="scan"``, between epochs) whether to save
         and stop.
@@ -221,6 +226,7 @@ def train(
                 if cut is not None:
                     state = State(*cut.take(tuple(state)))
                     advance, evaluate, refresh, due = present()
+                    on_cut(done, shrinking.shrinker.flops)
                 if first < per_epoch and stop():
                     kept = nothing.copy()
                     kept[:first] = _joined(losses)
@@ -258,7 +264,8 @@ def train(
         variables = jax.device_get(state.variables)
         log.finish(outcome(config, model, groups, variables, dataset))
     assert log.result is not None
-    return Run(model, groups, state, log.epochs, log.result)
+    cut = shrinking.shrinker.cut
+    return Run(model, groups, state, cut, log.epochs, log.result)
 
 
 class Saved(NamedTuple):

@@ -33,6 +33,7 @@ from sdp_jax.tree import (
     missing_path_message,
     owner_of,
 )
+from sdp_jax.zeros import at_hand
 
 
 @dataclasses.dataclass(frozen=True)
@@ -268,6 +269,11 @@ class Cut:
                 for axis, length in enumerate(shape)
             )
             leaf = jnp.asarray(leaf)
+            if at_hand(leaf):
+                full = np.zeros(shape, leaf.dtype)
+                full[np.ix_(*where)] = np.asarray(leaf)
+                leaves.append(_put(_as(leaf, full), placed(leaf)))
+                continue
             sharding, typed = placed(leaf), sharding_of(jax.typeof(leaf))
             if typed:
                 leaf = jax.sharding.reshard(leaf, typed.update(spec=()))
@@ -637,7 +643,16 @@ def _take(leaf: Any, index: np.ndarray, axis: int) -> Any:
         return jax.ShapeDtypeStruct(tuple(shape), leaf.dtype, sharding=leaf.sharding)
     if isinstance(leaf, np.ndarray):
         return np.take(leaf, index, axis=axis)
+    if at_hand(leaf):
+        # NumPy compiles nothing for each new shape.
+        return _as(leaf, np.take(np.asarray(leaf), index, axis=axis))
     return pick_out(leaf, index, axis)
+
+
+def _as(leaf: Any, value: np.ndarray) -> jax.Array:
+    """NumPy's array where another one lies, if each of its devices has all of it."""
+    whole = leaf.sharding.is_fully_replicated
+    return jax.device_put(value, leaf.sharding) if whole else jnp.asarray(value)
 
 
 def _put(leaf: Any, sharding: NamedSharding | None) -> Any:

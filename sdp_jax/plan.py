@@ -9,12 +9,10 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.core
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
 from sdp_jax._narrow import narrow
-from sdp_jax.channels import channels_alive
 from sdp_jax.checks import check_number, check_share
 from sdp_jax.cut import Cut
 from sdp_jax.fast import check_round_to, steps_of
@@ -24,6 +22,7 @@ from sdp_jax.mesh import fetch, placed, shares
 from sdp_jax.remains import zeros_that_stay
 from sdp_jax.tree import PyTree, leaf_table, missing_path_message
 from sdp_jax.widths import round_up
+from sdp_jax.zeros import zero_channels
 
 Target = Literal["channels", "params", "flops", "latency"]
 Scores = jax.Array | np.ndarray | Mapping[str, Any]
@@ -413,15 +412,8 @@ def cut_zeros(
                 f"plan_cut looks for zeros, but leaf {path!r} has no values: it is "
                 f"{leaf}. Call it outside jit, on concrete parameters"
             )
-    for d in groups:
-        for m in d.producers:
-            if bool(jnp.any(jnp.isnan(jnp.asarray(table[m.path])))):
-                raise ValueError(
-                    f"dimension {d.name!r}: {m.path!r} contains NaN; a diverged model "
-                    "cannot be cut"
-                )
     kept = []
-    stays = fetch(channels_alive(groups, params))
+    stays = ~zero_channels(groups, table)
     every = groups.split(stays if gone is None else stays | ~gone)
     for name, line in every.items():
         stay = line.copy()

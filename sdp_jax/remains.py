@@ -9,8 +9,8 @@ import numpy as np
 
 from sdp_jax.dimension import Dimension
 from sdp_jax.groups import Groups
-from sdp_jax.mesh import fetch
 from sdp_jax.tree import leaf_dtype
+from sdp_jax.zeros import look_along
 
 # A vector of zeros is a dead channel if one of them is a scale, by its name.
 _SCALES = ("scale", "gamma", "weight")
@@ -20,11 +20,16 @@ def zeros_that_stay(
     groups: Groups, table: Mapping[str, Any], kept: Sequence[Sequence[int]]
 ) -> tuple[str, ...]:
     """Says which channels stay though something that makes them is exactly zero."""
+    places = [(m.path, m.axis) for _, m, _ in groups.producers]
+    places += [(f.path, f.axis) for f in groups.frozen]
+    places = list(dict.fromkeys(p for p in places if _is_number(table[p[0]])))
+    found = look_along([table[path] for path, _ in places], [a for _, a in places])
+    along = {p: line.zero for p, line in zip(places, found, strict=True)}
     notes = []
     for d, stay in zip(groups, kept, strict=True):
         zero = {m.path: np.ones(d.size, bool) for m in d.producers}
         for m in d.producers:
-            lines = _zero_along(table[m.path], m.axis)
+            lines = along[m.path, m.axis]
             zero[m.path] &= lines[m.positions(d.size)].all(axis=(0, 2))
         stays = np.zeros(d.size, bool)
         stays[list(stay)] = True
@@ -35,10 +40,9 @@ def zeros_that_stay(
             )
         notes += _in_part(d, groups, zero, stays & ~gone)
     for f in groups.frozen:
-        number = jnp.issubdtype(leaf_dtype(table[f.path]), jnp.inexact)
-        if len(groups.shapes[f.path]) < 2 or not number:
+        if len(groups.shapes[f.path]) < 2 or (f.path, f.axis) not in along:
             continue  # A bias is often zero.
-        lines = _zero_along(table[f.path], f.axis)
+        lines = along[f.path, f.axis].copy()
         for mask in groups.covered.get((f.path, f.axis), {}).values():
             lines &= ~mask
         if 0 < lines.sum() < len(lines):
@@ -49,11 +53,8 @@ def zeros_that_stay(
     return tuple(notes)
 
 
-def _zero_along(leaf: Any, axis: int) -> np.ndarray:
-    """Where along an axis all entries are zero."""
-    on = np if getattr(leaf, "is_fully_addressable", True) else jnp
-    rest = tuple(d for d in range(np.ndim(leaf)) if d != axis)
-    return fetch(on.all(on.asarray(leaf) == 0, axis=rest))
+def _is_number(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf_dtype(leaf), jnp.inexact)
 
 
 def _in_part(

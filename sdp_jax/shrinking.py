@@ -9,14 +9,14 @@ import jax
 import jax.core
 import numpy as np
 
-from sdp_jax.channels import channels_alive
+from sdp_jax.channels import producer_leaves
 from sdp_jax.checks import check_whole
 from sdp_jax.cut import Cut
 from sdp_jax.fast import check_round_to
 from sdp_jax.groups import Groups, need_groups
-from sdp_jax.mesh import fetch
 from sdp_jax.plan import RoundTo, cut_zeros, of_the_first, spread, widths_for
 from sdp_jax.tree import PyTree
+from sdp_jax.zeros import zero_channels
 
 # Looks over a whole training: often enough to follow a ramp, and too few to cost time.
 LOOKS = 100
@@ -173,10 +173,10 @@ class Shrinker:
             return self._cut(params, self._ripe(step, params))
         if cut.dense != self.groups:
             self.cut.then(cut)  # It says what is wrong.
-        alive = self.groups.split(fetch(channels_alive(self.groups, params)))
-        pairs = zip(alive.items(), cut.kept, strict=True)
+        zero = self.groups.split(zero_channels(self.groups, self._table(params)))
+        pairs = zip(zero.items(), cut.kept, strict=True)
         lost = {
-            name: sorted(set(np.flatnonzero(line).tolist()) - set(kept))
+            name: sorted(set(np.flatnonzero(~line).tolist()) - set(kept))
             for (name, line), kept in pairs
         }
         lost = {name: channels for name, channels in lost.items() if channels}
@@ -242,10 +242,14 @@ class Shrinker:
 
     def _ripe(self, step: int, params: PyTree) -> np.ndarray:
         """Which channels are zero, and have been for long enough."""
-        zero = ~fetch(channels_alive(self.groups, params))
+        zero = zero_channels(self.groups, self._table(params))
         known = zero & (self._zero_since >= 0)
         self._zero_since = np.where(known, self._zero_since, np.where(zero, step, -1))
         return zero & (step - self._zero_since >= self._patience)
+
+    def _table(self, params: PyTree) -> dict[str, Any]:
+        """The leaves by path, after checking the producers."""
+        return producer_leaves(self.groups, params)
 
     def _widths(self, params: PyTree, gone: np.ndarray) -> list[int]:
         """The widths of a cut of these channels."""

@@ -19,7 +19,16 @@ COMMON += ["dimension", "groups", "axes", "mesh", "channels", "factors"]
 # Each goes on from there, and neither imports the other.
 TRAINING = ["entries", "importance", "prox", "strength", "target", "base"]
 TRAINING += ["transforms", "_altsdp"]
-CUTTING = ["modules", "tracing", "matching", "cut", "_narrow", "measure", "compare"]
+CUTTING = [
+    "modules",
+    "tracing",
+    "matching",
+    "zeros",
+    "cut",
+    "_narrow",
+    "measure",
+    "compare",
+]
 CUTTING += ["remains", "plan", "shrinking", "files", "export", "report", "_prune"]
 # Behind doors of their own; both train.
 DOORS = ["valley", "methods"]
