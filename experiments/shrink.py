@@ -12,6 +12,9 @@ from experiments import models
 from experiments.config import Config
 from experiments.files import write_whole
 
+# Odd widths are slow on every device, and a few zeros more cost little.
+ROUND_TO = 8
+
 
 @dataclasses.dataclass(frozen=True)
 class Small:
@@ -78,7 +81,7 @@ class Shrinking:
         if self._path.exists():
             self._made = json.loads(self._path.read_text())
         self._asked = 0
-        self.shrinker = sdp_jax.Shrinker(groups, steps)
+        self.shrinker = sdp_jax.Shrinker(groups, steps, round_to=ROUND_TO)
 
     def model(self, dense: models.Model) -> models.Model:
         """The network as it is at present."""

@@ -28,6 +28,7 @@ from sdp_jax.export import export_stablehlo
 from sdp_jax.factors import scale_channels
 from sdp_jax.fast import fast_multiple
 from sdp_jax.groups import Groups
+from sdp_jax.layers import cut_layers, layer_influence
 from sdp_jax.measure import cost, latency
 from sdp_jax.plan import plan_cut
 from sdp_jax.shrinking import Shrinker
@@ -62,6 +63,7 @@ __all__ = [
     "check_zeros",
     "cost",
     "count_flops",
+    "cut_layers",
     "dual_averaging",
     "export_stablehlo",
     "fast_multiple",
@@ -70,6 +72,7 @@ __all__ = [
     "group_soft_threshold",
     "groups_from_axes",
     "latency",
+    "layer_influence",
     "load",
     "methods",
     "narrow",

@@ -15,9 +15,10 @@ from jax import export as jax_export
 from sdp_jax import files
 from sdp_jax._narrow import narrow
 from sdp_jax.compare import differences, rounding
-from sdp_jax.cut import Cut, check_like
+from sdp_jax.cut import Cut
 from sdp_jax.export import PLATFORMS, export_stablehlo
 from sdp_jax.groups import Groups, Ranking, need_groups
+from sdp_jax.matching import check_like
 from sdp_jax.modules import split_module, take_apart
 from sdp_jax.plan import RoundTo, Scores, Target, plan_cut
 from sdp_jax.report import Report, make_report, need_values

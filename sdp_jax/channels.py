@@ -88,15 +88,18 @@ def channel_weights(
     elif weights == "plain":
         values = [1.0] * len(groups)
     elif weights == "size":
-        some = [d.shrinking if shrinking else d.producers for d in dense]
+        there = [dense[name] for name in groups.sizes]
+        some = [d.shrinking if shrinking else d.producers for d in there]
         own = [
-            dataclasses.replace(d, members=m) for d, m in zip(dense, some, strict=True)
+            dataclasses.replace(d, members=m) for d, m in zip(there, some, strict=True)
         ]
         values = [dense.entries(d, roles=("producer",)) ** 0.5 for d in own]
     elif weights == "cost":
-        cost = [dense.entries(d, roles=("producer", "consumer")) for d in dense]
-        mean = np.dot(cost, list(dense.sizes.values())) / max(dense.num_channels, 1)
-        values = [value / mean for value in cost]
+        roles: tuple[Role, ...] = ("producer", "consumer")
+        cost = {d.name: dense.entries(d, roles=roles) for d in dense}
+        total = np.dot(list(cost.values()), list(dense.sizes.values()))
+        mean = total / max(dense.num_channels, 1)
+        values = [cost[name] / mean for name in groups.sizes]
     else:
         raise ValueError(
             f"weights is {weights!r}; use one of {get_args(Weighting)} or a number for "

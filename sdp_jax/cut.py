@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -21,7 +21,7 @@ from sdp_jax.channels import PerChannel
 from sdp_jax.dimension import Dimension, Leaf, Member, members_after
 from sdp_jax.factors import scale_channels
 from sdp_jax.groups import Groups
-from sdp_jax.matching import Matcher, is_hidden
+from sdp_jax.matching import Matcher, check_like, is_hidden
 from sdp_jax.mesh import placed, sharding_of, shares
 from sdp_jax.ports import ports_after
 from sdp_jax.tracing.evaluate import pick_out
@@ -45,7 +45,7 @@ class Cut:
     Attributes:
       dense: the groups before the cut.
       kept: for each dimension, in order, the indices of the channels that stay,
-        ascending, at least one.
+        ascending; at least one, unless the dimension is removable.
       notes: what has to be said of it: zeros that were found, and stay all the same.
 
     Raises:
@@ -81,10 +81,12 @@ class Cut:
             )
         for d, line in zip(self.dense.dimensions, self.kept, strict=True):
             numbers = all(type(i) is int and 0 <= i < d.size for i in line)
-            if not line or not numbers or list(line) != sorted(set(line)):
+            least = "" if d.removable else ", at least one"
+            few = not line and not d.removable
+            if few or not numbers or list(line) != sorted(set(line)):
                 raise ValueError(
                     f"dimension {d.name!r}: kept must hold ascending channel numbers "
-                    f"from 0 to {d.size - 1}, at least one; got {line!r}"
+                    f"from 0 to {d.size - 1}{least}; got {line!r}"
                 )
 
     @functools.cached_property
@@ -94,6 +96,12 @@ class Cut:
             d.name: len(k)
             for d, k in zip(self.dense.dimensions, self.kept, strict=True)
         }
+
+    @property
+    def gone_whole(self) -> list[str]:
+        """A line that names the dimensions without a channel, or none."""
+        gone = [name for name, width in self.widths.items() if not width]
+        return [f"gone whole: {', '.join(gone)}"] if gone else []
 
     @functools.cached_property
     def small_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -114,16 +122,24 @@ class Cut:
         leaves = tuple(Leaf(path, shape) for path, shape in self.small_shapes.items())
         dimensions = []
         for d, kept in zip(self.dense.dimensions, self.kept, strict=True):
+            if not kept:
+                continue
             members: list[Member] = []
             for m in d.members:
                 length = self.dense.shapes[m.path][m.axis]
                 index = self._indices[m.path][m.axis]
                 members += members_after(d, m, kept, index, length)
-            dimensions.append(Dimension(d.name, len(kept), tuple(members)))
+            dimensions.append(Dimension(d.name, len(kept), tuple(members), d.removable))
+        places = {d.name: k for k, d in enumerate(dimensions)}
+        numbers = {k: places.get(d.name) for k, d in enumerate(self.dense)}
+        flops = self.dense.flops
+        if flops is not None and len(dimensions) < len(self.dense):
+            flops = flops.substitute(numbers, list(self.widths.values()))
         return dataclasses.replace(
             self.dense,
             dimensions=tuple(dimensions),
             leaves=leaves,
+            flops=flops,
             ports=ports_after(self.dense.ports, self._alive),
             before=self.dense.dense,
         )
@@ -154,8 +170,9 @@ class Cut:
                 f"{later.dense.sizes}, and these are {self.groups.sizes}; make it with "
                 "plan_cut(cut.groups, cut.take(params))"
             )
-        pairs = zip(self.kept, later.kept, strict=True)
-        kept = tuple(tuple(old[i] for i in new) for old, new in pairs)
+        left = dict(zip(later.dense.sizes, later.kept, strict=True))
+        pairs = zip(self.dense.sizes, self.kept, strict=True)
+        kept = tuple(tuple(old[i] for i in left.get(d, ())) for d, old in pairs)
         return Cut(self.dense, kept, later.notes)
 
     @functools.cached_property
@@ -517,7 +534,8 @@ class Cut:
             flops = self.dense.flops.at
             full, left = (list(w.values()) for w in (self.dense.sizes, self.widths))
             rows.append(("FLOPs", flops(full), flops(left)))
-        return "\n".join([*before_and_after("dimension", rows), *self.notes])
+        table = before_and_after("dimension", rows)
+        return "\n".join([*table, *self.gone_whole, *self.notes])
 
     def __str__(self) -> str:
         return self.summary()
@@ -673,21 +691,3 @@ def before_and_after(head: str, rows: Sequence[tuple[str, float, float]]) -> lis
         share = f"{b / max(a, 1e-12):7.1%}"
         lines.append(f"{name:<{first}}  {a:{second},.0f}  {b:{second},.0f}  {share}")
     return lines
-
-
-def check_like(small: PyTree, like: PyTree) -> None:
-    """Refuses a cut tree that does not look like another one."""
-    have, want = jax.tree.structure(small), jax.tree.structure(like)
-    if have != want:
-        raise ValueError(
-            f"the cut tree has another structure than `like`:\n{have}\n{want}"
-        )
-    shapes: Mapping[str, Any] = leaf_table(like)
-    for path, leaf in leaf_table(small).items():
-        a = (tuple(np.shape(leaf)), leaf_dtype(leaf))
-        b = (tuple(np.shape(shapes[path])), leaf_dtype(shapes[path]))
-        if a != b:
-            raise ValueError(
-                f"leaf {path!r} of the cut tree is {a}, but `like` has {b}; initialise "
-                "this part of the state anew on the small parameters"
-            )

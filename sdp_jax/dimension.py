@@ -91,11 +91,15 @@ class Dimension:
       name: its name, unique within a :class:`Groups`.
       size: how many channels it has.
       members: where they live.
+      removable: whether all of its channels may go, so that a layer vanishes: the
+        hidden channels of a residual branch. The others keep at least one. All
+        dimensions of a :class:`Groups` that are removable may vanish together.
     """
 
     name: str
     size: int
     members: tuple[Member, ...]
+    removable: bool = False
 
     @property
     def producers(self) -> tuple[Member, ...]:

@@ -17,7 +17,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from sdp_jax.cut import Cut
-from sdp_jax.tree import PyTree, leaf_dtype, leaf_table
+from sdp_jax.tree import PyTree, leaf_dtype, leaf_table, replace_leaves
 
 
 def save(directory: str | os.PathLike[str], params: PyTree, cut: Cut) -> None:
@@ -44,7 +44,8 @@ def save(directory: str | os.PathLike[str], params: PyTree, cut: Cut) -> None:
                     "share"
                 )
         with _together(), checkpointing.StandardCheckpointer() as checkpointer:
-            checkpointer.save(scratch / "params", jax.tree.map(_everywhere, params))
+            solid = jax.tree.map(lambda x: _everywhere(_solid(x)), params)
+            checkpointer.save(scratch / "params", solid)
         with _together():
             if first:
                 scratch.rename(path)
@@ -94,11 +95,13 @@ def load(
             shapes = _of_dtypes(cut.small_like(like), dtypes)
             places = _places(cut, like, here)
             target = jax.tree.map(
-                lambda x, y: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=y),
+                lambda x, y: jax.ShapeDtypeStruct(
+                    tuple(n or 1 for n in x.shape), x.dtype, sharding=y
+                ),
                 shapes,
                 places,
             )
-        params = checkpointer.restore(path / "params", target)
+        params = _hollow(checkpointer.restore(path / "params", target), cut)
     if like is None:
         try:
             cut.check_small(params)
@@ -109,6 +112,22 @@ def load(
             ) from error
     cut.check_small(params)
     return params, cut
+
+
+def _solid(leaf: Any) -> Any:
+    """What stands for an array without entries, which Orbax does not save."""
+    shape = np.shape(leaf)
+    return leaf if 0 not in shape else np.zeros([n or 1 for n in shape], leaf.dtype)
+
+
+def _hollow(params: PyTree, cut: Cut) -> PyTree:
+    """Arrays without entries again where layers are gone."""
+    leaves = {
+        path: leaf[tuple(slice(n) for n in cut.small_shapes[path])]
+        for path, leaf in leaf_table(params).items()
+        if 0 in cut.small_shapes.get(path, ())
+    }
+    return replace_leaves(params, leaves)
 
 
 def _as_saved(leaf: Any, here: jax.sharding.Sharding) -> Any:

@@ -22,6 +22,7 @@ from sdp_jax.dimension import (
     Member,
     Role,
     as_count,
+    as_flag,
     as_text,
     check_member,
     member_from_json,
@@ -64,8 +65,8 @@ class Groups:
       prune_inputs: patterns of the function's inputs whose channels are among them.
       prune_outputs: patterns of its outputs whose channels are.
       flops: FLOPs of the function as a polynomial in the numbers of channels that
-        stay, as :func:`sdp_jax.find_groups` counted them; ``None`` for groups that
-        were made by hand.
+        stay, as :func:`sdp_jax.find_groups` counted them (at widths of 0 a bound from
+        above); ``None`` for groups that were made by hand.
       ports: where channels sit in inputs and outputs.
       before: for what a cut has left, the groups of the dense model: targets and
         weights count in these, whatever has been cut since.
@@ -123,6 +124,10 @@ class Groups:
     def dense(self) -> "Groups":
         """The groups of the dense model: these, if nothing has been cut yet."""
         return self if self.before is None else self.before
+
+    def widths_in(self, names: "Groups") -> list[int]:
+        """The sizes in the order of other groups, 0 for dimensions that are gone."""
+        return [self.sizes.get(name, 0) for name in names.sizes]
 
     @property
     def num_channels(self) -> int:
@@ -253,7 +258,7 @@ class Groups:
         check_ranking(ranking)
         found: dict[Any, int] = {}
         numbers = []
-        for d in self.dense.dimensions:
+        for d in (self.dense[name] for name in self.sizes):
             key: Any = {"global": None, "dimension": d.name}.get(ranking)
             if ranking == "isomorphic":
                 key = tuple(
@@ -435,6 +440,7 @@ class Groups:
                     as_text(d["name"]),
                     as_count(d["size"]),
                     tuple(member_from_json(m) for m in d["members"]),
+                    as_flag(d.get("removable", False)),
                 )
                 for d in raw["dimensions"]
             )
@@ -466,8 +472,8 @@ class Groups:
             before = raw.get("before")
             if before is not None:
                 before = cls.from_json(json.dumps(before))
-                if [d.name for d in before] != [d.name for d in dimensions]:
-                    raise TypeError("before and after a cut are other dimensions")
+                if not {d.name for d in dimensions} <= set(before.sizes):
+                    raise TypeError("a cut has left dimensions that were not there")
             if len({leaf.path for leaf in leaves}) != len(leaves):
                 raise TypeError("two leaves have the same path")
             if not all(d.producers for d in dimensions):
@@ -500,6 +506,7 @@ class Groups:
                 + (" (scale-invariant)" if m.scale_invariant else "")
                 for m in d.members
             )
+            members += "; may vanish" if d.removable else ""
             lines.append(
                 f"{d.name:<{name_width}}  {d.size:8d}  {entries:15d}  {members}"
             )

@@ -4,10 +4,12 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
 import optax
 
 from sdp_jax.groups import Groups
+from sdp_jax.tree import PyTree, leaf_dtype, leaf_table
 
 Keys = tuple[str, ...]
 
@@ -133,3 +135,21 @@ class Matcher:
             "optimizer state (Adafactor, SM3) has to be initialised anew on the small "
             "parameters; a tree that is already cut needs no second cut"
         )
+
+
+def check_like(small: PyTree, like: PyTree) -> None:
+    """Refuses a cut tree that does not look like another one."""
+    have, want = jax.tree.structure(small), jax.tree.structure(like)
+    if have != want:
+        raise ValueError(
+            f"the cut tree has another structure than `like`:\n{have}\n{want}"
+        )
+    shapes: Mapping[str, Any] = leaf_table(like)
+    for path, leaf in leaf_table(small).items():
+        a = (tuple(np.shape(leaf)), leaf_dtype(leaf))
+        b = (tuple(np.shape(shapes[path])), leaf_dtype(shapes[path]))
+        if a != b:
+            raise ValueError(
+                f"leaf {path!r} of the cut tree is {a}, but `like` has {b}; initialise "
+                "this part of the state anew on the small parameters"
+            )

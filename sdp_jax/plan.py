@@ -65,9 +65,10 @@ def plan_cut(
         or within dimensions that are built alike (``"isomorphic"``); in the latter two
         each of these loses the same share of its channels.
       min_channels: channels that stay in each dimension. A dimension with fewer
-        non-zero channels keeps its first zero channels up to this number, because a
-        layer of width 0 cannot be built; zero channels that are kept do not change the
-        function.
+        non-zero channels keeps its first zero channels up to this number; they do not
+        change the function. One that may vanish (``Dimension.removable``) and is zero
+        throughout goes whole, and its layer with it; with scores it may do so only if
+        this number is 0.
       round_to: keep the next-best channels up to a multiple of this number, or up to
         the size of the dimension; ``"fast"`` up to a width that is fast on the default
         device (:func:`sdp_jax.fast_multiple`; below it powers of two); ``"mesh"`` up to
@@ -203,10 +204,11 @@ def plan_cut(
 def _check_counts(min_channels: Any, round_to: Any) -> None:
     check_round_to(round_to, ("fast", "mesh"))
     whole = isinstance(min_channels, int | np.integer)
-    if not whole or isinstance(min_channels, bool) or min_channels < 1:
+    if not whole or isinstance(min_channels, bool) or min_channels < 0:
         raise ValueError(
-            "min_channels must be an integer of at least 1, so that every layer keeps "
-            f"a channel; got {min_channels!r}"
+            "min_channels must be an integer: the number of channels that each "
+            "dimension keeps, or 0 to let those vanish that can (Dimension.removable); "
+            f"got {min_channels!r}"
         )
 
 
@@ -268,7 +270,8 @@ def _protected(
         size = groups.sizes[name]
         shares = [v for p, v in limits.items() if fnmatch.filter(names[name], p)]
         most = math.floor(min(shares, default=1.0) * size + 1e-9)
-        count = max(min(min_channels, size), size - most)
+        least = min_channels or (0 if groups[name].removable else 1)
+        count = max(min(least, size), size - most)
         mask = np.zeros(size, bool)
         mask[np.argsort(-line, kind="stable")[:count]] = True
         protected.append(mask)
@@ -417,8 +420,9 @@ def cut_zeros(
     every = groups.split(stays if gone is None else stays | ~gone)
     for name, line in every.items():
         stay = line.copy()
-        missing = min(min_channels, groups.sizes[name]) - int(stay.sum())
-        if missing > 0:
+        missing = min(max(min_channels, 1), groups.sizes[name]) - int(stay.sum())
+        vanishes = groups[name].removable and not stay.any()
+        if missing > 0 and not vanishes:
             stay[np.flatnonzero(~stay)[:missing]] = True
         kept.append(_rounded(stay, np.zeros(len(stay)), widths[name]))
     return Cut(groups, tuple(kept), zeros_that_stay(groups, table, kept))

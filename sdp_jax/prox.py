@@ -156,8 +156,8 @@ def resolve_floors(
     else:
         given = [min_channels] * len(groups)
     floors: list[int | jax.Array] = []
-    for d, value in zip(groups.dense, given, strict=True):
-        name, size = d.name, d.size
+    for name, value in zip(groups.sizes, given, strict=True):
+        size = groups.dense.sizes[name]
         if isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jnp.integer):
             floors.append(value)
             continue
@@ -166,6 +166,13 @@ def resolve_floors(
                 f"min_channels of dimension {name!r} is {value!r}; it must be an "
                 "integer, the number of channels to keep"
             )
+        if not value and isinstance(min_channels, Mapping):
+            if not groups[name].removable:
+                raise ValueError(
+                    f"min_channels of dimension {name!r} is 0, but it cannot vanish: "
+                    "the outputs would no longer depend on the inputs "
+                    "(Dimension.removable says which can)"
+                )
         if not 0 <= value <= size:
             raise ValueError(
                 f"min_channels of dimension {name!r} is {value}, but it has {size} "

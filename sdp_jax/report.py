@@ -68,7 +68,7 @@ class Report:
         )
         if t.high >= 1:
             lines.append(self._advice(t.low > 1))
-        return "\n".join([*lines, *self.cut.notes])
+        return "\n".join([*lines, *self.cut.gone_whole, *self.cut.notes])
 
     def _advice(self, slower: bool) -> str:
         """Why nothing was gained, and what to do."""

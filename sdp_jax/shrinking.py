@@ -201,9 +201,9 @@ class Shrinker:
           ValueError: if the groups know no FLOPs.
         """
         dense = self.groups.dense
-        full, left = (list(g.sizes.values()) for g in (dense, self.groups))
         count = dense.need_flops().at
-        return count(left) / max(count(full), 1e-300)
+        full = count(list(dense.sizes.values()))
+        return count(self.groups.widths_in(dense)) / max(full, 1e-300)
 
     def to_json(self) -> str:
         """What :meth:`restore` needs, for a checkpoint beside the small arrays."""
@@ -255,14 +255,15 @@ class Shrinker:
         """The widths of a cut of these channels."""
         rounded = widths_for(self.groups, params, self._round_to)
         left = {name: int((~x).sum()) for name, x in self.groups.split(gone).items()}
-        return [rounded[name](max(n, 1)) for name, n in left.items()]
+        least = {d.name: 0 if d.removable else 1 for d in self.groups}
+        return [rounded[name](max(n, least[name])) for name, n in left.items()]
 
     def _cut(self, params: PyTree, gone: np.ndarray) -> Cut | None:
         widths = widths_for(self.groups, params, self._round_to)
         return self._made(cut_zeros(self.groups, params, 1, widths, gone))
 
     def _made(self, cut: Cut) -> Cut | None:
-        if cut.widths == self.groups.sizes:
+        if cut.groups is self.groups:
             return None
         since = zip(self.groups.split(self._zero_since).values(), cut.kept, strict=True)
         self._zero_since = np.concatenate([line[list(kept)] for line, kept in since])

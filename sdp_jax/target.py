@@ -175,9 +175,9 @@ def target_sparsity(
 
 def _polynomial(groups: Groups, target: Target) -> Polynomial:
     """What a target counts of the dense model, in the widths."""
-    if target == "channels":
-        return Polynomial.of({(k,): 1.0 for k in range(len(groups))})
     dense = groups.dense
+    if target == "channels":
+        return Polynomial.of({(k,): 1.0 for k in range(len(dense))})
     return dense.parameters if target == "params" else dense.need_flops()
 
 
@@ -192,14 +192,16 @@ def _goal(sparsity: float, target: Target, groups: Groups) -> float:
 def _check_floors(
     goal: float, target: Target, groups: Groups, floors: prox.Floors, steps: Steps
 ) -> None:
-    counts, sizes = _polynomial(groups, target), list(groups.dense.sizes.values())
+    dense = groups.dense
+    counts, full = _polynomial(groups, target), list(dense.sizes.values())
     if any(isinstance(f, jax.Array) for f in floors):
         return
-    pairs = zip(floors, sizes, strict=True)
-    widths = [round_up(int(floor), size, steps) for floor, size in pairs]
-    least = counts.at(widths) / max(counts.at(sizes), 1e-300)
+    pairs = zip(groups.sizes, floors, strict=True)
+    left = {name: round_up(int(n), dense.sizes[name], steps) for name, n in pairs}
+    widths = [left.get(name, 0) for name in dense.sizes]
+    least = counts.at(widths) / max(counts.at(full), 1e-300)
     if least > goal * (1 + 1e-6):
-        exact = widths == list(floors)
+        exact = list(left.values()) == list(floors)
         raise ValueError(
             "target_sparsity cannot be met: where only min_channels are left, "
             f"{'' if exact else 'rounded by round_to, '}so are {least:.1%} of the "
@@ -222,9 +224,12 @@ def _lowest(
     They go by score, or by rank as a share of those that their ranking compares.
     """
     owner, block = groups.owner, groups.blocks(ranking)
-    dense = list(groups.dense.sizes.values())
-    share_left = _polynomial(groups, target).share(dense)
+    every, names = groups.dense.sizes, list(groups.dense.sizes)
+    share_left = _polynomial(groups, target).share(list(every.values()))
+    dense = [every[name] for name in groups.sizes]
     sizes, full = jnp.asarray(list(groups.sizes.values())), jnp.asarray(dense)
+    # Layers that a cut has taken have no width.
+    there = np.asarray([names.index(name) for name in groups.sizes])
     goal = (goal * (1 + 1e-6)).astype(scores.dtype)  # rounding
 
     rounds = any(step > 1 for _, step in steps)
@@ -232,7 +237,10 @@ def _lowest(
     def met(widths: jax.Array) -> jax.Array:
         # As they are, whole numbers or not, if nothing is rounded.
         widths = round_up(widths, full, steps) if rounds else widths
-        return share_left(widths.astype(scores.dtype)) <= goal
+        widths = widths.astype(scores.dtype)
+        if len(there) < len(names):
+            widths = jnp.zeros(len(names), scores.dtype).at[there].set(widths)
+        return share_left(widths) <= goal
 
     least: Any = prox.floor_counts(floors)
     if ranking == "global":

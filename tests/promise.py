@@ -26,10 +26,13 @@ def randomise(shapes, seed=0, dtype=jnp.float64):
 
 
 def random_cut(groups, share, seed):
-    """Cuts a random share of every dimension; at least one channel stays."""
+    """Cuts a random share of every dimension; a third of those that can vanishes."""
     rng = np.random.default_rng(seed)
     kept = []
     for d in groups:
+        if d.removable and rng.random() < 1 / 3:
+            kept.append(())
+            continue
         count = max(1, round(d.size * (1 - share)))
         kept.append(tuple(sorted(rng.choice(d.size, count, replace=False).tolist())))
     return sdp_jax.Cut(groups, tuple(kept))

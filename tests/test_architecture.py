@@ -19,17 +19,9 @@ COMMON += ["dimension", "groups", "axes", "mesh", "channels", "factors"]
 # Each goes on from there, and neither imports the other.
 TRAINING = ["entries", "importance", "prox", "strength", "target", "base"]
 TRAINING += ["transforms", "_altsdp"]
-CUTTING = [
-    "modules",
-    "tracing",
-    "matching",
-    "zeros",
-    "cut",
-    "_narrow",
-    "measure",
-    "compare",
-]
-CUTTING += ["remains", "plan", "shrinking", "files", "export", "report", "_prune"]
+CUTTING = ["modules", "tracing", "matching", "zeros", "cut", "_narrow", "measure"]
+CUTTING += ["compare", "remains", "layers", "plan", "shrinking", "files", "export"]
+CUTTING += ["report", "_prune"]
 # Behind doors of their own; both train.
 DOORS = ["valley", "methods"]
 # Inside a folder, the modules in the order in which they may import one another.
@@ -38,7 +30,7 @@ FOLDERS = {
     + ["rule", "trace", "evaluate", "rules_elementwise", "rules_shape", "rules_index"]
     + ["rules_contract", "rules_control", "rules_linalg", "rules_mesh", "rules"]
     + ["analyse", "ports", "flops", "members", "scaling"]
-    + ["scaling_elementwise", "scaling_moves", "invariance", "find"],
+    + ["scaling_elementwise", "scaling_moves", "invariance", "removable", "find"],
     "valley": ["vectors", "sketch", "project", "curvature", "_sdp", "statistics"]
     + ["path", "figure", "certificate", "_certify"],
     # No method but the common ground is imported by another one.

@@ -277,8 +277,8 @@ BAD = {
         "round_to must be .* got 0.5",
     ),
     "no channels": (
-        lambda: plan(sparsity=0.5, min_channels=0),
-        "min_channels must be .* got 0",
+        lambda: plan(sparsity=0.5, min_channels=-1),
+        "min_channels must be .* got -1",
     ),
 }
 

@@ -114,5 +114,5 @@ def unit(values: jax.Array) -> jax.Array:
 def producer_entries(groups: Groups) -> np.ndarray:
     """The number of producer entries of each channel, float32."""
     dense = groups.dense
-    entries = [dense.entries(d, roles=("producer",)) for d in dense]
+    entries = [dense.entries(dense[n], roles=("producer",)) for n in groups.sizes]
     return np.repeat(entries, list(groups.sizes.values())).astype(np.float32)

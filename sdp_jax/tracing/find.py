@@ -16,6 +16,7 @@ from sdp_jax.tracing.flops import flop_polynomial
 from sdp_jax.tracing.invariance import mark_invariant
 from sdp_jax.tracing.members import find_dimensions
 from sdp_jax.tracing.ports import class_channels, find_ports
+from sdp_jax.tracing.removable import mark_removable
 from sdp_jax.tree import leaf_table
 
 # Running statistics by the names that Flax, Haiku and Equinox give them.
@@ -137,7 +138,7 @@ def find_groups(
         prune_inputs=chosen_in,
         prune_outputs=chosen_out,
     )
-    groups = mark_invariant(found, groups)
+    groups = mark_removable(found, mark_invariant(found, groups))
     _warn_of_steep(found, groups)
     return dataclasses.replace(
         groups,
