@@ -79,6 +79,7 @@ VARIANTS: Mapping[str, dict[str, Any]] = {
     "sgd": {"method": "sgd"},
     "l2": {"method": "l2", "end": 0.5},
     "depgraph": {"method": "depgraph", "end": 0.5},
+    "gradual": {"method": "gradual", "end": 0.5},
     "otov2": {"method": "dhspg", "end": 0.5},
 }
 

@@ -160,7 +160,7 @@ def test_means_deviations_and_differences(tmp_path):
     command = "python -m experiments.train lenet-mnist-"
     assert f"\n{command}altsdp --seed 0  # also 1, 2\n" in text
     assert f"\n{command}l2 --seed 7\n" in text
-    lacking = ("depgraph", "otov2")
+    lacking = ("depgraph", "gradual", "otov2")
     missing = ", ".join(f"`{command}{m} --seed 0`" for m in lacking)
     assert f"\nNot run: {missing}.\n" in text
 
