@@ -239,7 +239,8 @@ def prune(
         grads, activations)``; or its result: a number for each channel, or an array for
         each dimension name. The lowest goes first.
       sparsity: share of the target that goes, in [0, 1).
-      target: ``"channels"``, ``"params"``, ``"flops"`` or ``"latency"`` (measured).
+      target: ``"channels"``, ``"params"``, ``"bytes"``, ``"flops"`` or ``"latency"``
+        (measured); see :func:`sdp_jax.plan_cut`.
       grads: gradients for scores that need them, shaped like the parameters, or like
         the part of them below one key (``variables["params"]``).
       activations: activations for scores that need them.

@@ -20,11 +20,11 @@ from sdp_jax.groups import Groups, Ranking, check_ranking, need_groups
 from sdp_jax.measure import latency
 from sdp_jax.mesh import fetch, placed, shares
 from sdp_jax.remains import zeros_that_stay
-from sdp_jax.tree import PyTree, leaf_table, missing_path_message
+from sdp_jax.tree import PyTree, leaf_dtype, leaf_table, missing_path_message
 from sdp_jax.widths import round_up
 from sdp_jax.zeros import zero_channels
 
-Target = Literal["channels", "params", "flops", "latency"]
+Target = Literal["channels", "params", "bytes", "flops", "latency"]
 Scores = jax.Array | np.ndarray | Mapping[str, Any]
 RoundTo = int | Literal["fast", "mesh"]
 
@@ -56,9 +56,9 @@ def plan_cut(
       scores: a number for each channel, ``(num_channels,)``, or for each dimension name
         an array ``(size,)``; the lowest goes first.
       sparsity: share of the target that goes, in [0, 1).
-      target: what the share is of: ``"channels"``, ``"params"``, ``"flops"`` or
-        ``"latency"`` (measured: it compiles and times both functions in turns, and is
-        as noisy as that).
+      target: what the share is of: ``"channels"``, ``"params"``, ``"bytes"`` (the
+        parameters in their dtypes), ``"flops"`` or ``"latency"`` (measured: it compiles
+        and times both functions in turns, and is as noisy as that).
       fn: the function, for ``"latency"``.
       inputs: its arguments after the parameters, likewise.
       ranking: compare scores over all channels (``"global"``), within each dimension,
@@ -364,11 +364,18 @@ def _measure(
         return time_left
     if target == "channels":
         return lambda cut: sum(cut.widths.values()) / max(groups.num_channels, 1)
-    if target == "params":
-        whole = sum(map(math.prod, groups.shapes.values()))
-        return lambda cut: (
-            sum(map(math.prod, cut.small_shapes.values())) / max(whole, 1)
-        )
+    if target in ("params", "bytes"):
+        table = leaf_table(params)
+        each = {
+            path: leaf_dtype(table[path]).itemsize if target == "bytes" else 1
+            for path in groups.shapes
+        }
+
+        def weigh(shapes: Mapping[str, tuple[int, ...]]) -> int:
+            return sum(each[path] * math.prod(shape) for path, shape in shapes.items())
+
+        whole = max(weigh(groups.shapes), 1)
+        return lambda cut: weigh(cut.small_shapes) / whole
     counts = groups.need_flops()
     total = max(counts.at(list(groups.sizes.values())), 1.0)
     return lambda cut: counts.at(list(cut.widths.values())) / total

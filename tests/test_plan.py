@@ -79,6 +79,28 @@ def test_widths_that_are_fast(monkeypatch, alive, multiple, widths):
     assert all(w in (1, 2, 4) or w % multiple == 0 or w == 12 for w in scored.values())
 
 
+def test_bytes_are_counted_in_their_dtypes():
+    params = toy.mlp_params()
+    groups = toy.mlp_groups(params)
+    params["layer2"] = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params["layer2"])
+    scores = sdp_jax.channel_norms(groups, params)
+
+    def size(tree):
+        return sum(x.nbytes for x in jax.tree.leaves(tree))
+
+    cuts = [
+        sdp_jax.plan_cut(groups, params, scores=scores, sparsity=s, target="bytes")
+        for s in np.linspace(0.05, 0.6, 12)
+    ]
+    for share, cut in zip(np.linspace(0.05, 0.6, 12), cuts, strict=True):
+        assert size(cut.take(params)) <= (1 - share) * size(params)
+        kept = sum(cut.widths.values())
+        more = sdp_jax.plan_cut(
+            groups, params, scores=scores, sparsity=(11 - kept - 1) / 11
+        )
+        assert size(more.take(params)) > (1 - share) * size(params)
+
+
 def test_processes_that_share_parameters_round_alike(monkeypatch):
     monkeypatch.setattr(fast, "fast_multiple", lambda: 1)
     monkeypatch.setattr("sdp_jax.plan.spread", lambda params: True)
