@@ -4,7 +4,7 @@ Groups: :func:`find_groups`, :class:`Groups`. Training: :func:`altsdp`, its piec
 its strengths, for example :func:`target_sparsity`. Cutting: :func:`prune`, which makes
 a :class:`Pruned` (:func:`load` reads one), of :func:`plan_cut`, :class:`Cut` and
 :func:`narrow`; :class:`Shrinker` cuts while a model trains. Measuring: :func:`cost`,
-:func:`latency`, :func:`fast_multiple`.
+:func:`latency`, :func:`fast_multiple`. Calibrating: :func:`channel_activations`.
 
 Behind doors of their own: :mod:`sdp_jax.methods`, the other published methods;
 :mod:`sdp_jax.valley`, sharp directions and certificates; and for who writes a strength,
@@ -15,7 +15,9 @@ from sdp_jax import base, channels, methods, prox, valley
 from sdp_jax._altsdp import altsdp, grda, prox_sgd
 from sdp_jax._narrow import narrow
 from sdp_jax._prune import Pruned, load, prune
+from sdp_jax.activations import ChannelActivations
 from sdp_jax.axes import groups_from_axes
+from sdp_jax.calibration import channel_activations
 from sdp_jax.channels import (
     channel_norms,
     channel_products,
@@ -46,6 +48,7 @@ from sdp_jax.transforms import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "ChannelActivations",
     "Cut",
     "Dimension",
     "Groups",
@@ -55,6 +58,7 @@ __all__ = [
     "Strength",
     "altsdp",
     "base",
+    "channel_activations",
     "channel_norms",
     "channel_products",
     "channel_weights",

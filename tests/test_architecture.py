@@ -16,12 +16,13 @@ ROOT = PACKAGE.parent
 # What training and cutting share, in the order in which modules may import one another.
 COMMON = ["tree", "checks", "widths", "fast", "segments", "polynomial", "ports"]
 COMMON += ["dimension", "groups", "axes", "mesh", "channels", "factors"]
+COMMON += ["activations"]
 # Each goes on from there, and neither imports the other.
 TRAINING = ["entries", "importance", "prox", "strength", "target", "base"]
 TRAINING += ["transforms", "_altsdp"]
-CUTTING = ["modules", "tracing", "matching", "zeros", "cut", "_narrow", "measure"]
-CUTTING += ["compare", "remains", "layers", "plan", "shrinking", "files", "export"]
-CUTTING += ["report", "_prune"]
+CUTTING = ["modules", "tracing", "matching", "zeros", "cut", "_narrow", "calibration"]
+CUTTING += ["measure", "compare", "remains", "layers", "plan", "shrinking", "files"]
+CUTTING += ["export", "report", "_prune"]
 # Behind doors of their own; both train.
 DOORS = ["valley", "methods"]
 # Inside a folder, the modules in the order in which they may import one another.
@@ -29,14 +30,16 @@ FOLDERS = {
     "tracing": ["source", "static", "devices", "atoms", "sizes", "values", "numbers"]
     + ["rule", "trace", "evaluate", "rules_elementwise", "rules_shape", "rules_index"]
     + ["rules_contract", "rules_control", "rules_linalg", "rules_mesh", "rules"]
-    + ["analyse", "ports", "flops", "members", "scaling"]
-    + ["scaling_elementwise", "scaling_moves", "invariance", "removable", "find"],
+    + ["analyse", "ports", "origins", "readings", "watch", "flops", "members"]
+    + ["scaling", "scaling_elementwise", "scaling_moves", "invariance", "removable"]
+    + ["find"],
     "valley": ["vectors", "sketch", "project", "curvature", "_sdp", "statistics"]
     + ["path", "figure", "certificate", "_certify"],
     # No method but the common ground is imported by another one.
     "methods": ["score", "scales", "penalty", "ranking", "pqi"]
     + ["_hosted"]
     + ["filter_norm", "_taylor", "_random_score", "depgraph", "network_slimming"]
+    + ["_minitron", "_wanda", "_flap", "_activation_taylor"]
     + ["_gate_decorator", "discriminant", "remove", "dpm", "half_space", "_hspg"]
     + ["_hesso", "_spp", "_increg", "_perspective", "_until_compressed", "_sap"],
 }

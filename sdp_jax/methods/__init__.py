@@ -3,8 +3,10 @@
 Scores, one signature ``score(groups, params, grads=None, activations=None)``:
 :func:`l1_norm`, :func:`l2_norm`, :func:`taylor`, :func:`random_score`,
 :func:`group_importance` (DepGraph), :func:`discriminant_score` (by
-:func:`discriminant_information`). Hosts, which stand behind a base optimizer:
-:func:`remove_lowest` and those below. :func:`hosted` joins the two,
+:func:`discriminant_information`). On what :func:`sdp_jax.channel_activations` returns:
+:func:`minitron_score`, :func:`wanda_score`, :func:`flap_score` with
+:func:`compensate_bias`, :func:`activation_taylor`. Hosts, which stand behind a base
+optimizer: :func:`remove_lowest` and those below. :func:`hosted` joins the two,
 :func:`decay_pruning` does so with smooth pruning, and :func:`channel_host` makes a host
 from its equations.
 
@@ -25,6 +27,8 @@ Scales of normalisations (:data:`DEFAULT_SCALES` names them): network slimming w
 score :func:`gate_taylor`, and gates by :func:`decorate` and :func:`apply_gates`.
 """
 
+from sdp_jax.methods._activation_taylor import activation_taylor
+from sdp_jax.methods._flap import compensate_bias, flap_score
 from sdp_jax.methods._gate_decorator import (
     apply_gates,
     decorate,
@@ -40,6 +44,7 @@ from sdp_jax.methods._hosted import (
 )
 from sdp_jax.methods._hspg import dhspg, dhspg_score, hspg
 from sdp_jax.methods._increg import increg
+from sdp_jax.methods._minitron import minitron_score
 from sdp_jax.methods._perspective import (
     perspective,
     perspective_penalty,
@@ -59,6 +64,7 @@ from sdp_jax.methods._sap import (
 from sdp_jax.methods._spp import spp, spp_params
 from sdp_jax.methods._taylor import taylor
 from sdp_jax.methods._until_compressed import until_compressed
+from sdp_jax.methods._wanda import wanda_score
 from sdp_jax.methods.depgraph import (
     group_importance,
     group_norm_regularizer,
@@ -81,15 +87,18 @@ __all__ = [
     "PruningRound",
     "PruningRule",
     "Score",
+    "activation_taylor",
     "apply_gates",
     "apply_mask",
     "channel_host",
+    "compensate_bias",
     "decay_pruning",
     "decorate",
     "dhspg",
     "dhspg_score",
     "discriminant_information",
     "discriminant_score",
+    "flap_score",
     "gate_decorator",
     "gate_taylor",
     "group_importance",
@@ -104,6 +113,7 @@ __all__ = [
     "l1_norm",
     "l2_norm",
     "lottery_ticket",
+    "minitron_score",
     "one_shot",
     "perspective",
     "perspective_penalty",
@@ -123,4 +133,5 @@ __all__ = [
     "spp_params",
     "taylor",
     "until_compressed",
+    "wanda_score",
 ]

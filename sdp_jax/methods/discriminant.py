@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sdp_jax.activations import ChannelActivations
 from sdp_jax.checks import check_number
 from sdp_jax.groups import Groups
-from sdp_jax.methods.score import Score
+from sdp_jax.methods.score import Score, need_activations
 from sdp_jax.tree import PyTree
 
 # The paper's value is not known to us.
@@ -85,7 +86,9 @@ def discriminant_score(
     which is the exact fall, for all channels from one inverse. It is never negative.
 
     The score needs the activations of a batch: for each dimension an array ``(batch, …,
-    size)``, channels last, such as the output of the layer. The transformations that
+    size)``, channels last, such as the output of the layer; or what
+    :func:`sdp_jax.channel_activations` returns with ``per_example=True``, of which it
+    takes the mean of each example where a channel is read. The transformations that
     prune hand on parameters and gradients only; compute the scores outside, now and
     then, and give them to ``remove_lowest(groups, strength)`` with
     :func:`sdp_jax.methods.set_scores`, or to :func:`sdp_jax.plan_cut`.
@@ -133,9 +136,12 @@ def discriminant_score(
         if activations is None:
             raise ValueError(
                 "discriminant_score needs activations: call score(groups, params, "
-                "activations={dimension: array (batch, …, size)}) outside of the step, "
+                "activations=...) outside of the step, with {dimension: array (batch, "
+                "…, size)} or what sdp_jax.channel_activations returns, "
                 "and give the result to remove_lowest(groups, strength) with set_scores"
             )
+        if isinstance(activations, ChannelActivations):
+            activations = _means(groups, activations, pool)
         missing = sorted(set(groups.sizes) - set(activations))
         if missing:
             raise ValueError(
@@ -160,6 +166,19 @@ def discriminant_score(
         return groups.join(scores)
 
     return score
+
+
+def _means(
+    groups: Groups, activations: ChannelActivations, pool: bool
+) -> dict[str, np.ndarray]:
+    """For each dimension the mean activations of each example."""
+    found = need_activations(groups, activations, "discriminant_score")
+    if found.examples is None or not pool:
+        raise ValueError(
+            "discriminant_score needs the means of single examples: call "
+            "sdp_jax.channel_activations(..., per_example=True), and leave pool=True"
+        )
+    return found.groups.split(found.examples.mean)
 
 
 def _scatters(

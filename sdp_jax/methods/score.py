@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sdp_jax.activations import ChannelActivations, Moments, WeightSums, scatter
 from sdp_jax.groups import Groups
 from sdp_jax.tree import PyTree
 
@@ -71,6 +72,67 @@ def need_gradients(grads: PyTree | None, name: str) -> PyTree:
             "them on"
         )
     return grads
+
+
+def of_activations(name: str, function: Callable[[ChannelActivations], Any]) -> Score:
+    """A score that looks at what the channels put out."""
+
+    def score(
+        groups: Groups,
+        params: PyTree,
+        grads: PyTree | None = None,
+        activations: Any = None,
+    ) -> jax.Array:
+        del params, grads
+        found = need_activations(groups, activations, name)
+        parts = found.groups.split(np.asarray(function(found)))
+        return groups.join({name: parts[name] for name in groups.sizes})
+
+    return score
+
+
+def need_activations(groups: Groups, activations: Any, name: str) -> ChannelActivations:
+    """Returns the activations, after checking that they are those of the groups."""
+    if not isinstance(activations, ChannelActivations):
+        raise ValueError(
+            f"{name} needs activations, as sdp_jax.channel_activations(groups, fn, "
+            "params, batches) returns them: call score(groups, params, "
+            f"activations=found) outside of the step; got {type(activations).__name__}"
+        )
+    have = activations.groups.sizes
+    odd = [n for n, size in groups.sizes.items() if have.get(n) != size]
+    if odd:
+        raise ValueError(
+            f"{name}: the activations are of {have.get(odd[0], 0)} channels of "
+            f"dimension {odd[0]!r}, but the groups have {groups.sizes[odd[0]]}; give "
+            "those of the same groups"
+        )
+    return activations
+
+
+def weighted_total(
+    name: str,
+    found: ChannelActivations,
+    value: Callable[[Moments, WeightSums], np.ndarray],
+) -> np.ndarray:
+    """The sum of a quantity of what is read and of its weights over each channel."""
+    total, lacking = np.zeros(found.groups.num_channels), dict[str, None]()
+    for reading in found.readings:
+        if reading.weights is None:
+            numbers = reading.channels[reading.channels >= 0]
+            for k in np.unique(found.groups.owner[numbers]).tolist():
+                lacking[found.groups.dimensions[k].name] = None
+        else:
+            values = value(reading.moments, reading.weights)
+            total += scatter(len(total), reading.channels, values)
+    if lacking:
+        names = ", ".join(map(repr, lacking))
+        raise ValueError(
+            f"{name} needs the weights that read a channel, but none read those of "
+            f"{names} (queries and keys meet each other). Leave them as they are, with "
+            f"groups.without({names}), or take another score"
+        )
+    return total
 
 
 def check_score(score: Any) -> None:

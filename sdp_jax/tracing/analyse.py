@@ -270,6 +270,18 @@ def analyse_with(
     )
 
 
+def check_leaves(groups: Groups, params: PyTree) -> None:
+    """Refuses parameters that are not those of the groups."""
+    have = {path: np.shape(leaf) for path, leaf in leaf_table(params).items()}
+    odd = [p for p in {**have, **groups.shapes} if have.get(p) != groups.shapes.get(p)]
+    if odd:
+        raise ValueError(
+            f"leaf {odd[0]!r} has shape {have.get(odd[0])} in the parameters, but "
+            f"{groups.shapes.get(odd[0])} in the groups; give groups and parameters of "
+            "the same model"
+        )
+
+
 def _used(body: Body, solution: Solution) -> np.ndarray:
     """Which classes an equation computes with, or another than one that picks makes."""
     there = np.zeros(len(solution.operands), bool)

@@ -8,12 +8,12 @@ import numpy as np
 
 from sdp_jax.groups import Groups
 from sdp_jax.polynomial import Polynomial, monomial
-from sdp_jax.tracing.analyse import Analysis, analyse_with
+from sdp_jax.tracing.analyse import Analysis, analyse_with, check_leaves
 from sdp_jax.tracing.ports import class_channels
 from sdp_jax.tracing.rules import RULES
 from sdp_jax.tracing.trace import NO_RULE, Body
 from sdp_jax.tracing.values import Axis
-from sdp_jax.tree import PyTree, leaf_table
+from sdp_jax.tree import PyTree
 
 
 def count_flops(
@@ -48,14 +48,7 @@ def count_flops(
       >>> groups.flops.at([8])  # 2 · 4 · 8 + 2 · 8 · 3
       112.0
     """
-    have = {path: np.shape(leaf) for path, leaf in leaf_table(params).items()}
-    odd = [p for p in {**have, **groups.shapes} if have.get(p) != groups.shapes.get(p)]
-    if odd:
-        raise ValueError(
-            f"leaf {odd[0]!r} has shape {have.get(odd[0])} in the parameters, but "
-            f"{groups.shapes.get(odd[0])} in the groups; give groups and parameters of "
-            "the same model"
-        )
+    check_leaves(groups, params)
     found = analyse_with(groups, fn, params, inputs, {}, derivatives=False)
     return dataclasses.replace(groups, flops=flop_polynomial(found, groups))
 

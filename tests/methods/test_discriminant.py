@@ -198,3 +198,28 @@ def test_refuses_bad_labels_ridges_and_features():
         methods.discriminant_information(draw(), LABELS, "0.1")
     with pytest.raises(ValueError, match=r"features must have the shape \(14, fea"):
         methods.discriminant_information(draw()[:, 0], LABELS)
+
+
+def test_activations_of_a_function_stand_for_maps(x64):
+    rng = np.random.default_rng(3)
+    x = rng.normal(size=(len(LABELS), 5, 4))
+    params = {k: jnp.asarray(rng.normal(size=n)) for k, n in (("a", (4, 6)), ("b", 6))}
+
+    def fn(params, x):
+        return jnp.tanh(x @ params["a"]) @ params["b"]
+
+    groups = sdp_jax.find_groups(fn, params, jnp.asarray(x))
+    batches = [jnp.asarray(x[:8]), jnp.asarray(x[8:])]
+    found = sdp_jax.channel_activations(groups, fn, params, batches, per_example=True)
+    score = methods.discriminant_score(LABELS)
+    maps = {"a": np.tanh(x @ np.asarray(params["a"]))}
+    np.testing.assert_allclose(
+        score(groups, params, activations=found),
+        score(groups, params, activations=maps),
+        rtol=1e-10,
+    )
+    found = sdp_jax.channel_activations(groups, fn, params, batches)
+    with pytest.raises(
+        ValueError, match="means of single examples: .*per_example=True"
+    ):
+        score(groups, params, activations=found)
