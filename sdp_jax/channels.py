@@ -20,8 +20,9 @@ from sdp_jax.mesh import Line, replicated, sum_lines, zero_like
 from sdp_jax.tree import PyTree, leaf_table, missing_path_message
 
 Weighting = Literal["plain", "size", "cost"]
-# By path and axis of a leaf, for each position along it 0 if its entries count.
-Gone = dict[str, dict[int, jax.Array]]
+# By path and axis of a leaf and dimension, for each position along the axis 0 if a
+# channel that counts is there, or none.
+Gone = Mapping[str, Mapping[int, Mapping[str, jax.Array]]]
 
 
 class PerChannel(NamedTuple):
@@ -334,8 +335,8 @@ class Term(NamedTuple):
         smallest producer where it has none: reading a large leaf once more would make
         XLA copy it when it is donated.
       shrinking: whether only ``groups.shrinking`` count.
-      gone: which entries do not count for the channels of another axis, see
-        :func:`sdp_jax.entries.gone_lines`; default: none.
+      gone: which entries do not count for channels that are of another dimension, or
+        along another axis, see :func:`sdp_jax.entries.gone_lines`; default: none.
       over: weights of the channels, ``(num_channels,)``; what comes out is then one
         number, the weighted sum over all channels.
     """
@@ -371,29 +372,38 @@ def channel_sums(groups: Groups, *terms: Term) -> list[jax.Array]:
       [7. 1.]
     """
     lines: list[Line] = []
-    parts: list[list[tuple[str, Member, int, int]]] = []
+    parts: list[list[tuple[str, Member, int, int, int | None]]] = []
+    given = [term.over for term in terms if term.over is not None]
+    weights = len(given)
     for term in terms:
         tables = [producer_leaves(groups, tree) for tree in term.trees]
         numbers: dict[tuple[str, int], int] = {}
         parts.append([])
         members = groups.shrinking if term.shrinking else groups.producers
         for name, m, size in _small(groups) if term.small else members:
+            gone = (term.gone or {}).get(m.path, {})
             if (m.path, m.axis) not in numbers:
                 numbers[m.path, m.axis] = len(lines)
-                gone = dict((term.gone or {}).get(m.path, {}))
-                gone.pop(m.axis, None)
+                across = {axis: x for axis, x in gone.items() if axis != m.axis}
                 leaves = tuple(
-                    without_lines(jnp.asarray(table[m.path]), gone) for table in tables
+                    without_lines(jnp.asarray(table[m.path]), across)
+                    for table in tables
                 )
                 lines.append(Line(term.entry, leaves, m.axis))
-            parts[-1].append((name, m, size, numbers[m.path, m.axis]))
+            along = _others(groups, name, m, gone.get(m.axis, {}))
+            place = None if along is None else len(given)
+            given += [] if along is None else [along]
+            parts[-1].append((name, m, size, numbers[m.path, m.axis], place))
 
-    def finish(sums: list[jax.Array], *over: jax.Array) -> list[jax.Array]:
-        vectors, left = [], iter(over)
+    def finish(sums: list[jax.Array], *given: jax.Array) -> list[jax.Array]:
+        vectors, left = [], iter(given[:weights])
         for part, term in zip(parts, terms, strict=True):
             out: dict[str, jax.Array] = {}
-            for name, m, size, number in part:
-                value = _per_channel(sums[number], m, size)
+            for name, m, size, number, place in part:
+                line = sums[number]
+                if place is not None:
+                    line = jnp.where(given[place] == 0, line, 0)
+                value = _per_channel(line, m, size)
                 out[name] = out[name] + value if name in out else value
             vector = groups.join(out)
             if term.over is not None:
@@ -401,8 +411,7 @@ def channel_sums(groups: Groups, *terms: Term) -> list[jax.Array]:
             vectors.append(vector)
         return vectors
 
-    over = [term.over for term in terms if term.over is not None]
-    found = sum_lines(lines, finish, *over)
+    found = sum_lines(lines, finish, *given)
     return [
         vector if term.over is None else vector[0]
         for vector, term in zip(found, terms, strict=True)
@@ -433,20 +442,22 @@ def channel_maxima(groups: Groups, tree: PyTree) -> jax.Array:
     return groups.join(out)
 
 
-def without_lines(leaf: jax.Array, gone: Mapping[int, jax.Array]) -> jax.Array:
+def without_lines(
+    leaf: jax.Array, gone: Mapping[int, Mapping[str, jax.Array]]
+) -> jax.Array:
     """Zeros in a leaf at the positions that do not count.
 
     Args:
       leaf: any array.
-      gone: by axis a vector along it, 0 where entries count.
+      gone: by axis and dimension a vector along it, 0 where entries count.
 
     Returns:
       An array of the same shape, dtype and sharding.
     """
-    for axis, line in gone.items():
+    for axis, lines in gone.items():
         shape = [1] * leaf.ndim
         shape[axis] = leaf.shape[axis]
-        counts = zero_like(line.reshape(shape), leaf)
+        counts = zero_like(_total(lines).reshape(shape), leaf)
         leaf = jnp.where(counts, leaf, jnp.zeros((), leaf.dtype))
     return leaf
 
@@ -544,6 +555,22 @@ def _small(groups: Groups) -> list[tuple[str, Member, int]]:
         smallest = min(d.producers, key=lambda m: math.prod(groups.shapes[m.path]))
         found += [(d.name, m, d.size) for m in vectors or [smallest]]
     return found
+
+
+def _others(
+    groups: Groups, name: str, member: Member, gone: Mapping[str, jax.Array]
+) -> jax.Array | None:
+    """What of other dimensions, which share its positions, is gone along its axis."""
+    masks = groups.covered[member.path, member.axis]
+    found = {
+        n: x for n, x in gone.items() if n != name and (masks[n] & masks[name]).any()
+    }
+    return _total(found) if found else None
+
+
+def _total(lines: Mapping[str, jax.Array]) -> jax.Array:
+    first, *rest = lines.values()
+    return sum(rest, first)
 
 
 def _per_channel(line: jax.Array, member: Member, size: int) -> jax.Array:

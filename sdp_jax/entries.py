@@ -57,22 +57,20 @@ def keep_channels(
 
 
 def gone_lines(groups: Groups, alive: jax.Array) -> Gone:
-    """By path and axis how many channels that are not alive sit at each position.
+    """By path, axis and dimension how many channels at a position are not alive.
 
     In producers and consumers.
     """
     parts = split_alike(groups, jnp.where(alive, 0, 1))
-    found: Gone = {}
+    found: dict[str, dict[int, dict[str, jax.Array]]] = {}
     for d in groups:
         padded = jnp.pad(parts[d.name], (0, 1))
         for m in d.members:
             if m.role == "state":
                 continue
-            along, axes = (
-                padded[_channel_at(groups, d, m)],
-                found.setdefault(m.path, {}),
-            )
-            axes[m.axis] = axes[m.axis] + along if m.axis in axes else along
+            along = padded[_channel_at(groups, d, m)]
+            lines = found.setdefault(m.path, {}).setdefault(m.axis, {})
+            lines[d.name] = lines[d.name] + along if d.name in lines else along
     return found
 
 
