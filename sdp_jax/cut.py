@@ -124,12 +124,8 @@ class Cut:
         for d, kept in zip(self.dense.dimensions, self.kept, strict=True):
             if not kept:
                 continue
-            members: list[Member] = []
-            for m in d.members:
-                length = self.dense.shapes[m.path][m.axis]
-                index = self._indices[m.path][m.axis]
-                members += members_after(d, m, kept, index, length)
-            dimensions.append(Dimension(d.name, len(kept), tuple(members), d.removable))
+            members = members_after(d, kept, self._stays)
+            dimensions.append(Dimension(d.name, len(kept), members, d.removable))
         places = {d.name: k for k, d in enumerate(dimensions)}
         numbers = {k: places.get(d.name) for k, d in enumerate(self.dense)}
         flops = self.dense.flops
@@ -590,6 +586,12 @@ class Cut:
             for path, axes in masks.items()
         }
 
+    def _stays(self, m: Member) -> np.ndarray:
+        """Which positions along the axis of a member stay."""
+        stays = np.zeros(self.dense.shapes[m.path][m.axis], bool)
+        stays[self._indices[m.path][m.axis]] = True
+        return stays
+
     @functools.cached_property
     def _matcher(self) -> Matcher:
         return Matcher(
@@ -668,9 +670,9 @@ def _take(leaf: Any, index: np.ndarray, axis: int) -> Any:
 
 
 def _as(leaf: Any, value: np.ndarray) -> jax.Array:
-    """NumPy's array where another one lies, if each of its devices has all of it."""
-    whole = leaf.sharding.is_fully_replicated
-    return jax.device_put(value, leaf.sharding) if whole else jnp.asarray(value)
+    """NumPy's array in place of one: bound to its devices if that is, whole on each."""
+    bound = leaf.committed and leaf.sharding.is_fully_replicated
+    return jax.device_put(value, leaf.sharding) if bound else jnp.asarray(value)
 
 
 def _put(leaf: Any, sharding: NamedSharding | None) -> Any:

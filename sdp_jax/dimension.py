@@ -15,7 +15,8 @@ stands for ``c * inner``.
 """
 
 import dataclasses
-from collections.abc import Mapping
+import itertools
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -135,17 +136,46 @@ class Frozen:
     reasons: tuple[str, ...]
 
 
+# Where a row of channels begins, how many positions each has, and where they lie in it.
+Row = tuple[int, int, tuple[int, ...]]
+
+
 def members_after(
-    d: Dimension, m: Member, kept: tuple[int, ...], index: np.ndarray, length: int
-) -> list[Member]:
-    """A member as it sits on its axis once only the positions ``index`` are left.
+    d: Dimension, kept: tuple[int, ...], stays: Callable[[Member], np.ndarray]
+) -> tuple[Member, ...]:
+    """The members of a dimension as they sit on their axes after a cut.
 
     Other dimensions may have been cut from within its channels, or from between them.
+    Rows of channels are joined wherever they repeat, whichever members they were of, so
+    that several cuts give the members of the one that they are together.
+
+    Args:
+      d: the dimension.
+      kept: its channels that stay.
+      stays: which positions along the axis of a member stay.
+
+    Returns:
+      The members.
+
+    Raises:
+      ValueError: if what is left cannot be written as members.
     """
-    stays = np.zeros(length, bool)
-    stays[index] = True
+    members: list[Member] = []
+    places = itertools.groupby(
+        d.members, lambda m: (m.path, m.axis, m.role, m.scale_invariant)
+    )
+    for _, group in places:
+        same = list(group)
+        rows = [row for m in same for row in _rows_after(d, m, kept, stays(m))]
+        members += _joined(same[0], rows, len(kept))
+    return tuple(members)
+
+
+def _rows_after(
+    d: Dimension, m: Member, kept: tuple[int, ...], stays: np.ndarray
+) -> list[Row]:
     rank = np.cumsum(stays) - 1
-    runs: list[tuple[int, int, tuple[int, ...]]] = []
+    rows: list[Row] = []
     for row in m.positions(d.size)[:, list(kept), :]:
         columns = np.flatnonzero(stays[row].any(axis=0))
         new = rank[row[:, columns]]
@@ -157,20 +187,24 @@ def members_after(
             )
         if new.size:
             start = int(new[:, 0].min())
-            places = tuple((new[:, 0] - start).tolist())
-            runs.append((start, len(columns), places))
+            rows.append((start, len(columns), tuple((new[:, 0] - start).tolist())))
+    return rows
+
+
+def _joined(m: Member, rows: list[Row], size: int) -> list[Member]:
+    """Members of so many channels, each of rows that repeat at one distance."""
     members = []
-    while runs:
-        start, inner, places = runs[0]
-        step = runs[1][0] - start if len(runs) > 1 else 0
+    while rows:
+        start, inner, places = rows[0]
+        step = rows[1][0] - start if len(rows) > 1 else 0
         outer = 1
-        while outer < len(runs) and runs[outer] == (
-            start + outer * step,
-            inner,
-            places,
+        while (
+            step > 0
+            and outer < len(rows)
+            and rows[outer] == (start + outer * step, inner, places)
         ):
             outer += 1
-        regular = places == tuple(range(0, len(kept) * inner, inner))
+        regular = places == tuple(range(0, size * inner, inner))
         members.append(
             dataclasses.replace(
                 m,
@@ -181,7 +215,7 @@ def members_after(
                 places=None if regular else places,
             )
         )
-        runs = runs[outer:]
+        rows = rows[outer:]
     return members
 
 

@@ -443,3 +443,28 @@ def test_gaps_that_become_uneven_are_followed():
     small = toy.kill(cut.groups, cut.take(params), {"a": (0,)})
     second = sdp_jax.plan_cut(cut.groups, small).take(small)
     assert second["o"].tolist() == [1, 2, 5, 6, 7, 9, 10, 11]
+    # What becomes even again is one member, as by one cut.
+    small = toy.kill(cut.groups, cut.take(params), {"c": (0,), "d": (0,)})
+    later = sdp_jax.plan_cut(cut.groups, small)
+    both = cut.then(later)
+    assert later.groups == both.groups and len(both.groups["a"].members) == 2
+    last = sdp_jax.Cut(later.groups, ((0,), (0,), (0,), (0,)))
+    assert (
+        both.then(last).take(params)["o"].tolist()
+        == last.take(later.take(small))["o"].tolist()
+    )
+
+
+def test_what_is_bound_to_no_device_stays_so():
+    params = toy.mlp_params()
+    groups = toy.mlp_groups(params)
+    cut = sdp_jax.plan_cut(groups, toy.kill(groups, params, {"hidden0": (1,)}))
+    small = cut.take(params)
+    # A batch elsewhere takes the parameters with it, before a cut and behind it.
+    x = jax.device_put(jnp.ones((2, 4)), jax.devices()[3])
+    for tree in (params, small, cut.fill(small)):
+        assert toy.mlp_apply(tree, x).devices() == x.devices()
+    bound = jax.device_put(params, jax.devices()[2])
+    for tree in (cut.take(bound), cut.fill(cut.take(bound))):
+        for leaf in jax.tree.leaves(tree):
+            assert leaf.committed and leaf.devices() == {jax.devices()[2]}
