@@ -125,6 +125,7 @@ class Plan(NamedTuple):
 
     def layer_sparsity(self, groups: sdp_jax.Groups) -> dict[str, float]:
         """What every dimension loses where all lose the same share of channels."""
+        groups = groups.dense
         strength, floors = self.one_shot(1, "dimension"), [1] * len(groups)
         spread = jnp.concatenate([jnp.arange(1.0, d.size + 1) for d in groups])
         thresholds, _ = strength.update(

@@ -200,6 +200,8 @@ def hesso(
             f"be divided into periods={periods}; give at least one update for each "
             "period"
         )
+    # Of what is asked for, a cut has taken these.
+    cut = groups.dense.num_channels - groups.num_channels
     rate: Score = hesso_score() if score is None else score
     check_score(rate)
 
@@ -224,7 +226,7 @@ def hesso(
             ranked = jnp.where(gone, -1, check_scores(groups, scores))
             thresholds, after = rule.update(state.strength, ranked, groups, floors)
             wanted = ranked < thresholds
-            total = jnp.sum(wanted, dtype=jnp.int32)
+            total = jnp.sum(wanted, dtype=jnp.int32) + cut
             share = jnp.where(number < periods - 1, total // periods, total)
             wanted &= ~gone
             order = segments.ranks(

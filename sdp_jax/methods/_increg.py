@@ -86,8 +86,8 @@ def increg(
       base: a learning rate or schedule (then SGD), or any Optax transformation.
       groups: the channel dimensions.
       sparsity: share of its channels that each dimension loses, in [0, 1), rounded to
-        whole channels; a number, or one for each name (others lose none). After a cut
-        it counts the channels of the small model: 0 prunes no further.
+        whole channels; a number, or one for each name (others lose none). It is one of
+        the dense model: with the groups that a cut has left it goes on.
       every: updates from one change of the coefficients to the next (1 in the authors'
         code).
       amplitude: ``A`` of :func:`sdp_jax.methods.ranking_increment`, the largest change.

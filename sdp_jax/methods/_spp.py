@@ -90,8 +90,8 @@ def spp(
         trains ``v``, so its state is at least float32.
       groups: the channel dimensions.
       sparsity: share of its channels that each dimension loses, in [0, 1), rounded to
-        whole channels; a number, or one for each name (others lose none). After a cut
-        it counts the channels of the small model: 0 prunes no further.
+        whole channels; a number, or one for each name (others lose none). It is one of
+        the dense model: with the groups that a cut has left it goes on.
       key: a key of ``jax.random``.
       every: updates from one change of the probabilities to the next.
       amplitude: ``A`` of :func:`ranking_increment`, the largest change.
@@ -102,7 +102,8 @@ def spp(
 
     Returns:
       An Optax transformation, which must be the last piece of a chain; its ``update``
-      needs ``params``. Dropped channels are exactly zero.
+      needs ``params``. Dropped channels are exactly zero: to cut only what is pruned
+      for good, look for zeros in :func:`spp_params`.
 
     Raises:
       ValueError: if an argument is out of range, ``min_channels`` forbids the sparsity,

@@ -56,8 +56,8 @@ def until_compressed(
     infinity stays at zero; others may still cross a threshold that no longer moves.
 
     The index also moves because the network trains. It is therefore watched only while
-    channels are zero, and from ``begin_step`` on. The paper prunes weights, round after
-    round; to stop a strength in this way is our own extension.
+    channels are zero or cut, and from ``begin_step`` on. The paper prunes weights,
+    round after round; to stop a strength in this way is our own extension.
 
     Args:
       strength: a :class:`sdp_jax.Strength`, a number or a schedule.
@@ -143,7 +143,8 @@ def until_compressed(
         smooth = past * state.index + (1 - past) * seen
         index = jnp.where(jnp.isfinite(seen), smooth, state.index)
         count = jnp.asarray(optax.safe_increment(state.count))
-        watched = (count > begin_step) & jnp.any(left == 0)
+        cut = groups.num_channels < groups.dense.num_channels
+        watched = (count > begin_step) & (jnp.any(left == 0) | cut)
         minimum = jnp.where(watched, jnp.minimum(state.minimum, index), state.minimum)
         thresholds = jnp.where(stopped, kept, used.astype(kept.dtype))
         new_state = UntilCompressedState(

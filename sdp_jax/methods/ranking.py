@@ -112,7 +112,7 @@ def pruned_numbers(
             f"{list(groups.sizes)}"
         )
     numbers: list[int | jax.Array] = []
-    for (name, size), held in zip(groups.sizes.items(), floors, strict=True):
+    for (name, size), held in zip(groups.dense.sizes.items(), floors, strict=True):
         share = shares.get(name, 0)
         rule = "a number in [0, 1), or one for each dimension"
         if isinstance(share, jax.Array):
@@ -121,15 +121,15 @@ def pruned_numbers(
         check_number("sparsity", share, low=0, high=high, rule=rule)
         number = round(share * size)
         if isinstance(held, jax.Array):
-            numbers.append(jnp.minimum(number, size - held))
+            number = jnp.minimum(number, size - held)
         elif number > size - held:
             raise ValueError(
                 f"sparsity {share} wants {number} of the {size} channels of dimension "
                 f"{name!r} to be zero, but min_channels keeps {held}; lower the "
                 "sparsity or min_channels"
             )
-        else:
-            numbers.append(number)
+        # A cut has taken some of them.
+        numbers.append(number - (size - groups.sizes[name]))
     xp = jnp if any(isinstance(n, jax.Array) for n in numbers) else np
     return xp.asarray(numbers)[groups.owner]
 

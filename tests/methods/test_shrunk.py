@@ -1,5 +1,8 @@
 """Methods of which a run that shrinks is the run that does not."""
 
+import chex
+import jax
+import jax.numpy as jnp
 import optax
 import pytest
 
@@ -56,13 +59,54 @@ def within_dimensions(groups):
     return methods.hosted(optax.sgd(0.05, 0.9), host)
 
 
+def hesso(groups):
+    once = sdp_jax.target_sparsity(0.5, 0, 1)
+    host = methods.hesso(groups, once, begin_step=0, end_step=12, periods=4)
+    return methods.hosted(optax.sgd(0.05, 0.9), host)
+
+
+def increg(groups):
+    return methods.increg(0.05, groups, 0.5, every=1, amplitude=2.0, limit=10.0)
+
+
+def until_compressed(groups):
+    strength = methods.until_compressed(TARGET, rise=0.5)
+    return sdp_jax.altsdp(optax.sgd(0.05, 0.9), groups, strength=strength)
+
+
 METHODS = [dhspg, decay_pruning, depgraph, within_dimensions]
+METHODS += [hesso, increg, until_compressed]
 
 
 @pytest.mark.parametrize("network", shrunk.NETWORKS)
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_that_shrinks_is_the_run_that_does_not(x64, network, method):
     shrunk.assert_shrinks_exactly(shrunk.NETWORKS[network](), method)
+
+
+def test_heads_and_their_entries_on_one_axis(x64):
+    def apply(params, x):
+        inner = jnp.tanh(x @ params["v"]).reshape(-1, 3, 4)
+        return jnp.einsum("bhe,heo->bo", inner, params["o"])
+
+    v = jnp.full((2, 12), 2.0).at[:, :4].set(0.3)
+    params = {"v": v, "o": jnp.ones((3, 4, 2))}
+    groups = sdp_jax.find_groups(apply, params, jnp.ones((1, 2)))
+
+    def step(groups, params, state):
+        tx = sdp_jax.altsdp(0.1, groups, strength=1.0)
+        state = tx.init(params) if state is None else state
+        slopes = jax.tree.map(jnp.zeros_like, params)
+        updates, state = tx.update(slopes, state, params)
+        return optax.apply_updates(params, updates), state
+
+    params, state = step(groups, params, None)
+    cut = sdp_jax.plan_cut(groups, params)
+    assert sorted(cut.widths.values()) == [2, 4]
+    small, _ = step(cut.groups, *cut.take((params, state)))
+    params, _ = step(groups, params, state)
+    # The dual variable of the head that is gone does not lengthen the entries.
+    chex.assert_trees_all_close(small, cut.take(params), rtol=1e-12)
 
 
 @pytest.mark.parametrize(
