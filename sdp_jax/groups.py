@@ -474,6 +474,9 @@ class Groups:
                 before = cls.from_json(json.dumps(before))
                 if not {d.name for d in dimensions} <= set(before.sizes):
                     raise TypeError("a cut has left dimensions that were not there")
+                wider = any(d.size > before.sizes[d.name] for d in dimensions)
+                if before.before or wider:
+                    raise TypeError("what was before a cut is not the dense model")
             if len({leaf.path for leaf in leaves}) != len(leaves):
                 raise TypeError("two leaves have the same path")
             if not all(d.producers for d in dimensions):

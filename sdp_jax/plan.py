@@ -422,6 +422,12 @@ def cut_zeros(
                 f"plan_cut looks for zeros, but leaf {path!r} has no values: it is "
                 f"{leaf}. Call it outside jit, on concrete parameters"
             )
+    for f in groups.frozen:
+        if f.path not in table:
+            raise ValueError(
+                f"{missing_path_message(f.path, list(table))}; plan_cut looks for "
+                "zeros in the whole tree that the groups were found on"
+            )
     kept = []
     stays = ~zero_channels(groups, table)
     every = groups.split(stays if gone is None else stays | ~gone)

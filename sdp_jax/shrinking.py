@@ -15,7 +15,7 @@ from sdp_jax.cut import Cut
 from sdp_jax.fast import check_round_to
 from sdp_jax.groups import Groups, need_groups
 from sdp_jax.plan import RoundTo, cut_zeros, of_the_first, spread, widths_for
-from sdp_jax.tree import PyTree
+from sdp_jax.tree import PyTree, missing_path_message
 from sdp_jax.zeros import zero_channels
 
 # Looks over a whole training: often enough to follow a ramp, and too few to cost time.
@@ -171,6 +171,11 @@ class Shrinker:
         _check_values(params)
         if cut is None:
             return self._cut(params, self._ripe(step, params))
+        if not isinstance(cut, Cut):
+            raise TypeError(
+                "cut must be a sdp_jax.Cut, as plan_cut(shrinker.groups, params) makes "
+                f"it; got {type(cut).__name__}"
+            )
         if cut.dense != self.groups:
             self.cut.then(cut)  # It says what is wrong.
         zero = self.groups.split(zero_channels(self.groups, self._table(params)))
@@ -223,7 +228,7 @@ class Shrinker:
             raw = json.loads(text)
             cut = Cut.from_json(json.dumps(raw["cut"]))
             since = np.asarray(raw["zero_since"], int)
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"not a shrinker in JSON, as written by Shrinker.to_json: {error!r}"
             ) from error
@@ -248,8 +253,15 @@ class Shrinker:
         return zero & (step - self._zero_since >= self._patience)
 
     def _table(self, params: PyTree) -> dict[str, Any]:
-        """The leaves by path, after checking the producers."""
-        return producer_leaves(self.groups, params)
+        """The leaves by path, after checking them."""
+        table = producer_leaves(self.groups, params)
+        for leaf in self.groups.leaves:
+            if leaf.path not in table:
+                raise ValueError(
+                    f"{missing_path_message(leaf.path, list(table))}; a shrinker needs "
+                    "the tree that its groups were found on, statistics as well"
+                )
+        return table
 
     def _widths(self, params: PyTree, gone: np.ndarray) -> list[int]:
         """The widths of a cut of these channels."""
@@ -290,8 +302,9 @@ def _listen() -> None:
 
 def _check_values(params: PyTree) -> None:
     """Refuses to look under ``jit``."""
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(params)):
+    nothing = jax.core.Tracer | jax.ShapeDtypeStruct
+    if any(isinstance(leaf, nothing) for leaf in jax.tree.leaves(params)):
         raise ValueError(
             "a shrinker looks which channels are zero, but these parameters are traced "
-            "and have no values: ask it outside jit, between two steps"
+            "or shapes and have no values: ask it outside jit, between two steps"
         )

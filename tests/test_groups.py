@@ -16,6 +16,11 @@ from tests import toy
 FLOPS = Polynomial.of({(): 1.0, (0,): 2.0, (1,): 3.0, (0, 1): 5.0})
 
 
+def cut_groups():
+    groups = toy.mlp_groups()
+    return sdp_jax.Cut(groups, tuple((0,) for _ in groups)).groups
+
+
 def with_flops():
     return dataclasses.replace(toy.mlp_groups(), flops=FLOPS)
 
@@ -256,6 +261,15 @@ def test_scale_invariance_is_part_of_a_member():
         lambda raw: raw.update(flops=[[[0], None]]),
         lambda raw: raw.update(flops=[[[0], float("nan")]]),
         lambda raw: raw.update(flops=[[[0, 1], 1.0], [[1, 0], 2.0]]),
+        lambda raw: raw.update(before=raw | {"before": dict(raw)}),
+        lambda raw: (
+            raw.update(before=json.loads(cut_groups().to_json())["before"])
+            or raw["dimensions"][0].update(name="other")
+        ),
+        lambda raw: (
+            raw.update(before=json.loads(cut_groups().to_json()))
+            or raw["before"].update(before=None)
+        ),
     ],
 )
 def test_damaged_json_is_refused(change):

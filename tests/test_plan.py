@@ -312,6 +312,20 @@ def test_bad_input_is_refused(case):
         act()
 
 
+def test_the_whole_tree_is_looked_at():
+    def apply(tree, x):
+        return jnp.tanh(x @ tree["a"]) @ tree["b"] + tree["rest"]["shift"]
+
+    tree = {
+        "a": jnp.ones((4, 6)),
+        "b": jnp.ones((6, 3)),
+        "rest": {"shift": jnp.ones(3)},
+    }
+    groups = sdp_jax.find_groups(apply, tree, jnp.ones((2, 4)))
+    with pytest.raises(ValueError, match="no leaf 'rest/shift' in the tree; .* whole"):
+        sdp_jax.plan_cut(groups, tree | {"rest": {}})
+
+
 def test_limits_are_numbers():
     with pytest.raises(TypeError, match="must be a share between 0 and 1; got 'a'"):
         plan(sparsity=0.5, limits={"*": "a"})

@@ -209,6 +209,13 @@ def test_bad_input():
         jax.jit(lambda p: shrinker(1, p))(params)
     with pytest.raises(ValueError, match="the groups were built for"):
         shrinker.now(1, toy.mlp_params(widths=(4, 7, 5, 3)))
+    shapes = jax.eval_shape(lambda: params)
+    with pytest.raises(ValueError, match="traced or shapes and have no values"):
+        shrinker.now(1, shapes)
+    with pytest.raises(ValueError, match="no leaf 'layer2/bias' in the tree; .* needs"):
+        shrinker.now(1, params | {"layer2": {}})
+    with pytest.raises(TypeError, match=r"cut must be a sdp_jax\.Cut.*; got Groups"):
+        shrinker.now(1, params, cut=groups)
     broken = jax.tree.map(lambda x: x * jnp.nan, params)
     with pytest.raises(ValueError, match="contains NaN"):
         shrinker.now(1, broken)
@@ -224,8 +231,10 @@ def test_bad_input():
         sdp_jax.Shrinker(params, 3)
     with pytest.raises(ValueError, match="know no FLOPs"):
         sdp_jax.Shrinker(toy.mlp_groups(params), 10)(1, params)
-    with pytest.raises(ValueError, match="not a shrinker in JSON"):
-        shrinker.restore("{}")
+    damaged = shrinker.to_json().replace("[-1", '["a"')
+    for text in ("{}", damaged, damaged.replace('"a"', "[1, 2]")):
+        with pytest.raises(ValueError, match="not a shrinker in JSON"):
+            shrinker.restore(text)
     other = sdp_jax.Shrinker(toy.mlp_groups(params), 10)
     with pytest.raises(ValueError, match="another model"):
         shrinker.restore(other.to_json())

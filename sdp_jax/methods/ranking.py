@@ -112,7 +112,8 @@ def pruned_numbers(
             f"{list(groups.sizes)}"
         )
     numbers: list[int | jax.Array] = []
-    for (name, size), held in zip(groups.dense.sizes.items(), floors, strict=True):
+    for (name, left), held in zip(groups.sizes.items(), floors, strict=True):
+        size = groups.dense.sizes[name]
         share = shares.get(name, 0)
         rule = "a number in [0, 1), or one for each dimension"
         if isinstance(share, jax.Array):
@@ -129,7 +130,7 @@ def pruned_numbers(
                 "sparsity or min_channels"
             )
         # A cut has taken some of them.
-        numbers.append(number - (size - groups.sizes[name]))
+        numbers.append(number - (size - left))
     xp = jnp if any(isinstance(n, jax.Array) for n in numbers) else np
     return xp.asarray(numbers)[groups.owner]
 
