@@ -67,9 +67,15 @@ class Shrinking:
           directory: where the run is kept.
 
         Raises:
-          ValueError: if a share is outside (0, 1).
+          ValueError: if a share is outside (0, 1), or the method zeroes channels for a
+            while only.
         """
         self._on = config.shrink is not None
+        if self._on and config.method == "spp":
+            raise ValueError(
+                "spp drops channels at random, step by step: what is zero is not gone. "
+                "Leave --shrink out"
+            )
         shares = config.shrink or ()
         if not all(0 < share < 1 for share in shares):
             raise ValueError(

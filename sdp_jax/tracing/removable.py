@@ -38,7 +38,7 @@ class Parts(NamedTuple):
 
 NOTHING = Parts(-1, ())
 
-_ELEMENTWISE = frozenset(ELEMENTWISE)
+_ELEMENTWISE = frozenset(ELEMENTWISE) - {"optimization_barrier"}
 _REDUCTIONS = frozenset(
     "reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or".split()
 )
@@ -132,7 +132,7 @@ class _Walk:
 
         for record in body.records:
             given = [read(v) for v in record.eqn.invars]
-            if any(x.parts for x in given):
+            if record.outs and any(x.parts for x in given):
                 outs = self._follow(record, given)
                 for var, value, out in zip(
                     record.eqn.outvars, record.outs, outs, strict=True
@@ -145,6 +145,8 @@ class _Walk:
         name, bodies = record.eqn.primitive.name, record.bodies
         if name in _CALLS and bodies and len(bodies[0].ins) == len(ins):
             return self._run(bodies[0], ins)
+        if name == "optimization_barrier":
+            return ins
         if name == "scan":
             return self._scan(record, ins)
         if name == "cond":
@@ -246,6 +248,8 @@ def _moved(x: Parts, axes: Sequence[int]) -> Parts | None:
 
 def _joined(eqn: Any, ins: Sequence[Parts]) -> Parts:
     axis, parts = eqn.params["dimension"], []
+    if not all(isinstance(var.aval.shape[axis], int) for var in eqn.invars):
+        return _whole(_any(ins))
     for x, var in zip(ins, eqn.invars, strict=True):
         if x.axis == axis:
             parts += x.parts

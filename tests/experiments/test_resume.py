@@ -132,7 +132,8 @@ def test_stopped_and_gone_on_it_ends_with_the_same_bits(method, loop, go, tmp_pa
     assert [record["epoch"] for record in part.epochs] == [1, 2, 3, 4]
 
 
-def test_it_shrinks_at_the_same_steps_whenever_it_was_stopped(go):
+def test_it_shrinks_at_the_same_steps_whenever_it_was_stopped(go, monkeypatch):
+    monkeypatch.setattr("experiments.shrink.ROUND_TO", 1)
     # Cuts behind steps 6 and 14; the first channels go behind step 3.
     options = {"shrink": (0.3, 0.7), "loop": "step", **METHODS["altsdp"]}
     whole = go("whole", **options)
@@ -152,7 +153,8 @@ def test_it_shrinks_at_the_same_steps_whenever_it_was_stopped(go):
     chex.assert_trees_all_close(a, b, rtol=1e-3, atol=1e-4)
 
 
-def test_it_shrinks_on_several_devices_in_a_scan(go):
+def test_it_shrinks_on_several_devices_in_a_scan(go, monkeypatch):
+    monkeypatch.setattr("experiments.shrink.ROUND_TO", 1)
     options = {"shrink": (0.4,), **METHODS["altsdp"]}
     one = go("one", loop="step", **options)
     many = go("many", loop="scan", devices=8, **options)

@@ -44,6 +44,7 @@ def test_a_small_network_is_a_network(network):
 
 def test_when_a_run_cuts(network, tmp_path, monkeypatch):
     _, variables, groups = network
+    monkeypatch.setattr("experiments.shrink.ROUND_TO", 1)
     dead = toy.kill(groups, variables, {list(groups.sizes)[0]: (0, 1)})
 
     def make(shrink):
@@ -65,6 +66,9 @@ def test_when_a_run_cuts(network, tmp_path, monkeypatch):
     assert again.ask(40, small) is None
     with pytest.raises(ValueError, match="between 0 and 1"):
         make((0.2, 1.0))
+    random = dataclasses.replace(Config(), shrink=(), method="spp")
+    with pytest.raises(ValueError, match="spp drops channels at random"):
+        Shrinking(random, groups, 100, tmp_path)
 
     # Where it pays is kept, and done again without asking.
     asked = []

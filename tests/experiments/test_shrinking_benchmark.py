@@ -27,6 +27,7 @@ def cache():
 def test_in_small(monkeypatch, capsys, cache):
     cache(None)
     monkeypatch.setattr(shrinking, "NETWORKS", {"toy": TOY})
+    monkeypatch.setattr("experiments.shrink.ROUND_TO", 1)
     # Too short for a cut to pay: it is made when four of eight steps are done.
     ask = sdp_jax.Shrinker.__call__
 
