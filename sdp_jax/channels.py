@@ -16,7 +16,7 @@ import numpy as np
 
 from sdp_jax.dimension import Dimension, Member, Role
 from sdp_jax.groups import Groups
-from sdp_jax.mesh import Line, replicated, sum_lines, zero_like
+from sdp_jax.mesh import Line, replicated, sharding_of, sum_lines, zero_like
 from sdp_jax.tree import PyTree, leaf_table, missing_path_message
 
 Weighting = Literal["plain", "size", "cost"]
@@ -385,11 +385,8 @@ def channel_sums(groups: Groups, *terms: Term) -> list[jax.Array]:
             if (m.path, m.axis) not in numbers:
                 numbers[m.path, m.axis] = len(lines)
                 across = {axis: x for axis, x in gone.items() if axis != m.axis}
-                leaves = tuple(
-                    without_lines(jnp.asarray(table[m.path]), across)
-                    for table in tables
-                )
-                lines.append(Line(term.entry, leaves, m.axis))
+                leaves = tuple(jnp.asarray(table[m.path]) for table in tables)
+                lines.append(_line(term.entry, leaves, m.axis, across))
             along = _others(groups, name, m, gone.get(m.axis, {}))
             place = None if along is None else len(given)
             given += [] if along is None else [along]
@@ -440,6 +437,35 @@ def channel_maxima(groups: Groups, tree: PyTree) -> jax.Array:
         value = jnp.max(_blocks(line, m, size), axis=(0, 2))
         out[name] = jnp.maximum(out[name], value) if name in out else value
     return groups.join(out)
+
+
+def _line(
+    entry: Callable[..., jax.Array],
+    leaves: tuple[jax.Array, ...],
+    axis: int,
+    gone: Mapping[int, Mapping[str, jax.Array]],
+) -> Line:
+    """The sums along an axis of what counts.
+
+    A factor goes into the sum where a choice would make XLA store the leaf once more.
+    """
+    if not gone:
+        return Line(entry, leaves, axis)
+    if any(sharding_of(jax.typeof(leaf)) for leaf in leaves):
+        return Line(entry, tuple(without_lines(x, gone) for x in leaves), axis)
+    factors = []
+    for other, lines in gone.items():
+        shape = [1] * leaves[0].ndim
+        shape[other] = leaves[0].shape[other]
+        factors.append((_total(lines) == 0).reshape(shape))
+
+    def masked(*arrays: jax.Array) -> jax.Array:
+        value = entry(*arrays)
+        for factor in factors:
+            value = value * factor.astype(value.dtype)
+        return value
+
+    return Line(masked, leaves, axis)
 
 
 def without_lines(
