@@ -18,7 +18,9 @@ import sdp_jax
 from experiments import data
 from experiments.config import Config
 from experiments.configs import CONFIGS, ROWS
+from experiments.optimizers import pruning_steps
 from experiments.train import make_setup
+from sdp_jax import target
 from sdp_jax.polynomial import Polynomial
 
 
@@ -43,9 +45,9 @@ def ramp(config: Config, steps: int) -> np.ndarray:
     Returns:
       Numbers ``(steps,)``.
     """
-    begin, end = round(config.begin * steps), round(config.end * steps)
+    begin, end = pruning_steps(config, steps)
     done = (np.arange(1, steps + 1) - begin) / (end - begin)
-    return (config.sparsity or 0.0) * (1 - (1 - np.clip(done, 0, 1)) ** 3)
+    return (config.sparsity or 0.0) * target.ramp(np.clip(done, 0, 1))
 
 
 def flops_left(

@@ -176,9 +176,14 @@ def warmup_steps(config: "Config", steps: int) -> int:
     )
 
 
+def pruning_steps(config: "Config", steps: int) -> tuple[int, int]:
+    """The numbers of updates after which pruning begins, and is done."""
+    return round(config.begin * steps), round(config.end * steps)
+
+
 def one_shot_step(config: "Config", steps: int) -> int:
     """The update at which everything goes that goes in one shot."""
-    begin, end = round(config.begin * steps), round(config.end * steps)
+    begin, end = pruning_steps(config, steps)
     return max(1, (begin + end) // 2)
 
 
@@ -205,8 +210,8 @@ def make_optimizer(
             f"base={config.base!r} with momentum {config.momentum} and method "
             f"{config.method!r}"
         )
-    begin, end = round(config.begin * steps), round(config.end * steps)
-    tx = BUILDERS[config.method](Plan(config, steps, begin, end), groups)
+    plan = Plan(config, steps, *pruning_steps(config, steps))
+    tx = BUILDERS[config.method](plan, groups)
     if config.decay_steps > 1 and config.method not in HOSTS:
         raise ValueError(
             f"decay_steps is for the methods {sorted(HOSTS)}; got {config.method!r}"

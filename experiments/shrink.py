@@ -89,10 +89,15 @@ class Shrinking:
         self._asked = 0
         self.shrinker = sdp_jax.Shrinker(groups, steps, round_to=ROUND_TO)
 
+    @property
+    def cut(self) -> sdp_jax.Cut | None:
+        """What has been cut so far, ``None`` if nothing has."""
+        cut = self.shrinker.cut
+        return None if cut.groups is cut.dense else cut
+
     def model(self, dense: models.Model) -> models.Model:
         """The network as it is at present."""
-        cut = self.shrinker.cut
-        return dense if cut.groups is cut.dense else Small(dense, cut)
+        return dense if self.cut is None else Small(dense, self.cut)
 
     def ask(self, done: int, variables: Any) -> sdp_jax.Cut | None:
         """The cut that is made behind so many steps, or ``None``."""

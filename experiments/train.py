@@ -283,10 +283,9 @@ class Saved(NamedTuple):
 
 def _dense(shrinking: Shrinking, state: State) -> State:
     """The state with parameters and statistics of the dense network."""
-    cut = shrinking.shrinker.cut
-    if cut.groups is cut.dense:
+    if shrinking.cut is None:
         return state
-    full = cut.fill(state.variables)
+    full = shrinking.cut.fill(state.variables)
     return state._replace(
         params=full["params"], batch_stats=full.get("batch_stats", {})
     )
@@ -330,9 +329,9 @@ def _restore(
         return 0, fresh
     cuts = ocp.args.Composite(shrinking=ocp.args.JsonRestore())
     shrinking.restore(done, manager.restore(done, args=cuts)["shrinking"])
-    cut = shrinking.shrinker.cut
-    if cut.groups is not cut.dense:
-        fresh = fresh._replace(state=State(*cut.take(tuple(fresh.state))))
+    if shrinking.cut is not None:
+        small = shrinking.cut.take(tuple(fresh.state))
+        fresh = fresh._replace(state=State(*small))
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, fresh)
     arrays = ocp.args.Composite(arrays=ocp.args.StandardRestore(abstract))
     restored: Any = manager.restore(done, args=arrays)["arrays"]

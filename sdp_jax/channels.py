@@ -89,7 +89,7 @@ def channel_weights(
     elif weights == "plain":
         values = [1.0] * len(groups)
     elif weights == "size":
-        there = [dense[name] for name in groups.sizes]
+        there = groups.dense_dimensions
         some = [d.shrinking if shrinking else d.producers for d in there]
         own = [
             dataclasses.replace(d, members=m) for d, m in zip(there, some, strict=True)

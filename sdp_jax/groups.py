@@ -125,6 +125,12 @@ class Groups:
         """The groups of the dense model: these, if nothing has been cut yet."""
         return self if self.before is None else self.before
 
+    @functools.cached_property
+    def dense_dimensions(self) -> tuple[Dimension, ...]:
+        """These dimensions as the dense model has them, in the order that they have."""
+        by_name = {d.name: d for d in self.dense.dimensions}
+        return tuple(by_name[name] for name in self.sizes)
+
     def widths_in(self, names: "Groups") -> list[int]:
         """The sizes in the order of other groups, 0 for dimensions that are gone."""
         return [self.sizes.get(name, 0) for name in names.sizes]
@@ -258,7 +264,7 @@ class Groups:
         check_ranking(ranking)
         found: dict[Any, int] = {}
         numbers = []
-        for d in (self.dense[name] for name in self.sizes):
+        for d in self.dense_dimensions:
             key: Any = {"global": None, "dimension": d.name}.get(ranking)
             if ranking == "isomorphic":
                 key = tuple(

@@ -127,7 +127,7 @@ def plan_cut(
                 "without scores what is exactly zero goes. Give scores and sparsity, "
                 "or leave them out"
             )
-        return cut_zeros(groups, params, min_channels, widths)
+        return _cut_zeros(groups, params, min_channels, widths)
     assert sparsity is not None
     check_share("sparsity", sparsity)
     if (target == "latency") != (fn is not None):
@@ -393,28 +393,41 @@ def of_the_first(number: float) -> float:
     return float(multihost_utils.broadcast_one_to_all(np.float64(number)))
 
 
-def cut_zeros(
+def kept_without(
+    groups: Groups,
+    gone: np.ndarray,
+    min_channels: int,
+    widths: Mapping[str, Callable[[int], int]],
+) -> tuple[tuple[int, ...], ...]:
+    """What stays of each dimension when channels go that are zero.
+
+    Args:
+      groups: the channel dimensions.
+      gone: which channels go, ``(num_channels,)``.
+      min_channels: channels of each dimension that stay in any case, at least one
+        unless it is removable and all of its channels go.
+      widths: from channels to keep to the width, see :func:`widths_for`.
+
+    Returns:
+      For each dimension the numbers of its channels, as :class:`Cut` takes them.
+    """
+    kept = []
+    for d, line in zip(groups, groups.split(~gone).values(), strict=True):
+        stay = line.copy()
+        missing = min(max(min_channels, 1), d.size) - int(stay.sum())
+        vanishes = d.removable and not stay.any()
+        if missing > 0 and not vanishes:
+            stay[np.flatnonzero(~stay)[:missing]] = True
+        kept.append(_rounded(stay, np.zeros(len(stay)), widths[d.name]))
+    return tuple(kept)
+
+
+def _cut_zeros(
     groups: Groups,
     params: PyTree,
     min_channels: int,
     widths: Mapping[str, Callable[[int], int]],
-    gone: np.ndarray | None = None,
 ) -> Cut:
-    """A cut of channels that are exactly zero.
-
-    Args:
-      groups: the channel dimensions.
-      params: the parameters.
-      min_channels: channels of each dimension that stay in any case.
-      widths: from channels to keep to the width, see :func:`widths_for`.
-      gone: which of the channels that are zero go; default: all of them.
-
-    Returns:
-      The cut.
-
-    Raises:
-      ValueError: if a leaf has no values, or a producer is not a number.
-    """
     table = leaf_table(params)
     for path, leaf in table.items():
         if isinstance(leaf, jax.core.Tracer | jax.ShapeDtypeStruct):
@@ -428,14 +441,5 @@ def cut_zeros(
                 f"{missing_path_message(f.path, list(table))}; plan_cut looks for "
                 "zeros in the whole tree that the groups were found on"
             )
-    kept = []
-    stays = ~zero_channels(groups, table)
-    every = groups.split(stays if gone is None else stays | ~gone)
-    for name, line in every.items():
-        stay = line.copy()
-        missing = min(max(min_channels, 1), groups.sizes[name]) - int(stay.sum())
-        vanishes = groups[name].removable and not stay.any()
-        if missing > 0 and not vanishes:
-            stay[np.flatnonzero(~stay)[:missing]] = True
-        kept.append(_rounded(stay, np.zeros(len(stay)), widths[name]))
-    return Cut(groups, tuple(kept), zeros_that_stay(groups, table, kept))
+    kept = kept_without(groups, zero_channels(groups, table), min_channels, widths)
+    return Cut(groups, kept, zeros_that_stay(groups, table, kept))

@@ -14,7 +14,8 @@ from sdp_jax.checks import check_whole
 from sdp_jax.cut import Cut
 from sdp_jax.fast import check_round_to
 from sdp_jax.groups import Groups, need_groups
-from sdp_jax.plan import RoundTo, cut_zeros, of_the_first, spread, widths_for
+from sdp_jax.plan import RoundTo, kept_without, of_the_first, spread, widths_for
+from sdp_jax.remains import zeros_that_stay
 from sdp_jax.tree import PyTree, missing_path_message
 from sdp_jax.zeros import zero_channels
 
@@ -135,14 +136,15 @@ class Shrinker:
             return None
         updates, elapsed, compiled = np.subtract(self._last, before).tolist()
         now = flops(list(self.groups.sizes.values()))
-        later = flops(self._widths(params, ripe))
+        kept = self._kept(params, ripe)
+        later = flops(list(map(len, kept)))
         saved = max(elapsed - compiled, 0) / updates * (1 - later / max(now, 1e-300))
         self._wasted += saved * updates
         cost = _compiled[0] - self._compiled
         pays = self._wasted >= WASTE * cost and saved * (self._steps - step) > cost
         if spread(params):
             pays = bool(of_the_first(pays))
-        return self._cut(params, ripe) if pays and later < now else None
+        return self._cut(params, kept) if pays and later < now else None
 
     def now(
         self,
@@ -170,7 +172,8 @@ class Shrinker:
         """
         _check_values(params)
         if cut is None:
-            return self._cut(params, self._ripe(step, params))
+            ripe = self._ripe(step, params)
+            return self._cut(params, self._kept(params, ripe))
         if not isinstance(cut, Cut):
             raise TypeError(
                 "cut must be a sdp_jax.Cut, as plan_cut(shrinker.groups, params) makes "
@@ -263,16 +266,14 @@ class Shrinker:
                 )
         return table
 
-    def _widths(self, params: PyTree, gone: np.ndarray) -> list[int]:
-        """The widths of a cut of these channels."""
-        rounded = widths_for(self.groups, params, self._round_to)
-        left = {name: int((~x).sum()) for name, x in self.groups.split(gone).items()}
-        least = {d.name: 0 if d.removable else 1 for d in self.groups}
-        return [rounded[name](max(n, least[name])) for name, n in left.items()]
-
-    def _cut(self, params: PyTree, gone: np.ndarray) -> Cut | None:
+    def _kept(self, params: PyTree, gone: np.ndarray) -> tuple[tuple[int, ...], ...]:
+        """What stays when these channels go."""
         widths = widths_for(self.groups, params, self._round_to)
-        return self._made(cut_zeros(self.groups, params, 1, widths, gone))
+        return kept_without(self.groups, gone, 1, widths)
+
+    def _cut(self, params: PyTree, kept: tuple[tuple[int, ...], ...]) -> Cut | None:
+        notes = zeros_that_stay(self.groups, self._table(params), kept)
+        return self._made(Cut(self.groups, kept, notes))
 
     def _made(self, cut: Cut) -> Cut | None:
         if cut.groups is self.groups:

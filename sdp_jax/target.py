@@ -155,7 +155,7 @@ def target_sparsity(
         def decide() -> tuple[jax.Array, jax.Array]:
             done = (count - begin_step) / (end_step - begin_step)
             # Division may round: at the end the share is exact.
-            share = jnp.where(count >= end_step, 1, 1 - (1 - done) ** POWER)
+            share = jnp.where(count >= end_step, 1, ramp(done))
             goal = 1 - share * (1 - _goal(sparsity, target, groups))
             gone = _lowest(groups, scores, floors, steps, target, ranking, goal)
             # What was taken back from outside is not zero.
@@ -171,6 +171,25 @@ def target_sparsity(
         return thresholds, TargetState(count, PerChannel(gone), PerChannel(level))
 
     return Strength(init, update, score=score, is_due=is_due)
+
+
+def ramp(done: Any) -> Any:
+    """The share of its goal that a target has reached.
+
+    Args:
+      done: the share of the steps between begin and end, in [0, 1]; any array.
+
+    Returns:
+      Numbers from 0 to 1.
+
+    References:
+      Zhu and Gupta, arXiv 1710.01878, eq. 1.
+
+    Example:
+      >>> print(ramp(0.5))
+      0.875
+    """
+    return 1 - (1 - done) ** POWER
 
 
 def _polynomial(groups: Groups, target: Target) -> Polynomial:
@@ -226,7 +245,7 @@ def _lowest(
     owner, block = groups.owner, groups.blocks(ranking)
     every, names = groups.dense.sizes, list(groups.dense.sizes)
     share_left = _polynomial(groups, target).share(list(every.values()))
-    dense = [every[name] for name in groups.sizes]
+    dense = [d.size for d in groups.dense_dimensions]
     sizes, full = jnp.asarray(list(groups.sizes.values())), jnp.asarray(dense)
     # Layers that a cut has taken have no width.
     there = np.asarray([names.index(name) for name in groups.sizes])

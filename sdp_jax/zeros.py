@@ -3,6 +3,7 @@
 What a CPU holds NumPy looks at; for an accelerator all is one program.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -55,10 +56,11 @@ def look_along(leaves: Sequence[Any], axes: Sequence[int]) -> list[Line]:
     found = iter(
         _look_far(tuple(a for _, a in far), [x for x, _ in far]) if far else ()
     )
-    return [
-        Line(*_look(np, np.asarray(leaf), axis)) if near else Line(*next(found))
+    lines = (
+        _look(np, np.asarray(leaf), axis) if near else next(found)
         for (leaf, axis), near in zip(pairs, here, strict=True)
-    ]
+    )
+    return [Line(fetch(zero), bool(fetch(nan))) for zero, nan in lines]
 
 
 def zero_channels(groups: Groups, table: Mapping[str, Any]) -> np.ndarray:
@@ -94,13 +96,6 @@ def _look(on: Any, leaf: Any, axis: int) -> tuple[Any, Any]:
     return on.all(leaf == 0, axis=rest), on.any(leaf != leaf)
 
 
-def _look_far(axes: tuple[int, ...], leaves: Sequence[Any]) -> list[tuple[Any, bool]]:
-    found = _looks(axes, tuple(leaves))
-    return [(fetch(zero), bool(fetch(nan))) for zero, nan in found]
-
-
-def _program(axes: tuple[int, ...], leaves: tuple[Any, ...]) -> list[tuple[Any, Any]]:
+@functools.partial(jax.jit, static_argnums=0)
+def _look_far(axes: tuple[int, ...], leaves: list[Any]) -> list[tuple[Any, Any]]:
     return [_look(jnp, leaf, a) for leaf, a in zip(leaves, axes, strict=True)]
-
-
-_looks = jax.jit(_program, static_argnums=0)

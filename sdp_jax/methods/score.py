@@ -33,34 +33,16 @@ class Score(Protocol):
 
 def of_params(function: Callable[[Groups, PyTree], jax.Array]) -> Score:
     """A score that looks at the parameters alone."""
-
-    def score(
-        groups: Groups,
-        params: PyTree,
-        grads: PyTree | None = None,
-        activations: Any = None,
-    ) -> jax.Array:
-        del grads, activations
-        return function(groups, params)
-
-    return score
+    return lambda groups, params, grads=None, activations=None: function(groups, params)
 
 
 def of_gradients(
     name: str, function: Callable[[Groups, PyTree, PyTree], jax.Array]
 ) -> Score:
     """A score that looks at parameters and gradients."""
-
-    def score(
-        groups: Groups,
-        params: PyTree,
-        grads: PyTree | None = None,
-        activations: Any = None,
-    ) -> jax.Array:
-        del activations
-        return function(groups, params, need_gradients(grads, name))
-
-    return score
+    return lambda groups, params, grads=None, activations=None: function(
+        groups, params, need_gradients(grads, name)
+    )
 
 
 def need_gradients(grads: PyTree | None, name: str) -> PyTree:
@@ -176,5 +158,6 @@ def unit(values: jax.Array) -> jax.Array:
 def producer_entries(groups: Groups) -> np.ndarray:
     """The number of producer entries of each channel, float32."""
     dense = groups.dense
-    entries = [dense.entries(dense[n], roles=("producer",)) for n in groups.sizes]
+    every = groups.dense_dimensions
+    entries = [dense.entries(d, roles=("producer",)) for d in every]
     return np.repeat(entries, list(groups.sizes.values())).astype(np.float32)

@@ -19,6 +19,7 @@ from jax.extend.core import Literal
 from sdp_jax.groups import Groups
 from sdp_jax.tracing.analyse import Analysis
 from sdp_jax.tracing.flops import kinds
+from sdp_jax.tracing.origins import CALLS
 from sdp_jax.tracing.ports import class_channels
 from sdp_jax.tracing.rules_elementwise import RULES as ELEMENTWISE
 from sdp_jax.tracing.trace import Body, Record
@@ -47,10 +48,7 @@ _PRODUCTS = frozenset("mul dot_general conv_general_dilated ragged_dot".split())
 _JOINED = frozenset(
     "concatenate dynamic_update_slice scatter scatter-add scatter_add".split()
 )
-_CALLS = frozenset(
-    "jit pjit closed_call core_call composite remat2 checkpoint remat custom_jvp_call"
-    " custom_vjp_call shard_map".split()
-)
+_CALLS = CALLS | {"shard_map"}
 
 
 def mark_removable(found: Analysis, groups: Groups) -> Groups:

@@ -25,6 +25,7 @@ from jax.extend.core import Literal
 from sdp_jax.groups import Groups
 from sdp_jax.tracing.analyse import Analysis
 from sdp_jax.tracing.flops import kinds
+from sdp_jax.tracing.origins import CALLS
 from sdp_jax.tracing.ports import class_channels
 from sdp_jax.tracing.trace import Body, Record, number_of
 from sdp_jax.tracing.values import Axis, Value
@@ -76,10 +77,7 @@ class Scaling(NamedTuple):
 NONE = Scaling()
 Follow: TypeAlias = Callable[["Walk", Record, list[Scaling]], list[Scaling]]
 # What goes into bodies, in which the biases of a loop are.
-BODIES = frozenset(
-    "jit pjit closed_call core_call composite remat2 checkpoint remat custom_jvp_call"
-    " custom_vjp_call scan".split()
-)
+BODIES = CALLS | {"scan"}
 
 
 class Walk:
